@@ -1,0 +1,212 @@
+"""Contractions: convolution, matrix products and attention, all one kernel on einsum letters.
+
+The contracted letter's names merge, free letters pass, and groups and heads are batch letters. Where the names of an
+operand vary along a batch letter and the contracted one, a policy chooses what is removed as a whole: the batch index
+with all that belongs to it (a head, a group), or the same contracted index in every head or group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.channels.labels import Label, Labels, Operand, pin, reshape, settle
+from fxprune.channels.pointwise import add_bias
+from fxprune.channels.tensor import Call, Term, operand, rule
+
+
+@dataclass
+class Factor:
+    """An operand of a contraction: its labels have one axis for each of ``letters``."""
+
+    letters: str
+    labels: Labels
+    source: str
+
+    def along(self, letter: str) -> Label | None:
+        axis = self.letters.find(letter)
+        return next((label for label in self.labels if axis >= 0 and label.shape[axis] > 1), None)
+
+    def varies(self, label: Label) -> set[str]:
+        return {letter for letter, size in zip(self.letters, label.shape, strict=True) if size > 1}
+
+    def pin(self, call: Call, letters: str, why: str) -> None:
+        axes = [self.letters.index(letter) for letter in letters if letter in self.letters]
+        self.labels = tuple(pin(call.names, label, axes, why) for label in self.labels)
+
+
+def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], policy: str, extra: int = 1) -> Labels:
+    """The labels of ``einsum(a, b -> out)``, over the letters of ``out``. ``extra`` multiplies the FLOPs."""
+    both = [letter for letter in a.letters if letter in b.letters and sizes[letter] > 1]
+    batch = [letter for letter in both if letter in out]
+    contracted = [letter for letter in both if letter not in out]
+    for letter in contracted:
+        for group in batch:
+            choose(call, a, b, group, letter, sizes, policy)
+        agree(call, a, b, letter)
+    for letter in batch:
+        agree(call, a, b, letter)
+
+    letters = a.letters + "".join(letter for letter in b.letters if letter not in a.letters)
+    everywhere = settle(call.names, [over(letters, side, label) for side in (a, b) for label in side.labels])
+    constant = extra
+    for axis, letter in enumerate(letters):
+        if all(label.shape[axis] == 1 for label in everywhere):
+            constant *= sizes[letter]
+    call.run.flops.append(Term(2 * constant, everywhere))
+
+    results = []
+    for side in (a, b):
+        for label in side.labels:
+            if side.varies(label) <= set(out):
+                call.names.produce(label.numpy())
+                results.append(over(out, side, label))
+    return settle(call.names, results)
+
+
+def choose(call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str) -> None:
+    """Make each operand's names vary along ``group`` (a batch letter) or along ``letter`` (contracted), not both."""
+    sides = [side for side in (a, b) if (label := side.along(letter)) is not None and group in side.varies(label)]
+    if not sides:
+        return
+    if policy == "auto":
+        policy = "whole" if sizes[group] >= sizes[letter] else "within"
+    if any(fixed(call, side, group) for side in (a, b)):
+        policy = "within"
+    for side in sides:
+        side.pin(call, letter if policy == "whole" else group, "shared by all groups")
+
+
+def agree(call: Call, a: Factor, b: Factor, letter: str) -> None:
+    """Both operands vary along ``letter``, by the same names alone, or neither may."""
+    for mine, other in ((a, b), (b, a)):
+        label = mine.along(letter)
+        if label is None:
+            other.pin(call, letter, f"meets {mine.source}")
+        elif fixed(call, mine, letter) and (theirs := other.along(letter)) is not None and len(other.varies(theirs)) > 1:
+            other.pin(call, letter, f"meets {mine.source}")
+    for side in (a, b):
+        label = side.along(letter)
+        if label is not None and len(side.varies(label)) > 1:
+            side.pin(call, "".join(side.varies(label) - {letter}), "shared by all groups")
+    one, two = a.along(letter), b.along(letter)
+    if one is not None and two is not None:
+        call.names.merge(one.numpy().ravel(), two.numpy().ravel())
+
+
+def fixed(call: Call, side: Factor, letter: str) -> bool:
+    """Whether ``side`` can't be pruned along ``letter`` whatever is decided here."""
+    label = side.along(letter)
+    return label is None or bool(call.names.frozen(label.numpy()).all())
+
+
+def over(letters: str, side: Factor, label: Label) -> Label:
+    """``label`` with one axis for each of ``letters``, in their order; letters it lacks get size 1."""
+    order = [side.letters.index(letter) for letter in letters if letter in side.letters]
+    dropped = [axis for axis in range(label.ndim) if axis not in order]
+    shape = [label.shape[side.letters.index(letter)] if letter in side.letters else 1 for letter in letters]
+    return label.permute([*order, *dropped]).reshape(shape)
+
+
+@rule("mm")
+def mm(call: Call) -> Labels:
+    return matmul(call, operand(call.args[0]), operand(call.args[1]), "mk", "kn", "mn")
+
+
+@rule("bmm")
+def bmm(call: Call) -> Labels:
+    return matmul(call, operand(call.args[0]), operand(call.args[1]), "bmk", "bkn", "bmn")
+
+
+@rule("addmm", "baddbmm")
+def addmm(call: Call) -> Labels:
+    bias, a, b = (operand(value) for value in call.args[:3])
+    batch = "b" if len(a.shape) == 3 else ""
+    labels = matmul(call, a, b, f"{batch}mk", f"{batch}kn", f"{batch}mn")
+    from fxprune.channels.labels import join
+
+    return join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
+
+
+@rule("mv", "dot")
+def mv(call: Call) -> Labels:
+    a, b = (operand(value) for value in call.args[:2])
+    return matmul(call, a, b, "mk"[-len(a.shape) :], "k", "m"[: len(call.shape)])
+
+
+def matmul(call: Call, a: Operand, b: Operand, left: str, right: str, out: str) -> Labels:
+    sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+    policy = call.run.heads
+    return contract(call, Factor(left, a.labels, a.source), Factor(right, b.labels, b.source), out, sizes, policy)
+
+
+@rule("convolution", "_convolution")
+def convolution(call: Call) -> Labels:
+    x, w, bias = operand(call.args[0]), operand(call.args[1]), call.args[2]
+    transposed, groups = call.arg("transposed"), call.arg("groups")
+    space = "xyz"[: len(w.shape) - 2]
+    kernel = space.upper()
+    sizes = {"b": x.shape[0], "g": groups, "c": x.shape[1] // groups, "o": call.shape[1] // groups}
+    sizes |= dict(zip(space, call.shape[2:], strict=True)) | dict(zip(kernel, w.shape[2:], strict=True))
+    a = split(x, 1, "bgc" + space, groups)
+    b = split(w, 0, ("gco" if transposed else "goc") + kernel, groups)
+    a.pin(call, space, "a spatial axis")
+    b.pin(call, kernel, "a kernel's axis")
+    window = 1
+    for small, big, size in zip(space, kernel, x.shape[2:], strict=True):
+        window *= sizes.pop(big)
+        sizes[small] = size if transposed else sizes[small]
+    a, b = without(a, space), without(b, kernel)
+    for letter in space:
+        window *= sizes[letter]
+    labels = contract(call, a, b, "bgo", sizes, call.run.groups, window)
+    if groups > 1 and any(label.shape[1] > 1 for label in labels):
+        labels = tuple(
+            pin(call.names, label, [2], "shared by all groups") if label.shape[1] == 1 else label for label in labels
+        )
+        labels = tuple(label for label in labels if label.shape[1] > 1 or label.shape[2] == 1)
+    merged = (*call.shape[:2],)
+    labels = settle(
+        call.names, (reshape(label, (call.shape[0], groups, sizes["o"]), merged) for label in labels)
+    )
+    labels = tuple(label.reshape(*label.shape, *[1] * len(space)) for label in labels)
+    return add_bias(call, labels, call.shape, bias, 1)
+
+
+def split(value: Operand, axis: int, letters: str, groups: int) -> Factor:
+    """View ``axis`` of an operand as (groups, rest), so that each axis has a letter."""
+    shape = (*value.shape[:axis], groups, value.shape[axis] // groups, *value.shape[axis + 1 :])
+    return Factor(letters, tuple(reshape(label, value.shape, shape) for label in value.labels), value.source)
+
+
+def without(side: Factor, letters: str) -> Factor:
+    """Drop pinned ``letters`` from an operand, with the labels that vary along them."""
+    axes = [side.letters.index(letter) for letter in letters]
+    labels = [label for label in side.labels if all(label.shape[axis] == 1 for axis in axes)]
+    kept = "".join(letter for letter in side.letters if letter not in letters)
+    return Factor(kept, tuple(label.reshape(label.shape[: len(kept)]) for label in labels), side.source)
+
+
+ATTENTION = (
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_fused_attention_overrideable"
+)
+
+
+@rule(*ATTENTION.split())
+def attention(call: Call) -> Any:
+    """softmax(q k^T + mask) v, its leading axes batch letters."""
+    query, key, value = (operand(each) for each in call.args[:3])
+    letters = "bhij"[: len(query.shape) - 2]
+    scores = matmul(call, query, key, f"{letters}mk", f"{letters}nk", f"{letters}mn")
+    shape = (*query.shape[:-1], key.shape[-2])
+    mask = call.arg("attn_mask", call.arg("attn_bias"))
+    operands: Sequence[Operand] = [Operand(scores, shape)] + ([operand(mask)] if mask is not None else [])
+    from fxprune.channels.labels import join
+
+    weights = Operand(join(call.names, operands, len(shape)), shape, "attention weights")
+    labels = matmul(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
+    return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
+
+
+__all__ = ["contract"]

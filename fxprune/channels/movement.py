@@ -1,0 +1,263 @@
+"""Movement: operators that only move positions. The same operator runs on the names, so it is exact by construction.
+
+Four need care: cat and stack (what has no names beside what has), pad (new positions), index (addressed axes).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.labels import (
+    Label,
+    Labels,
+    Operand,
+    align,
+    along,
+    condense,
+    freeze,
+    join,
+    pin,
+    reshape,
+    settle,
+    spread,
+    squash,
+    varying,
+)
+from fxprune.channels.tensor import Call, ChannelTensor, operand, rule, unknown
+
+VIEWS = "t transpose permute expand squeeze unsqueeze split split_with_sizes movedim swapaxes"
+
+
+@rule(*VIEWS.split())
+def view_of_names(call: Call) -> Any:
+    """The operator itself, on labels spread over the full shape without copying."""
+    value, *rest = call.args
+    shape = operand(value).shape
+    moved = [call.func(spread(label, shape), *rest, **call.kwargs) for label in operand(value).labels]
+    if isinstance(call.out, Tensor):
+        return settle(call.names, (squash(label) for label in moved))
+    return [settle(call.names, (squash(label[part]) for label in moved)) for part in range(len(call.out))]
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "flatten", "unflatten")
+def view(call: Call) -> Labels:
+    value = operand(call.args[0])
+    if 0 in value.shape:
+        freeze(call.names, value.labels, "reshaped while empty")
+        return ()
+    return settle(call.names, (reshape(label, value.shape, call.shape) for label in value.labels))
+
+
+@rule("select", "unbind")
+def select(call: Call) -> Any:
+    """One position of an axis is addressed: the axis keeps its size."""
+    value, axis = call.args[0], call.arg("dim", 0)
+    axis %= value.ndim
+    labels = tuple(pin(call.names, label, [axis], "addressed by index") for label in operand(value).labels)
+    moved = settle(call.names, (label.squeeze(axis) for label in labels if label.shape[axis] == 1))
+    return moved if isinstance(call.out, Tensor) else [moved] * len(call.out)
+
+
+@rule("slice", "narrow")
+def slice_(call: Call) -> Labels:
+    value, axis = call.args[0], call.arg("dim", 0)
+    axis %= value.ndim
+    labels = operand(value).labels
+    if call.arg("step", 1) != 1:
+        labels = tuple(pin(call.names, label, [axis], "sliced with a step") for label in labels)
+    rest = list(call.args[1:])
+    return settle(call.names, (squash(call.func(spread(label, value.shape), *rest, **call.kwargs)) for label in labels))
+
+
+@rule("flip")
+def flip(call: Call) -> Labels:
+    return tuple(label.flip(call.args[1]) for label in operand(call.args[0]).labels)
+
+
+@rule("roll")
+def roll(call: Call) -> Labels:
+    value = operand(call.args[0])
+    axes = [axis % len(value.shape) for axis in call.arg("dims") or range(len(value.shape))]
+    return tuple(pin(call.names, label, axes, "rolled") for label in value.labels)
+
+
+@rule("repeat")
+def repeat(call: Call) -> Labels:
+    times = call.args[1]
+    labels = [align(label, len(times)) for label in operand(call.args[0]).labels]
+    return settle(
+        call.names,
+        (
+            label.repeat([n if size > 1 else 1 for n, size in zip(times, label.shape, strict=True)])
+            for label in labels
+        ),
+    )
+
+
+@rule("unfold")
+def unfold(call: Call) -> Labels:
+    value, axis = call.args[0], call.args[1] % call.args[0].ndim
+    labels = (pin(call.names, label, [axis], "unfolded") for label in operand(value).labels)
+    return settle(call.names, (label.unsqueeze(-1) for label in labels if label.shape[axis] == 1))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Labels:
+    parts = [operand(value) for value in call.args[0] if tuple(value.shape) != (0,)]
+    ndim = len(call.shape)
+    axis = call.arg("dim", 0) % ndim
+    across = [along(part.labels, axis) for part in parts]
+    rest = [
+        Operand(
+            tuple(label for label in part.labels if label is not mine),
+            [1 if at == axis else size for at, size in enumerate(part.shape)],
+            part.source,
+        )
+        for part, mine in zip(parts, across, strict=True)
+    ]
+    if all(label is None for label in across):
+        return join(call.names, rest, ndim)
+    named = [
+        label if label is not None else fresh(call, axis, part.shape, f"concatenated with {part.source}")
+        for label, part in zip(across, parts, strict=True)
+    ]
+    others = {at for label in named for at in varying(label)} - {axis}
+    shape = [call.shape[at] if at in others else 1 for at in range(ndim)]
+    whole = torch.cat([label.expand([*shape[:axis], -1, *shape[axis + 1 :]]) for label in named], axis)
+    return settle(call.names, [whole, *join(call.names, rest, ndim)])
+
+
+@rule("stack")
+def stack(call: Call) -> Labels:
+    axis = call.arg("dim", 0) % len(call.shape)
+    parts = [operand(value) for value in call.args[0]]
+    raised = [
+        Operand(
+            tuple(label.unsqueeze(axis) for label in part.labels),
+            [*part.shape[:axis], 1, *part.shape[axis:]],
+            part.source,
+        )
+        for part in parts
+    ]
+    return join(call.names, raised, len(call.shape))
+
+
+@rule("constant_pad_nd")
+def pad(call: Call) -> Labels:
+    """Along an axis with names the new positions get names of their own: free, so that a zero-padded shortcut prunes."""
+    value, amounts = operand(call.args[0]), call.args[1]
+    ndim = len(value.shape)
+    labels = list(value.labels)
+    for axis in range(ndim - 1, ndim - 1 - len(amounts) // 2, -1):
+        before, after = amounts[2 * (ndim - 1 - axis) : 2 * (ndim - 1 - axis) + 2]
+        labels = [
+            extend(call, label, axis, before, after) if label.shape[axis] > 1 and (before or after) else label
+            for label in labels
+        ]
+    return settle(call.names, labels)
+
+
+def extend(call: Call, label: Label, axis: int, before: int, after: int) -> Label:
+    """Pad ``label`` along ``axis`` with fresh names; negative amounts crop."""
+    start, stop = max(-before, 0), label.shape[axis] - max(-after, 0)
+    pieces = [label.narrow(axis, start, stop - start)]
+    for amount, position in ((before, 0), (after, len(pieces))):
+        if amount > 0:
+            shape = list(label.shape)
+            shape[axis] = amount
+            names = call.names.fresh(torch.Size(shape).numel())
+            pieces.insert(position if position == 0 else len(pieces), torch.from_numpy(names).reshape(shape))
+    return torch.cat(pieces, axis)
+
+
+def fresh(call: Call, axis: int, shape: Any, why: str) -> Label:
+    """Frozen names along ``axis`` for a value that has none."""
+    names = call.names.fresh(shape[axis])
+    call.names.freeze(names, why)
+    return torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(len(shape))])
+
+
+@rule("index", "index_select", "embedding", "gather", "take_along_dim")
+def index(call: Call) -> Labels:
+    """Addressed axes are frozen whole: a removed row would shift all later ones without any shape telling."""
+    kind = call.func._schema.name.partition("::")[2]
+    value = call.args[0]
+    if kind == "embedding":
+        indices: list[Any] = [call.args[1]]
+    elif kind == "index":
+        indices = list(call.args[1])
+    elif kind == "index_select":
+        indices = [None] * (call.args[1] % value.ndim) + [call.args[2]]
+    else:
+        return unknown(call)  # type: ignore[no-any-return]
+    for each in indices:
+        if isinstance(each, ChannelTensor):
+            freeze(call.names, each.labels, "used as an index")
+    addressed = [axis for axis, each in enumerate(indices) if each is not None]
+    if any(getattr(each, "dtype", None) in (torch.bool, torch.uint8) for each in indices):
+        return unknown(call)  # type: ignore[no-any-return]
+    labels = []
+    for label in operand(value).labels:
+        label = pin(call.names, label, addressed, "addressed by index")
+        if any(label.shape[axis] > 1 for axis in addressed):
+            continue
+        zeros = [None if each is None else torch.zeros([1] * each.ndim, dtype=torch.int64) for each in indices]
+        if kind == "index_select":
+            labels.append(label)
+        else:
+            labels.append(torch.ops.aten.index.Tensor(label, zeros))
+    return settle(call.names, labels)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(call: Call) -> Labels:
+    """Names that would vary over the image are merged: the r x r channels of a pixel go together."""
+    value, factor = operand(call.args[0]), call.args[1]
+    *batch, channels, height, width = value.shape
+    split = (*batch, channels // factor**2, factor**2, height, width)
+    labels = (reshape(label, value.shape, split) for label in value.labels)
+    merged = (pin(call.names, label, [len(batch) + 1], "pixel shuffle") for label in labels)
+    return settle(call.names, (label.squeeze(len(batch) + 1) for label in merged if label.shape[len(batch) + 1] == 1))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(call: Call) -> Labels:
+    value, factor = operand(call.args[0]), call.args[1]
+    *batch, channels, height, width = value.shape
+    labels = []
+    for label in value.labels:
+        label = pin(call.names, label, [len(batch) + 1, len(batch) + 2], "pixel unshuffle")
+        if label.shape[-1] == 1 and label.shape[-2] == 1:
+            labels.append(label.repeat_interleave(factor**2, len(batch)) if label.shape[-3] > 1 else label)
+    return settle(call.names, labels)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(call: Call) -> Labels:
+    value, groups = operand(call.args[0]), call.args[1]
+    batch, channels, *space = value.shape
+    split = (batch, groups, channels // groups, *space)
+    labels = [reshape(label, value.shape, split).transpose(1, 2) for label in value.labels]
+    for label in labels:
+        call.run.remember(label)
+    swapped = (batch, channels // groups, groups, *space)
+    return settle(call.names, (condense(reshape(label, swapped, value.shape)) for label in labels))
+
+
+@rule("glu")
+def glu(call: Call) -> Labels:
+    value = operand(call.args[0])
+    axis = call.arg("dim", -1) % len(value.shape)
+    half = value.shape[axis] // 2
+    halves = [
+        Operand(
+            tuple(
+                label.narrow(axis, start, half) if label.shape[axis] > 1 else label for label in value.labels
+            ),
+            call.shape,
+            value.source,
+        )
+        for start in (0, half)
+    ]
+    return join(call.names, halves, len(call.shape))

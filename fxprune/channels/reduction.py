@@ -1,0 +1,115 @@
+"""Reductions and normalizations: reduced axes keep their size; a norm over channels is allowed, and marked inexact."""
+
+from typing import Any
+
+from fxprune.channels.labels import Label, Labels, Operand, condense, join, pin, reshape, settle, varying
+from fxprune.channels.pointwise import add_bias
+from fxprune.channels.tensor import Call, ChannelTensor, Norm, operand, rule
+
+REDUCTIONS = (
+    "sum mean amax amin aminmax prod any all logsumexp var std var_mean std_mean linalg_vector_norm norm argmax argmin "
+    "max min median mode count_nonzero nansum"
+)
+ALONG_AN_AXIS = "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp sort topk kthvalue"
+POOLS = (
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
+    "upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa "
+    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+    "grid_sampler_2d grid_sampler_3d"
+)
+
+
+def several(call: Call, labels: Labels) -> Any:
+    """``labels`` for each result of an operator that has one or several."""
+    return [labels] * len(call.out) if isinstance(call.out, (tuple, list)) else labels
+
+
+@rule(*REDUCTIONS.split())
+def reduce(call: Call) -> Any:
+    value = call.args[0]
+    ndim = len(value.shape)
+    dims = call.arg("dim")
+    axes = range(ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    axes = sorted({axis % ndim for axis in axes})
+    labels = [pin(call.names, label, axes, "reduced") for label in operand(value).labels]
+    labels = [label for label in labels if all(label.shape[axis] == 1 for axis in axes)]
+    if len(call.shape) < ndim:
+        kept = [axis for axis in range(ndim) if axis not in axes]
+        labels = [label.reshape([label.shape[axis] for axis in kept]) for label in labels]
+    return several(call, settle(call.names, labels))
+
+
+@rule(*ALONG_AN_AXIS.split())
+def along_an_axis(call: Call) -> Any:
+    value = call.args[0]
+    axis = call.arg("dim", -1) % value.ndim
+    labels = (pin(call.names, label, [axis], "normalized or ordered along") for label in operand(value).labels)
+    return several(call, settle(call.names, (label for label in labels if label.shape[axis] == 1)))
+
+
+@rule(*POOLS.split())
+def pool(call: Call) -> Any:
+    """Pooling and resizing mix positions of the trailing, spatial axes."""
+    value = operand(call.args[0])
+    moved = [axis for axis, size in enumerate(value.shape) if axis >= 2 or size != call.shape[axis]]
+    labels = [pin(call.names, label, moved, "a spatial axis") for label in value.labels]
+    return several(call, tuple(label for label in labels if all(label.shape[axis] == 1 for axis in moved)))
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+      "_batch_norm_with_update", "_native_batch_norm_legit_functional")  # fmt: skip
+def batch_norm(call: Call) -> Any:
+    value = operand(call.args[0])
+    labels = value.labels
+    for vector in call.args[1:5]:
+        if hasattr(vector, "shape"):
+            labels = add_bias(call, labels, value.shape, vector, 1)
+    weight = call.args[1]
+    if isinstance(weight, ChannelTensor) and weight.parameter is not None:
+        call.run.batch_norm_scales.add(weight.parameter)
+    return [labels] + [()] * (len(call.out) - 1)
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+def layer_norm(call: Call) -> Any:
+    value = operand(call.args[0])
+    ndim = len(value.shape)
+    first = ndim - len(call.args[1])
+    labels = affine(call, value, (call.arg("weight"), call.arg("bias")), range(first, ndim))
+    for label in labels:
+        mark(call, label, tuple(axis for axis in varying(label) if axis >= first))
+    return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
+
+
+@rule("native_group_norm")
+def group_norm(call: Call) -> Any:
+    """Whole groups go, which is exact; with a single group it is a layer norm over the channels."""
+    value = operand(call.args[0])
+    groups = call.arg("group")
+    batch, channels, *space = value.shape
+    labels = value.labels
+    for vector in (call.arg("weight"), call.arg("bias")):
+        labels = add_bias(call, labels, value.shape, vector, 1)
+    labels = tuple(pin(call.names, label, range(2, len(value.shape)), "normalized") for label in labels)
+    for label in labels:
+        if groups == 1:
+            mark(call, label, (1,))
+        elif label.shape[1] > 1:
+            split = reshape(label, value.shape, (batch, groups, channels // groups, *space))
+            pin(call.names, split, [2], "normalized in one group")
+    return [labels] + [()] * (len(call.out) - 1)
+
+
+def affine(call: Call, value: Operand, vectors: Any, axes: range) -> Labels:
+    """Join weight and bias, whose shape is that of the trailing ``axes``."""
+    there = [operand(vector) for vector in vectors if vector is not None]
+    return join(call.names, [value, *there], len(value.shape))
+
+
+def mark(call: Call, label: Label, axes: tuple[int, ...]) -> None:
+    """Note that the statistics of this norm change when channels of ``label`` go."""
+    if any(label.shape[axis] > 1 for axis in axes):
+        call.run.norms.append(Norm(call.names.node, condense(label), axes))

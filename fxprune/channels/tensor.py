@@ -1,0 +1,236 @@
+"""ChannelTensor: a tensor without data whose positions carry channel names, and its dispatch.
+
+A model runs on ChannelTensors as it runs on tensors. Each ATen operator arrives here, is run on meta tensors for its
+shape, and is handed to the rule of its family for its labels. An operator without a rule freezes what it touches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fxprune.channels.labels import Label, Labels, Operand, freeze, varying
+from fxprune.channels.names import Names
+
+
+@dataclass(frozen=True)
+class Term:
+    """``scale`` times the number of kept positions of each factor: a part of a cost."""
+
+    scale: int
+    factors: Labels
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalization whose statistics run over channels that may be pruned: no pruning of them is exact."""
+
+    node: str
+    label: Label
+    axes: tuple[int, ...]  # of the normalized value, as int64[...] label axes
+
+
+@dataclass
+class Run:
+    """What one or more runs of a model on names bring to light."""
+
+    heads: str = "whole"
+    groups: str = "auto"
+    names: Names = field(default_factory=Names)
+    flops: list[Term] = field(default_factory=list)
+    norms: list[Norm] = field(default_factory=list)
+    grids: list[Label] = field(default_factory=list)  # labels along several axes: what stays must be a rectangle
+    batch_norm_scales: set[str] = field(default_factory=set)
+    unknown: dict[str, str] = field(default_factory=dict)  # operator without a rule -> first node that calls it
+    used: set[str] = field(default_factory=set)
+    _seen: set[tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=set)
+
+    def remember(self, label: Label) -> None:
+        """Note a label that varies along several axes, so that what stays of it is made a rectangle in the end."""
+        axes = varying(label)
+        if len(axes) < 2:
+            return
+        key = (label.data_ptr(), tuple(sorted((label.stride(axis), label.shape[axis]) for axis in axes)))
+        if key not in self._seen:
+            self._seen.add(key)
+            self.grids.append(label)
+
+
+class ChannelTensor(Tensor):
+    """A meta tensor with labels. ``source`` says in words what it is where it has no names."""
+
+    data_: Tensor
+    labels: Labels
+    run: Run
+    source: str
+    parameter: str | None
+
+    @staticmethod
+    def __new__(
+        cls, data: Tensor, labels: Labels, run: Run, source: str = "a constant", parameter: str | None = None
+    ) -> "ChannelTensor":
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, data.shape, strides=data.stride(), dtype=data.dtype, device=data.device
+        )
+        self.data_, self.labels, self.run, self.source, self.parameter = data, labels, run, source, parameter
+        for label in labels:
+            run.remember(label)
+        return self
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(channel_tensors((*args, *kwargs.values())))
+        run = tensors[0].run
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": torch.device("meta")}
+        out = func(*bare(args), **bare(kwargs))
+        call = Call(run, func, args, kwargs, out, tensors)
+        run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
+        labels = rule_of(func)(call)
+        if func._schema.is_mutable:
+            return call.mutated(labels)
+        source = call.unknown or tensors[0].source
+        if isinstance(out, Tensor):
+            return ChannelTensor(out, labels, run, source)
+        if isinstance(out, (tuple, list)):
+            several = labels if isinstance(labels, list) else [labels] + [()] * (len(out) - 1)
+            return type(out)(
+                ChannelTensor(part, each, run, source) if isinstance(part, Tensor) else part
+                for part, each in zip(out, several, strict=True)
+            )
+        return out
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"ChannelTensor({tuple(self.shape)}, varies along {[varying(label) for label in self.labels]})"
+
+
+@dataclass
+class Call:
+    """One call of an ATen operator: what a rule sees. ``out`` is the result on meta tensors."""
+
+    run: Run
+    func: OpOverload
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    tensors: list[ChannelTensor]
+    unknown: str = ""
+
+    @property
+    def names(self) -> Names:
+        return self.run.names
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the (first) result."""
+        out = self.out if isinstance(self.out, Tensor) else self.out[0]
+        return out.shape
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """The argument that the operator's schema calls ``name``."""
+        for position, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
+        return default
+
+    def mutated(self, labels: Any) -> Any:
+        """The first argument after an in-place operator."""
+        target = self.args[0]
+        assert isinstance(labels, tuple)
+        if not isinstance(target, ChannelTensor):
+            freeze(self.names, labels, f"written into {name_of(self.func)}'s constant")
+            return target
+        # The target may be a view: names that it did not have before can't be told to its base.
+        held = {axis for label in target.labels for axis in varying(label)}
+        freeze(
+            self.names,
+            (label for label in labels if not set(varying(label)) <= held),
+            f"written into {target.source} by {name_of(self.func)}",
+        )
+        if tuple(self.shape) == tuple(target.shape):
+            target.labels = tuple(label for label in labels if set(varying(label)) <= held)
+        return target
+
+
+Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
+RULES: dict[str, Rule] = {}
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the ATen ``operators``, by their names without overload: "convolution", "cat"."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def name_of(func: OpOverload) -> str:
+    """The operator's name as rules know it: "add" for ``aten.add_.Tensor``, "lib::op" outside ATen."""
+    namespace, _, name = func._schema.name.partition("::")
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return name if namespace == "aten" else f"{namespace}::{name}"
+
+
+_resolved: dict[OpOverload, Rule] = {}
+
+
+def rule_of(func: OpOverload) -> Rule:
+    """The rule of an operator: its own, its family's when torch tags it as pointwise, or the one that freezes."""
+    if func not in _resolved:
+        pointwise = RULES["pointwise"] if torch.Tag.pointwise in func.tags else unknown
+        _resolved[func] = RULES.get(name_of(func), pointwise)
+    return _resolved[func]
+
+
+def unknown(call: Call) -> Any:
+    """Freeze every channel that an operator without a rule touches."""
+    operator = str(call.func).removesuffix(".default")
+    call.unknown = f"the result of unknown operator {operator}"
+    call.run.unknown.setdefault(operator, call.names.node)
+    for tensor in call.tensors:
+        freeze(call.names, tensor.labels, f"unknown operator {operator}")
+    if isinstance(call.out, (tuple, list)):
+        return [()] * len(call.out)
+    return call.args[0].labels if call.func._schema.is_mutable and isinstance(call.args[0], ChannelTensor) else ()
+
+
+def channel_tensors(args: Sequence[Any]) -> Any:
+    """The ChannelTensors among ``args``, in order; lists are looked into."""
+    for arg in args:
+        if isinstance(arg, ChannelTensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from channel_tensors(arg)
+
+
+def bare(value: Any) -> Any:
+    """``value`` with each tensor in it replaced by a meta tensor."""
+    if isinstance(value, ChannelTensor):
+        return value.data_
+    if isinstance(value, Tensor):
+        return value if value.is_meta else torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device="meta"
+        )
+    if isinstance(value, (list, tuple)):
+        return type(value)(bare(item) for item in value)
+    if isinstance(value, dict):
+        return {key: bare(item) for key, item in value.items()}
+    return value
+
+
+def operand(value: Any) -> Operand:
+    """Any argument of an operator as an Operand; numbers have no axes."""
+    if isinstance(value, ChannelTensor):
+        return Operand(value.labels, value.shape, value.source)
+    return Operand((), value.shape if isinstance(value, Tensor) else ())

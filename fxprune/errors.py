@@ -1,0 +1,45 @@
+"""The errors that fxprune raises. Each message says what was asked, what was found, where, and what to do."""
+
+
+class FxpruneError(Exception):
+    """The base of every error raised by fxprune."""
+
+
+class TraceError(FxpruneError):
+    """``torch.fx`` can't trace the model symbolically; names the module, file and line."""
+
+
+class AnalysisError(FxpruneError):
+    """The model can't be run on channel names; names the graph node and the user's line."""
+
+
+class PlanError(FxpruneError):
+    """A plan is malformed, empties a layer, or was made for another model."""
+
+
+class BudgetError(FxpruneError):
+    """A budget is malformed or out of reach; names the nearest value that can be reached."""
+
+
+class RewriteError(FxpruneError):
+    """A compact graph can't be made or does not have the predicted shapes. The model is unchanged."""
+
+
+class VerificationError(FxpruneError):
+    """The compact model is not the masked original; names the output or gradient that differs, and by how much."""
+
+
+class MigrationError(FxpruneError):
+    """An optimizer's state can't be carried over. The optimizer is unchanged."""
+
+
+class ExportError(FxpruneError):
+    """The ONNX export failed, or its result differs from PyTorch's."""
+
+
+class FileError(FxpruneError):
+    """A file is truncated, foreign, or does not belong to the model. Nothing is changed."""
+
+
+class PassError(FxpruneError):
+    """A rewrite pass failed or broke the graph; names the pass and those that ran before it."""

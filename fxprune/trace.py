@@ -1,0 +1,288 @@
+"""Trace: a model becomes a GraphModule that is right in train and in eval mode.
+
+Layers of ``torch.nn`` stay modules, everything else becomes graph. The parameters and buffers are the model's own
+objects under their own names; the modules are copies, so that nothing done to the traced model changes the original.
+"""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.attention import REPLACEMENTS
+from fxprune.errors import TraceError
+from fxprune.inputs import bind
+
+TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand in their attributes
+
+
+class TracedModule(fx.GraphModule):
+    """A ``GraphModule`` with one graph for each mode. ``.training`` decides which one runs, and is ``.graph``.
+
+    Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
+    """
+
+    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
+        """Take over everything that ``root`` holds, except its class."""
+        self.__dict__["_both"] = None
+        super().__init__(nn.Module(), fx.Graph())
+        own = self.__dict__
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+            own[name] = root.__dict__[name]
+        own.update({name: value for name, value in root.__dict__.items() if isinstance(value, Tensor)})
+        self.meta.update(getattr(root, "meta", {}))
+        self.set_graphs(train_graph, eval_graph)
+
+    @property
+    def graphs(self) -> dict[bool, fx.Graph]:
+        """The graph of each mode, by the value of ``training``; the same object twice where the modes agree."""
+        both: dict[bool, fx.Graph] = self.__dict__["_both"]
+        return both
+
+    def distinct_graphs(self) -> dict[bool, fx.Graph]:
+        """The graphs without repetition: {False: eval} or {False: eval, True: train}."""
+        return {mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]}
+
+    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
+        """Replace both graphs and recompile."""
+        self.__dict__["_both"] = {True: train_graph, False: eval_graph}
+        for graph in (train_graph, eval_graph):
+            graph.owning_module = self
+        self.recompile()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        if self.__dict__["_both"] is None:
+            return super().graph
+        return self.graphs[self.training]
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        if self.__dict__["_both"] is None:
+            fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
+            return
+        train, evaluate = self.graphs[True], self.graphs[False]
+        shared = train is evaluate
+        self.set_graphs(graph if self.training or shared else train, evaluate if self.training and not shared else graph)
+
+    def recompile(self) -> Any:
+        """Make ``forward`` anew from the graphs; one that looks at ``training`` where they differ."""
+        if self.__dict__["_both"] is None:
+            return super().recompile()
+        cls = type(self)
+        forwards, codes = {}, {}
+        for mode, graph in self.distinct_graphs().items():
+            self._graph = graph
+            codes[mode] = super().recompile()
+            forwards[mode] = cls.forward
+        if True in forwards:
+            cls.forward = by_mode(forwards[True], forwards[False])
+        return codes[self.training if self.training in codes else False]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
+        root = copy.deepcopy(self.root(), memo)
+        train, evaluate = self.graphs[True], self.graphs[False]
+        new_train = copy_graph(train)
+        new = TracedModule(root, new_train, new_train if evaluate is train else copy_graph(evaluate))
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        """Plain GraphModules that share their submodules: torch knows how to pickle these."""
+        root = self.root()
+        graphs = self.distinct_graphs()
+        return rebuild, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
+
+    def root(self) -> nn.Module:
+        """A plain module with everything this one holds except its graphs."""
+        root = nn.Module()
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+            root.__dict__[name] = self.__dict__[name]
+        root.__dict__.update({name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)})
+        root.__dict__["meta"] = self.meta
+        return root
+
+
+def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(evaluate)  # type: ignore[attr-defined]
+    return forward
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` with the same node names and its output."""
+    return copy.deepcopy(graph)
+
+
+def rebuild(root: nn.Module, modules: dict[bool, fx.GraphModule]) -> TracedModule:
+    """Undo ``TracedModule.__reduce__``."""
+    evaluate = modules[False].graph
+    return TracedModule(root, modules[True].graph if True in modules else evaluate, evaluate)
+
+
+def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
+    """Trace ``model`` in train and in eval mode.
+
+    Args:
+        model: any module that ``torch.fx`` can trace symbolically, a GraphModule included. DistributedDataParallel and
+            ``torch.compile`` wrappers are taken off. It is not changed.
+        example_inputs: a tensor, a tuple of arguments, or (args, kwargs). They say which arguments are given; the
+            others keep their defaults. Their values do not matter.
+
+    Returns:
+        A GraphModule with the state_dict keys, parameters and buffers of ``model`` (the same tensors, not copies), in
+        the mode of ``model``.
+
+    Raises:
+        TraceError: the model's Python can't be traced; names the module, file and line.
+    """
+    model = unwrap(model)
+    if isinstance(model, TracedModule):
+        return model
+    working = working_copy(model)
+    concrete = unused_arguments(working, example_inputs)
+    modes = {mode: trace_mode(working, mode, concrete) for mode in (True, False)}
+    working.train(model.training)
+    for name, module in working.named_modules():
+        module.training = model.get_submodule(name).training if has_submodule(model, name) else module.training
+    train, evaluate = modes[True], modes[False]
+    if train.python_code("self").src == evaluate.python_code("self").src:
+        train = evaluate
+    called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
+    return TracedModule(plain(working, called), train, evaluate)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A deep copy that shares every tensor with ``model``, with opaque attention replaced."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    working = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    replaced: dict[int, nn.Module] = {}
+    for name, module in list(working.named_modules(remove_duplicate=False)):
+        make = REPLACEMENTS.get(type(module))
+        if make is None or not name:
+            continue
+        new = replaced.setdefault(id(module), make(module))
+        working.set_submodule(name, new)
+    return REPLACEMENTS[type(working)](working) if type(working) in REPLACEMENTS else working
+
+
+def has_submodule(model: nn.Module, name: str) -> bool:
+    """Whether ``model`` has a submodule called ``name``."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def unused_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The arguments of ``forward`` that the example leaves at their defaults; tracing takes these as constants."""
+    signature = inspect.signature(model.forward)
+    args, kwargs = bind(example_inputs)
+    if not args and not kwargs:
+        return {}
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TraceError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tensor, a tuple of "
+            "arguments, or (args, kwargs)."
+        ) from error
+    return {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in given and parameter.default is not inspect.Parameter.empty
+    }
+
+
+class Tracer(fx.Tracer):
+    """Keeps the layers of ``torch.nn`` as modules, and remembers where in the model it is."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=())
+        self.record_stack_traces = True
+        self.path: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` stays a module."""
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace one module; its path is left standing if it fails."""
+        self.path.append(f"{self.path_of_module(m)} ({type(m).__name__})")
+        result = super().call_module(m, forward, args, kwargs)
+        self.path.pop()
+        return result
+
+
+def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx.Graph:
+    """The graph of ``model`` in one mode."""
+    model.train(training)
+    tracer = Tracer()
+    try:
+        graph = tracer.trace(model, concrete_args=concrete or None)
+    except Exception as error:
+        where = next(
+            (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if is_users(frame.filename)), None
+        )
+        place = f", {where.filename}:{where.lineno}: `{where.line}`" if where else ""
+        module = tracer.path[-1] if tracer.path else type(model).__name__
+        raise TraceError(
+            f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
+            "Python there depends on the values of tensors. Trace a part of the model without it, or put that code "
+            "into a function marked with torch.fx.wrap."
+        ) from error
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def is_users(filename: str) -> bool:
+    """Whether a stack frame is the user's, and not torch's or ours."""
+    return "/torch/" not in filename.replace("\\", "/") and not filename.startswith("<") and filename != __file__
+
+
+def plain(working: nn.Module, called: set[Any]) -> nn.Module:
+    """The modules that graphs call, in a tree of plain modules that hold everything else under its own name."""
+    paths = dict(working.named_modules(remove_duplicate=False))
+    leaves = {id(paths[path]) for path in called}
+    made: dict[int, nn.Module] = {}
+
+    def convert(module: nn.Module) -> nn.Module:
+        if id(module) in leaves:
+            return module
+        if id(module) in made:
+            return made[id(module)]
+        new = made[id(module)] = nn.Module()
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            new.__dict__[name] = module.__dict__[name]
+        new._modules = {name: None if child is None else convert(child) for name, child in module._modules.items()}
+        new.__dict__.update(
+            {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        )
+        return new
+
+    return convert(working)
