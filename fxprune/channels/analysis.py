@@ -5,8 +5,8 @@ every value in the graph (so that the rewrite knows each new shape), and what th
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
-from fxprune.channels.labels import Labels, along, freeze, varying
+from fxprune.channels.labels import Label, Labels, freeze, varying
 from fxprune.channels.names import Bools, Ints, Names, Reason
 from fxprune.channels.tensor import ChannelTensor, Norm, Run, Term
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, bind, map_tensors
+from fxprune.plan import Plan
 from fxprune.trace import TracedModule, trace
 
 
@@ -69,17 +71,21 @@ class Value:
     shape: tuple[int, ...]
     labels: Labels
     dtype: torch.dtype
+    owner: bool  # False for views and results of in-place operators, which hold no memory of their own
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a parameter or buffer: its names are the ``size`` integers from ``start``."""
+    """One axis of a parameter or buffer and the names of its positions. ``weak``: it belongs to a buffer."""
 
     parameter: str
     axis: int
-    start: int
-    size: int
+    names: Ints
     weak: bool
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,66 @@ class Analysis:
     axes: Mapping[tuple[str, int], Axis] = field(repr=False)
     aliases: Mapping[str, str] = field(repr=False)  # every name of a parameter -> its first name
 
-    def kept_mask(self, keep: Mapping[str, Sequence[int]]) -> Bools:
-        """bool[names]: whether each name stays when of each group in ``keep`` only those channels stay."""
+    def stays(self, plan: Plan) -> Bools:
+        """bool[names]: whether each name stays under ``plan``."""
         removed = np.zeros(len(self.names), dtype=bool)
-        for name, kept in keep.items():
+        for name, kept in plan.keep.items():
             group = self.groups[name]
             gone = np.ones(group.size, dtype=bool)
             gone[np.asarray(kept, dtype=np.int64)] = False
             removed[group.roots[gone]] = True
         return ~removed[self.names.find(np.arange(len(self.names)))]
+
+    def after(self, plan: Plan, graph: "TracedModule | None" = None) -> "Analysis":
+        """The analysis of the compact model that ``plan`` leads to: the same groups, labels and costs, cut to what stays.
+
+        The compact model need not be analysed again. ``graph`` is that model; without it the result keeps this graph,
+        and serves to predict shapes and costs only.
+        """
+        plan.check(self.sizes)
+        stays = self.stays(plan)
+        cut = Cutter(stays)
+        groups = {}
+        for group in self.groups.values():
+            kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
+            new_channel = np.full(group.size, -1)
+            new_channel[kept] = np.arange(len(kept))
+            members = []
+            for member in group.members:
+                mine = new_channel[member.channel] >= 0
+                at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
+                members.append(
+                    replace(member, index=at[member.index[mine]], channel=new_channel[member.channel[mine]])
+                )
+            groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
+        frozen = []
+        for item in self.frozen:
+            at = np.cumsum(stays[self.axes[item.parameter, item.axis].names]) - 1
+            frozen.append(replace(item, index=at[item.index]))
+        axes = {key: replace(axis, names=axis.names[stays[axis.names]]) for key, axis in self.axes.items()}
+        shapes = {
+            name: tuple(
+                axes[self.aliases[name], at].size if (self.aliases[name], at) in axes else size
+                for at, size in enumerate(shape)
+            )
+            for name, shape in self.shapes.items()
+        }
+        return replace(
+            self,
+            graph=graph or self.graph,
+            groups=groups,
+            frozen=tuple(frozen),
+            values={mode: map_values(cut.value, values) for mode, values in self.values.items()},
+            shapes=shapes,
+            norms=tuple(replace(norm, label=cut(norm.label)) for norm in self.norms),
+            flops=tuple(replace(term, factors=tuple(map(cut, term.factors))) for term in self.flops),
+            axes=axes,
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of channels of each group."""
+        return {name: group.size for name, group in self.groups.items()}
 
     def explain(self, name: str) -> str:
         """Say in words why the channels of a module, parameter or group hang together, or what froze them.
@@ -165,6 +222,47 @@ class Analysis:
             by_reason.setdefault(frozen.reason.text, []).append(f"{frozen.parameter}[{frozen.axis}]")
         lines += [f"frozen, {reason}: {abridged(axes)}" for reason, axes in by_reason.items()]
         return "\n".join(lines)
+
+
+class Cutter:
+    """Cuts labels and values to the names that stay; a label shared by many values is cut once."""
+
+    def __init__(self, stays: Bools) -> None:
+        self.stays = stays
+        self._done: dict[int, tuple[Label, Label]] = {}
+
+    def __call__(self, label: Label) -> Label:
+        """The label without the positions that go."""
+        if id(label) not in self._done:
+            self._done[id(label)] = label, self.cut(label)
+        return self._done[id(label)][1]
+
+    def cut(self, label: Label) -> Label:
+        """Positions that go are whole slabs: the analysis has seen to that."""
+        kept = torch.from_numpy(self.stays[label.numpy()])
+        if kept.all():
+            return label
+        for axis in varying(label):
+            others = [at for at in range(label.ndim) if at != axis]
+            here = kept.any(dim=others) if others else kept
+            label, kept = (each.index_select(axis, here.nonzero().flatten()) for each in (label, kept))
+        if not kept.all():
+            raise AnalysisError("what stays of a value is not a rectangle: please report this model")
+        return label
+
+    def value(self, value: Value) -> Value:
+        """A value with its labels cut and its shape to match."""
+        labels = tuple(map(self, value.labels))
+        shape = list(value.shape)
+        for before, label in zip(value.labels, labels, strict=True):
+            for axis in varying(before):
+                shape[axis] = label.shape[axis]
+        return Value(tuple(shape), labels, value.dtype, value.owner)
+
+
+def map_values(function: Callable[[Value], Value], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with ``function`` applied to each Value in them."""
+    return {name: pytree.tree_map_only(Value, function, tree) for name, tree in values.items()}
 
 
 def abridged(items: Sequence[str], limit: int = 6) -> str:
@@ -245,7 +343,7 @@ def name_parameters(
             for axis, size in enumerate(tensor.shape):
                 if size > 1:
                     names = run.names.fresh(size)
-                    axes[name, axis] = Axis(name, axis, int(names[0]), size, weak)
+                    axes[name, axis] = Axis(name, axis, names, weak)
                     labels.append(torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(tensor.ndim)]))
             state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
     return state, axes, aliases
@@ -257,6 +355,7 @@ class Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, graph: fx.Graph, run: Run) -> None:
         super().__init__(module, graph=graph)
         self.run_, self.values = run, dict[str, Any]()
+        self._storages: dict[int, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, with errors that name it and the user's line."""
@@ -267,7 +366,7 @@ class Recorder(fx.Interpreter):
             raise
         except Exception as error:
             raise AnalysisError(f"node {where(n)} does not run on channel names: {type(error).__name__}: {error}") from error
-        self.values[n.name] = map_tensors(as_value, result)
+        self.values[n.name] = map_tensors(self.as_value, result)
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -281,16 +380,19 @@ class Recorder(fx.Interpreter):
         map_tensors(lambda tensor: self.freeze_output(tensor), result)
         return result
 
+    def as_value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; a plain tensor has no labels."""
+        labels = tensor.labels if isinstance(tensor, ChannelTensor) else ()
+        data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
+        storage = data.untyped_storage()
+        owner = storage._cdata not in self._storages
+        self._storages[storage._cdata] = storage  # kept alive, so that its address is not used again
+        return Value(tuple(tensor.shape), labels, tensor.dtype, owner)
+
     def freeze_output(self, tensor: Tensor) -> None:
         """Freeze the names of one returned tensor."""
         if isinstance(tensor, ChannelTensor):
             freeze(self.run_.names, tensor.labels, "output")
-
-
-def as_value(tensor: Tensor) -> Value:
-    """Shape, labels and dtype of a tensor; a plain tensor has no labels."""
-    labels = tensor.labels if isinstance(tensor, ChannelTensor) else ()
-    return Value(tuple(tensor.shape), labels, tensor.dtype)
 
 
 def where(node: fx.Node) -> str:
@@ -395,14 +497,13 @@ def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis]) -> None:
     names.node = ""
     for axis in axes.values():
         if axis.parameter not in run.used:
-            names.freeze(np.arange(axis.start, axis.start + axis.size), "unused")
+            names.freeze(axis.names, "unused")
     for axis in axes.values():
-        own = np.arange(axis.start, axis.start + axis.size)
         if axis.weak:
-            names.freeze(own[~names.produced(own)], "a buffer that no layer produces")
-        roots = names.find(own)
+            names.freeze(axis.names[~names.produced(axis.names)], "a buffer that no layer produces")
+        roots = names.find(axis.names)
         if (roots == roots[0]).all():
-            names.freeze(own[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
+            names.freeze(roots[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
 
 
 def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Frozen]]:
@@ -410,7 +511,7 @@ def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Froze
     if not axes:
         return [], []
     names = run.names
-    atoms = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in axes])
+    atoms = np.concatenate([axis.names for axis in axes])
     owner = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
     position = np.concatenate([np.arange(axis.size) for axis in axes])
     roots, reasons = names.find(atoms), names.reason_numbers(atoms)
@@ -478,5 +579,3 @@ def unique_name(parameter: str, taken: set[str]) -> str:
     taken.add(name)
     return name
 
-
-__all__ = ["Analysis", "Frozen", "Group", "Member", "Value", "along", "analyze", "varying"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.channels.labels import Label, Labels, Operand, pin, reshape, settle
+from fxprune.channels.labels import Label, Labels, Operand, join, pin, reshape, settle
 from fxprune.channels.pointwise import add_bias
 from fxprune.channels.tensor import Call, Term, operand, rule
 
@@ -122,8 +122,6 @@ def addmm(call: Call) -> Labels:
     bias, a, b = (operand(value) for value in call.args[:3])
     batch = "b" if len(a.shape) == 3 else ""
     labels = matmul(call, a, b, f"{batch}mk", f"{batch}kn", f"{batch}mn")
-    from fxprune.channels.labels import join
-
     return join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
 
 
@@ -202,11 +200,7 @@ def attention(call: Call) -> Any:
     shape = (*query.shape[:-1], key.shape[-2])
     mask = call.arg("attn_mask", call.arg("attn_bias"))
     operands: Sequence[Operand] = [Operand(scores, shape)] + ([operand(mask)] if mask is not None else [])
-    from fxprune.channels.labels import join
-
     weights = Operand(join(call.names, operands, len(shape)), shape, "attention weights")
     labels = matmul(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
     return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
 
-
-__all__ = ["contract"]

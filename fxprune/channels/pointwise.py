@@ -6,8 +6,8 @@ look pointwise from the channels' side.
 
 from typing import Any
 
-from fxprune.channels.labels import Labels, Operand, align, join
-from fxprune.channels.tensor import Call, ChannelTensor, operand, rule
+from fxprune.channels.labels import Labels, Operand, join
+from fxprune.channels.tensor import Call, operand, rule, unknown
 
 UNTAGGED = (
     "hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel rrelu_with_noise log_sigmoid log_sigmoid_forward mish "
@@ -19,6 +19,7 @@ LIKE = (
     "alias detach clone contiguous lift_fresh lift_fresh_copy _to_copy zeros_like ones_like full_like empty_like rand_like "
     "randn_like randint_like"
 ).split()
+CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 
 
 @rule("pointwise", *UNTAGGED)
@@ -38,16 +39,16 @@ def dropout(call: Call) -> Any:
     return [labels, labels]
 
 
-@rule("as_strided")
-def as_strided(call: Call) -> Labels:
-    """Pooling in channels_last restrides its result in place; any other use is not understood."""
-    value = call.args[0]
-    if isinstance(value, ChannelTensor) and value.shape == call.shape:
-        return value.labels
-    from fxprune.channels.tensor import unknown
+@rule(*CREATION)
+def creation(call: Call) -> Labels:
+    return ()
 
-    labels: Labels = unknown(call)
-    return labels
+
+@rule("as_strided")
+def as_strided(call: Call) -> Any:
+    """Pooling in channels_last restrides its result in place; any other use is not understood."""
+    value = operand(call.args[0])
+    return value.labels if value.shape == call.shape else unknown(call)
 
 
 def add_bias(call: Call, labels: Labels, shape: Any, bias: Any, axis: int) -> Labels:
@@ -60,5 +61,3 @@ def add_bias(call: Call, labels: Labels, shape: Any, bias: Any, axis: int) -> La
     there = Operand(spread, (*vector.shape, *[1] * trailing), vector.source)
     return join(call.names, [Operand(labels, shape), there], len(shape))
 
-
-__all__ = ["add_bias", "align", "pointwise"]

@@ -1,0 +1,31 @@
+"""Compare the installed fxprune with the checkout, file by file, and import every module of it."""
+
+import importlib
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+# The package must work without its extras.
+for extra in ("rich", "matplotlib", "sklearn", "pytest", "hypothesis", "torch_pruning"):
+    sys.modules[extra] = None  # type: ignore[assignment]
+
+
+def modules(package: str, folder: Path) -> set[str]:
+    """The dotted names of the modules under a folder that holds the named package."""
+    parts = (path.relative_to(folder).with_suffix("").parts for path in folder.rglob("*.py"))
+    return {".".join((package, *part)).removesuffix(".__init__") for part in parts}
+
+
+expected = modules("fxprune", CHECKOUT / "fxprune") | modules("fxprune.passes", CHECKOUT / "passes")
+installed = Path(importlib.import_module("fxprune").__file__ or "").parent
+if installed.is_relative_to(CHECKOUT):
+    sys.exit("fxprune was imported from the checkout, not from the wheel")
+found = modules("fxprune", installed)
+if found != expected:
+    sys.exit(f"the wheel lacks {sorted(expected - found)}, has besides {sorted(found - expected)}")
+if not (installed / "py.typed").exists():
+    sys.exit("the wheel lacks fxprune/py.typed")
+for name in sorted(found):
+    importlib.import_module(name)
+print(f"the wheel holds all {len(found)} modules, and each imports without the extras")

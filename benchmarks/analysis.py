@@ -1,0 +1,266 @@
+"""What a cut costs: fxprune beside Torch-Pruning on torchvision's classification models.
+
+    python benchmarks/analysis.py [--models resnet18,vit_b_16] [--repeats 3] [--limit-s 200]
+
+The clock takes CPU seconds on one thread: trace + analyze + plan + rewrite for fxprune, graph +
+step for Torch-Pruning, both to half the channels by group magnitude. Every (model, tool) has a
+process of its own, the tools take turns, and each result is appended to analysis.jsonl: a broken
+run goes on where it stopped. Needs Linux (/proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import RESULTS, in_words, machine, table, write
+
+TOOLS = ("fxprune", "torch-pruning")
+GIB = 2**30
+MEMORY_LIMIT = 16 * GIB
+WORKER = Path(__file__).with_name("analysis_worker.py")
+
+Row = dict[str, Any]  # what `measure` returns
+Pair = tuple[Row | None, Row | None]  # fxprune's, Torch-Pruning's
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "analysis.jsonl"
+    if options.fresh:
+        log.unlink(missing_ok=True)
+    done = read(log, options)
+    for model in options.models:
+        for tool in options.tools:
+            if (model, tool) not in done:
+                row = done[model, tool] = measure(model, tool, options.repeats, options.limit_s)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{model:20} {tool:14} {outcome(row)}", flush=True)
+    report(done, options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--models", type=names, help="separated by commas; default: all")
+    parser.add_argument("--tools", type=names, default=list(TOOLS), help=f"of {', '.join(TOOLS)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit-s", type=float, default=200, help="CPU seconds for one repeat")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run measured")
+    options = parser.parse_args()
+    if unknown := set(options.tools) - set(TOOLS):
+        parser.error(f"unknown tools: {', '.join(sorted(unknown))}")
+    zoo = classification_models()
+    options.models = options.models or zoo
+    if unknown := set(options.models) - set(zoo):
+        parser.error(f"unknown models: {', '.join(sorted(unknown))}")
+    return options
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def classification_models() -> list[str]:
+    import torchvision
+
+    models: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return models
+
+
+def read(log: Path, options: argparse.Namespace) -> dict[tuple[str, str], Row]:
+    """Read what was measured so far under the same options, by model and tool."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    same = {"repeats": options.repeats, "limit_s": options.limit_s}
+    rows = [row for row in map(json.loads, lines) if same.items() <= row.items()]
+    return {(row["model"], row["tool"]): row for row in rows}
+
+
+def measure(model: str, tool: str, repeats: int, limit_s: float) -> Row:
+    """Run the worker in a fresh process, and watch its memory.
+
+    A row holds the seconds of each repeat, the medians of their stages, and the peak memory;
+    `result` is "runs" or what the pruned model raised, `failure` why there is none, or None.
+    """
+    command = [sys.executable, "-W", "ignore", str(WORKER), tool, model, str(repeats), str(limit_s)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    largest = 0
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+        try:
+            while process.poll() is None:
+                largest = max(largest, resident_bytes(process.pid))
+                if largest > MEMORY_LIMIT:
+                    process.kill()
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        told = [json.loads(line) for line in out]
+        last_words = (err.read().strip().splitlines() or [""])[-1]
+
+    runs = [facts for facts in told if "stages" in facts]
+    stages = runs[0]["stages"] if runs else {}
+    ends = {key: facts[key] for facts in told for key in ("failure", "result") if key in facts}
+    if largest > MEMORY_LIMIT:
+        ends["failure"] = f"memory: over {MEMORY_LIMIT / GIB:.0f} GiB"
+    elif process.returncode == -signal.SIGPROF:
+        ends["failure"] = f"time: over {limit_s:.0f} s"
+    elif process.returncode != 0:
+        ends["failure"] = f"exit code {process.returncode}: {last_words}"[:120]
+    return {
+        "model": model,
+        "tool": tool,
+        "repeats": repeats,
+        "limit_s": limit_s,
+        "seconds": [sum(run["stages"].values()) for run in runs],
+        "stages": {stage: median(run["stages"][stage] for run in runs) for stage in stages},
+        "peak_bytes": largest if "failure" in ends else runs[-1]["peak_bytes"],
+        "parameters_kept": runs[-1]["parameters_kept"] if runs else None,
+        "result": ends.get("result"),
+        "failure": ends.get("failure"),
+    }
+
+
+def resident_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    _, found, rest = status.partition("VmRSS:")
+    return 1024 * int(rest.split()[0]) if found else 0
+
+
+def outcome(row: Row) -> str:
+    """Say in one line the median, or what went wrong."""
+    if row["failure"]:
+        return str(row["failure"])
+    stages = ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in row["stages"].items())
+    peak = f"{row['peak_bytes'] / GIB:.1f} GiB"
+    return f"{median(row['seconds']):6.3g} s ({stages}), {peak}, {row['result']}"
+
+
+def report(done: dict[tuple[str, str], Row], options: argparse.Namespace) -> None:
+    """Print table and summary, and write them."""
+    here = machine("fxprune", "torch", "torchvision", "torch-pruning")
+    fxprune, torch_pruning = TOOLS
+    pairs = {m: (done.get((m, fxprune)), done.get((m, torch_pruning))) for m in options.models}
+    text = "\n".join(
+        [
+            "# The cost of a cut",
+            "",
+            "CPU seconds on one thread to cut half the channels: the median of "
+            f"{options.repeats} repeats in one process; the first, which warms up, in brackets. "
+            "Peak: resident memory of the process, torch included. "
+            f"Parameters: what is left. Limits: {options.limit_s:.0f} CPU seconds a repeat, "
+            f"{MEMORY_LIMIT // GIB} GiB.",
+            "",
+            in_words(here),
+            "",
+            "\n".join(summary(pairs)),
+            "",
+            comparison(pairs),
+            "",
+            "What failed, or left a model that does not run:",
+            "",
+            "\n".join(complaints(pairs)) or "- nothing",
+        ]
+    )
+    print("\n" + text)
+    rows = [row for pair in pairs.values() for row in pair if row is not None]
+    write(options.out, "analysis", text, {"machine": here, "rows": rows})
+
+
+def comparison(pairs: dict[str, Pair]) -> str:
+    stages = ("trace", "analyze", "plan", "rewrite")
+    header = ["model", "fxprune s", *stages, "Torch-Pruning s", "ratio", "peak GiB", "parameters"]
+    rows = []
+    for model, (ours, theirs) in pairs.items():
+        of_stages = ours["stages"] if ours else {}
+        rows.append(
+            [
+                model,
+                seconds(ours),
+                *(f"{of_stages[stage]:.3g}" if stage in of_stages else "" for stage in stages),
+                seconds(theirs),
+                f"{ratio:.1f}" if (ratio := times_faster(ours, theirs)) else "",
+                both(ours, theirs, "peak_bytes", lambda peak: f"{peak / GIB:.1f}"),
+                both(ours, theirs, "parameters_kept", lambda kept: f"{kept:.0%}"),
+            ]
+        )
+    return table(header, rows)
+
+
+def summary(pairs: dict[str, Pair]) -> Iterator[str]:
+    """Yield the findings, one a line."""
+    faster = {m: ratio for m, (a, b) in pairs.items() if (ratio := times_faster(a, b)) is not None}
+    if faster:
+        yield f"- Median ratio: {median(faster.values()):.1f} (aim 3), over {len(faster)} models."
+        best = {m: times_faster(*pairs[m], typical=min) for m in faster}
+        yield f"- The same by the fastest repeat: {median(filter(None, best.values())):.1f}."
+    if dense := {model: ratio for model, ratio in faster.items() if model.startswith("densenet")}:
+        listed = ", ".join(f"{model} {ratio:.1f}" for model, ratio in dense.items())
+        yield f"- DenseNets (aim 30): {listed}."
+    if faster:
+        slower = [f"{model} {ratio:.2f}" for model, ratio in faster.items() if ratio < 1]
+        yield f"- Slower than Torch-Pruning (aim: none): {', '.join(slower) or 'none'}."
+    ours = [row for row, _ in pairs.values() if row is not None]
+    if timed := [row for row in ours if row["seconds"]]:
+        slowest = max(timed, key=lambda row: median(row["seconds"]))
+        yield f"- Slowest for fxprune: {slowest['model']}, {median(slowest['seconds']):.3g} s."
+        largest = max(timed, key=lambda row: row["peak_bytes"])
+        yield f"- Largest for fxprune: {largest['model']}, {largest['peak_bytes'] / GIB:.1f} GiB."
+    for index, tool in enumerate(TOOLS):
+        rows = [pair[index] for pair in pairs.values()]
+        unfit = [row["model"] for row in rows if row is not None and row["result"] != "runs"]
+        if any(rows):
+            yield f"- No result that runs, {tool}: {len(unfit)} ({', '.join(unfit) or 'none'})."
+
+
+def times_faster(
+    ours: Row | None, theirs: Row | None, typical: Callable[[list[float]], float] = median
+) -> float | None:
+    """Say how many times less CPU fxprune takes; None unless both came to an end."""
+    if not ours or not theirs or ours["failure"] or theirs["failure"]:
+        return None
+    return typical(theirs["seconds"]) / typical(ours["seconds"])
+
+
+def seconds(row: Row | None) -> str:
+    if not row:
+        return ""
+    if not row["seconds"]:
+        return "-"
+    return f"{median(row['seconds']):.3g} ({row['seconds'][0]:.3g})"
+
+
+def both(ours: Row | None, theirs: Row | None, key: str, show: Callable[[float], str]) -> str:
+    """Show `key` of fxprune / of Torch-Pruning."""
+    values = [row[key] if row else None for row in (ours, theirs)]
+    return " / ".join("-" if value is None else show(value) for value in values)
+
+
+def complaints(pairs: dict[str, Pair]) -> Iterator[str]:
+    """Yield each failure and each result that does not run, with its tool."""
+    for model, rows in pairs.items():
+        for row in rows:
+            if row is not None and row["result"] != "runs":
+                yield f"- {model}, {row['tool']}: {row['failure'] or row['result']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""fxprune: prune neural networks while they train, by rewriting their torch.fx graphs."""
+
+from fxprune.channels.analysis import Analysis, analyze
+from fxprune.errors import FxpruneError
+from fxprune.param_map import ParamMap
+from fxprune.plan import Plan
+from fxprune.rewrite import rewrite
+from fxprune.trace import TracedModule, trace
+from fxprune.verify import verify
+
+__version__ = "0.1.0"
+__all__ = ["Analysis", "FxpruneError", "ParamMap", "Plan", "TracedModule", "analyze", "rewrite", "trace", "verify"]

@@ -1,0 +1,119 @@
+"""ParamMap: for each parameter and buffer the indices kept on each axis; enough to slice anything shaped like it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune.errors import MigrationError
+
+Kept = tuple[Tensor | None, ...]
+
+
+class ParamMap(Mapping[str, Kept]):
+    """What a rewrite kept. ``param_map[name]`` has, for each axis of the original tensor, the sorted int64 indices kept,
+    or None where all are kept."""
+
+    def __init__(
+        self,
+        kept: Mapping[str, Kept],
+        parameters: Mapping[nn.Parameter, tuple[str, nn.Parameter]],
+        norms: Mapping[str, Kept],
+    ) -> None:
+        """``parameters``: original -> (name, compact). ``norms``: graph node -> what is kept of the value it normalizes."""
+        self._kept = dict(kept)
+        self._parameters = dict(parameters)
+        self.norms = dict(norms)
+
+    def __getitem__(self, name: str) -> Kept:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def slice(self, name: str, tensor: Tensor) -> Tensor:
+        """Cut a tensor that is shaped like the original parameter or buffer ``name``."""
+        return cut(tensor, self._kept[name])
+
+    def removed(self, name: str, tensor: Tensor) -> Tensor:
+        """bool, shaped like ``tensor``: the positions of ``name`` that are gone."""
+        kept = torch.ones_like(tensor, dtype=torch.bool)
+        for axis, index in enumerate(self._kept[name]):
+            if index is not None:
+                here = torch.zeros(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+                here[index.to(tensor.device)] = True
+                kept &= here.reshape([-1 if at == axis else 1 for at in range(tensor.ndim)])
+        return ~kept
+
+    def then(self, other: "ParamMap") -> "ParamMap":
+        """The map of two rewrites, one after the other."""
+        kept = {name: tuple(map(compose, first, other[name])) for name, first in self._kept.items()}
+        parameters = {old: other._parameters[new] for old, (_, new) in self._parameters.items()}
+        return ParamMap(kept, parameters, {})
+
+    def migrate(self, optimizer: Optimizer) -> None:
+        """Make ``optimizer`` hold the compact model's parameters, its state sliced. The object stays the same.
+
+        Every state tensor that is shaped like its parameter is cut like it; scalars stay. Gradients are cut too.
+
+        Raises:
+            MigrationError: the optimizer holds parameters of another model, or state that is neither. The optimizer
+                is unchanged then.
+        """
+        moved: dict[nn.Parameter, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            for old in group["params"]:
+                if old not in self._parameters:
+                    raise MigrationError(
+                        f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not in the model that was "
+                        "rewritten. Make the optimizer from the parameters of that model."
+                    )
+                moved[old] = self._moved_state(old, optimizer.state.get(old, {}))
+        for group in optimizer.param_groups:
+            group["params"] = [self._parameters[old][1] for old in group["params"]]
+        for old, state in moved.items():
+            name, new = self._parameters[old]
+            new.grad = None if old.grad is None else cut(old.grad, self._kept[name])
+            optimizer.state.pop(old, None)
+            if state:
+                optimizer.state[new] = state
+
+    def _moved_state(self, old: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
+        name, new = self._parameters[old]
+        result = {}
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.numel() == 1 and value.shape != old.shape:
+                result[key] = value
+            elif value.shape == old.shape:
+                result[key] = cut(value, self._kept[name])
+            elif new.shape == old.shape:
+                result[key] = value
+            else:
+                raise MigrationError(
+                    f"the optimizer's state {key!r} of {name} has shape {tuple(value.shape)}, the parameter has "
+                    f"{tuple(old.shape)}: it can't be sliced. Use an optimizer whose state is shaped like the parameter."
+                )
+        return result
+
+
+def cut(tensor: Tensor, kept: Kept) -> Tensor:
+    """A copy of ``tensor`` with only the ``kept`` indices of each axis; its memory format stays."""
+    result = tensor.detach()
+    for axis, index in enumerate(kept):
+        if index is not None:
+            result = result.index_select(axis, index.to(result.device))
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return result.clone(memory_format=torch.channels_last)
+    return result.clone() if result.data_ptr() == tensor.data_ptr() or result is tensor else result
+
+
+def compose(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Indices into the original of what ``second`` keeps of what ``first`` kept."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first[second]

@@ -1,0 +1,114 @@
+"""Plan: for each group of channels, which stay. Plain data: composable, comparable, JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxprune.errors import FileError, PlanError
+
+FORMAT = "fxprune plan 1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels stay.
+
+    Attributes:
+        keep: group name -> the channels that stay, sorted; a group that is not named stays whole.
+        sizes: the size of every group of the model that the plan was made for.
+        options: the options of ``analyze`` under which these groups were found.
+    """
+
+    keep: Mapping[str, Sequence[int]]
+    sizes: Mapping[str, int]
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kept in self.keep.items():
+            size = self.sizes.get(name)
+            if size is None:
+                raise PlanError(f"the plan keeps channels of group {name!r}, which the model does not have")
+            channels = [int(channel) for channel in kept]
+            if not channels:
+                raise PlanError(f"the plan keeps none of the {size} channels of group {name!r}; keep at least one")
+            if sorted(set(channels)) != channels or channels[0] < 0 or channels[-1] >= size:
+                raise PlanError(
+                    f"the channels kept of group {name!r} must be sorted, distinct and in [0, {size}); got {channels[:8]}"
+                )
+        keep = {name: tuple(int(channel) for channel in kept) for name, kept in self.keep.items()}
+        object.__setattr__(self, "keep", {name: kept for name, kept in keep.items() if len(kept) < self.sizes[name]})
+        object.__setattr__(self, "sizes", dict(self.sizes))
+        object.__setattr__(self, "options", dict(self.options))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of channels of each group after the plan."""
+        return {name: len(self.keep.get(name, range(size))) for name, size in self.sizes.items()}
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise PlanError unless the plan was made for a model whose groups have these sizes."""
+        if self.sizes == dict(sizes):
+            return
+        foreign = sorted(set(self.sizes) - set(sizes)) + sorted(set(sizes) - set(self.sizes))
+        differ = [name for name in self.sizes if name in sizes and sizes[name] != self.sizes[name]]
+        found = (
+            f"group {foreign[0]!r} is in one but not in the other"
+            if foreign
+            else f"group {differ[0]!r} has {sizes[differ[0]]} channels, the plan expects {self.sizes[differ[0]]}"
+        )
+        raise PlanError(f"this plan was made for another model: {found}. Make a plan from this model's own analysis.")
+
+    def then(self, other: "Plan") -> "Plan":
+        """The plan that does this one and then ``other``, a plan for the model that this one leads to."""
+        other.check(self.widths)
+        keep: dict[str, Sequence[int]] = dict(self.keep)
+        for name, kept in other.keep.items():
+            mine = self.keep.get(name, range(self.sizes[name]))
+            keep[name] = tuple(mine[channel] for channel in kept)
+        return Plan(keep, self.sizes, self.options)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data."""
+        keep = {name: list(kept) for name, kept in self.keep.items()}
+        return {"format": FORMAT, "keep": keep, "sizes": dict(self.sizes), "options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Plan":
+        """The opposite of ``to_json``. Raises FileError on anything else."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise FileError(f"this is not a plan: expected a JSON object with format {FORMAT!r}")
+        keep, sizes, options = (data.get(key) for key in ("keep", "sizes", "options"))
+        sound = (
+            isinstance(keep, dict)
+            and isinstance(sizes, dict)
+            and isinstance(options, dict)
+            and all(isinstance(size, int) for size in sizes.values())
+            and all(isinstance(kept, list) and all(type(c) is int for c in kept) for kept in keep.values())
+        )
+        if not sound:
+            raise FileError("this plan is damaged: keep, sizes and options must be objects of integer lists, integers, text")
+        try:
+            return cls(keep, sizes, options)
+        except PlanError as error:
+            raise FileError(f"this plan is damaged: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan. Raises FileError on a file that is truncated or no plan."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileError(f"can't read a plan from {path}: {error}") from error
+        return cls.from_json(data)
+
+    def __str__(self) -> str:
+        lines = [f"plan for {len(self.sizes)} groups, {len(self.keep)} of them cut"]
+        width = max((len(name) for name in self.sizes), default=0)
+        lines += [f"  {name:{width}}  {self.sizes[name]:6} -> {after:6}" for name, after in self.widths.items()]
+        return "\n".join(lines)

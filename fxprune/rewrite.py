@@ -1,0 +1,216 @@
+"""Rewrite: (graph, analysis, plan) -> compact GraphModule and ParamMap. The original is untouched.
+
+Parameters are sliced, module attributes set from them, and each graph is run once on meta tensors: on the way, sizes
+baked into it are replaced where they no longer fit, and every value is compared with its predicted shape.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fxprune.channels.analysis import Analysis, Value, _Runner, on_meta, placeholders, where
+from fxprune.channels.names import Bools
+from fxprune.errors import FxpruneError, RewriteError
+from fxprune.fit import fit
+from fxprune.param_map import Kept, ParamMap, cut
+from fxprune.plan import Plan
+from fxprune.trace import TracedModule
+
+
+def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[TracedModule, ParamMap]:
+    """Carry out ``plan``.
+
+    Args:
+        graph: the traced model that was analysed, or another trace of the same architecture with weights of its own.
+        analysis: of that model.
+        plan: for that analysis.
+
+    Returns:
+        The compact model, a GraphModule with parameters of its own, and the map of what was kept.
+
+    Raises:
+        PlanError: the plan is for another model.
+        RewriteError: ``graph`` is not the model that was analysed, or a shape is not as predicted.
+    """
+    predicted = analysis.after(plan)
+    stays = analysis.stays(plan)
+    kept = kept_indices(analysis, stays)
+    state = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != dict(analysis.shapes):
+        name = next(iter({*found.items()} ^ {*analysis.shapes.items()}))[0]
+        raise RewriteError(
+            f"this is not the model that was analysed: {name} has shape {found.get(name)}, the analysis says "
+            f"{analysis.shapes.get(name)}. Analyse it again, or rewrite the model that you analysed."
+        )
+
+    memo: dict[int, Any] = {}
+    parameters: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
+    for name, tensor in state.items():
+        if id(tensor) in memo:
+            continue
+        new = cut(tensor, kept[name])
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            parameters[tensor] = name, new
+        memo[id(tensor)] = new
+    compact = copy.deepcopy(graph, memo)
+    for mode, nodes in compact.distinct_graphs().items():
+        set_attributes(compact, nodes, predicted.values[mode])
+    for mode in compact.distinct_graphs():
+        fit_graph(compact, mode, analysis, predicted, stays)
+    compact.recompile()
+    record(compact, analysis, plan)
+    return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays))
+
+
+def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
+    """For every parameter and buffer, under all its names, the kept indices of each axis."""
+    kept: dict[str, Kept] = {}
+    for name, shape in analysis.shapes.items():
+        axes: list[Tensor | None] = [None] * len(shape)
+        for at in range(len(shape)):
+            axis = analysis.axes.get((analysis.aliases[name], at))
+            if axis is not None and not (mask := stays[axis.names]).all():
+                axes[at] = torch.from_numpy(mask.nonzero()[0])
+        kept[name] = tuple(axes)
+    return kept
+
+
+def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
+    """For each node with a norm whose statistics change: the kept indices of each axis of the normalized value."""
+    kept: dict[str, Kept] = {}
+    for norm in analysis.norms:
+        mask = torch.from_numpy(stays[norm.label.numpy()])
+        if not mask.all():
+            kept[norm.node] = tuple(
+                mask.movedim(axis, 0).flatten(1).any(1).nonzero().flatten() if size > 1 else None
+                for axis, size in enumerate(mask.shape)
+            )
+    return kept
+
+
+def record(compact: TracedModule, analysis: Analysis, plan: Plan) -> None:
+    """Leave on the compact model what ``save`` needs: the plan from the model that was traced first."""
+    from fxprune.inputs import describe
+
+    before = compact.meta.get("fxprune")
+    whole = Plan.from_json(before["plan"]).then(plan) if before else plan
+    example = before["example_inputs"] if before else describe(analysis.example_inputs)
+    compact.meta["fxprune"] = {"plan": whole.to_json(), "example_inputs": example}
+
+
+def set_attributes(compact: nn.Module, graph: fx.Graph, values: Any) -> None:
+    """Make the attributes of the layers that ``graph`` calls say what their weights are."""
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = compact.get_submodule(node.target)
+        source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        value = values[source.name] if isinstance(source, fx.Node) else None
+        shape = value.shape if isinstance(value, Value) else ()
+        for name, attribute in attributes(module, shape).items():
+            if getattr(module, name) != attribute:
+                setattr(module, name, attribute)
+
+
+def attributes(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The attributes of a layer of torch.nn that follow from its weights and the ``shape`` of its input."""
+    weight = getattr(module, "weight", None)
+    w = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    match module:
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            groups = 1 if module.groups == 1 else grouped(module, w)
+            return {"in_channels": w[0], "out_channels": w[1] * groups, "groups": groups}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            groups = 1 if module.groups == 1 else shape[-len(w) + 1] // w[1]
+            return {"in_channels": w[1] * groups, "out_channels": w[0], "groups": groups}
+        case nn.Linear():
+            return {"in_features": w[1], "out_features": w[0]}
+        case nn.modules.batchnorm._NormBase():
+            return {"num_features": shape[1] if len(shape) > 1 else module.num_features}
+        case nn.LayerNorm() | nn.RMSNorm():
+            return {"normalized_shape": tuple(shape[-len(module.normalized_shape) :])}
+        case nn.GroupNorm():
+            size = module.num_channels // module.num_groups
+            groups = 1 if module.num_groups == 1 else shape[1] // size
+            return {"num_groups": groups, "num_channels": shape[1]}
+        case nn.Embedding():
+            return {"num_embeddings": w[0], "embedding_dim": w[1]}
+        case nn.PReLU():
+            return {"num_parameters": w[0]}
+    return {}
+
+
+def grouped(module: nn.Module, weight: tuple[int, ...]) -> int:
+    """The groups that stay of a transposed convolution: whole groups went, or channels within each."""
+    per_group = module.in_channels // module.groups  # type: ignore[operator]
+    whole = module.out_channels // module.groups == weight[1] and weight[0] % per_group == 0  # type: ignore[operator]
+    return weight[0] // per_group if whole else int(module.groups)  # type: ignore[call-overload]
+
+
+class Fitter(fx.Interpreter):
+    """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
+
+    def __init__(self, module: TracedModule, graph: fx.Graph, before: Any, after: Any, stays: Any) -> None:
+        super().__init__(module, graph=graph, garbage_collect_values=False)
+        self.before, self.after, self.stays = before, after, stays
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Fit, run and check one node."""
+        if n.op in ("call_function", "call_method"):
+            fit(self, n)
+        try:
+            result = super().run_node(n)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise RewriteError(
+                f"node {where(n)} does not run in the compact graph: {type(error).__name__}: {error}. The model is "
+                "unchanged; keep the channels there with keep=, and please report it."
+            ) from error
+        return self.checked(n, result)
+
+    def checked(self, node: fx.Node, result: Any) -> Any:
+        """Compare shapes with the prediction; a float that was computed from sizes keeps its original value."""
+        expected = self.after[node.name]
+        if isinstance(expected, float) and result != expected:
+            bake(node, expected)
+            return expected
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        predicted = [leaf.shape for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Value)]
+        if shapes != predicted and node.op != "output":
+            raise RewriteError(
+                f"node {where(node)} has shape {shapes} in the compact graph, predicted was {predicted}. The model is "
+                "unchanged; keep the channels there with keep=, and please report it."
+            )
+        return result
+
+
+def bake(node: fx.Node, value: Any) -> None:
+    """Replace a node that computes a number by that number, in all its users."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda arg: value if arg is node else arg)
+        user.kwargs = fx.map_arg(user.kwargs, lambda arg: value if arg is node else arg)
+
+
+def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: Analysis, stays: Bools) -> None:
+    """Fit the sizes in the graph of one mode."""
+    graph = compact.graphs[mode]
+    state = dict(compact.named_parameters(remove_duplicate=False)) | dict(compact.named_buffers(remove_duplicate=False))
+    swapped = {f"module.{name}": on_meta(tensor) for name, tensor in state.items()}
+    for name, first in analysis.aliases.items():
+        swapped[f"module.{name}"] = swapped[f"module.{first}"]
+    fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
+    modes = {module: module.training for module in compact.modules()}
+    compact.train(mode)
+    try:
+        with torch.no_grad():
+            functional_call(_Runner(fitter, compact), swapped, tuple(placeholders(graph, analysis.example_inputs)))
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,216 @@
+"""Verify: the masked original and the compact model are one function, in eval and train mode, outputs and gradients.
+
+The masked original is the model with every removed slice set to zero. Where a norm runs over channels that were removed
+its statistics run over the kept ones only: there the two functions differ by nature, and this is the one that is meant.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fxprune.channels.analysis import placeholders
+from fxprune.errors import VerificationError
+from fxprune.inputs import Bound, bind, map_tensors, tensors_in
+from fxprune.param_map import Kept, ParamMap, cut
+from fxprune.trace import TracedModule
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared: the largest difference, relative to the largest value of the tensor it is in.
+
+    ``outputs`` and ``gradients`` are the largest over both modes; ``moved`` says by how much removing the channels
+    moved the output of the original, so that a comparison that could not fail is seen.
+    """
+
+    outputs: float
+    gradients: float
+    moved: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        return (
+            f"masked original == compact: outputs to {self.outputs:.1e}, gradients to {self.gradients:.1e} "
+            f"(allowed {self.tolerance:.0e}; the cut itself moved the outputs by {self.moved:.1e})"
+        )
+
+
+def verify(
+    graph: TracedModule,
+    compact: TracedModule,
+    param_map: ParamMap,
+    example_inputs: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    gradients: bool = True,
+) -> Verification:
+    """Compare the masked original with the compact model on ``example_inputs``. Neither is changed.
+
+    Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off.
+
+    Raises:
+        VerificationError: they differ; says where and by how much.
+    """
+    inputs = map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs))
+    tolerance = TOLERANCE[dtype]
+    masked = copy.deepcopy(graph).to(dtype)
+    mask_(masked, param_map)
+    original, small = copy.deepcopy(graph).to(dtype), copy.deepcopy(compact).to(dtype)
+    worst = {"output": 0.0, "gradient": 0.0}
+    moved = 0.0
+    for mode in (False, True):
+        name = "train" if mode else "eval"
+        expected, expected_grads = outputs_of(masked, mode, inputs, gradients, param_map)
+        found, found_grads = outputs_of(small, mode, inputs, gradients, None)
+        if len(expected) != len(found):
+            raise VerificationError(f"in {name} mode the model returns {len(expected)} tensors, the compact {len(found)}")
+        compared = [("output", str(i), a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))]
+        for key, gradient in expected_grads.items():
+            compared.append(("gradient", key, param_map.slice(key, gradient), found_grads[key]))
+        scale = max((a.abs().max().item() for kind, _, a, _ in compared if kind == "gradient" and a.numel()), default=0.0)
+        for kind, key, a, b in compared:
+            error = difference(a, b, floor=1e-6 * scale if kind == "gradient" else 0.0)
+            worst[kind] = max(worst[kind], error)
+            if not error <= tolerance:
+                raise VerificationError(
+                    f"in {name} mode {kind} {key} of the compact model differs from the masked original by {error:.2e} "
+                    f"(relative to its largest value; allowed {tolerance:.0e}). Please report this model."
+                )
+        if not mode:
+            whole, _ = outputs_of(original, mode, inputs, False, None)
+            moved = max((difference(a, b) for a, b in zip(whole, found, strict=True)), default=0.0)
+    return Verification(worst["output"], worst["gradient"], moved, tolerance)
+
+
+def mask_(model: nn.Module, param_map: ParamMap) -> None:
+    """Set every removed slice of every parameter of ``model`` to zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.masked_fill_(param_map.removed(name, parameter), 0)
+
+
+def difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """The largest absolute difference, relative to the largest absolute value of ``a`` (at least ``floor``)."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    gap, size = (a.detach() - b.detach()).abs().max().item(), max(a.detach().abs().max().item(), floor)
+    return gap / size if size else gap
+
+
+def outputs_of(
+    model: TracedModule, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap | None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The output tensors of ``model`` in one mode, and the gradients of a fixed random sum of them."""
+    model.train(mode)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    graph = model.graphs[mode]
+    run = MaskedNorms(model, graph, param_map.norms if param_map is not None else {})
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(gradients), NoDropout():
+        result = run.run(*map_tensors(Tensor.clone, tuple(placeholders(graph, inputs))), enable_io_processing=False)
+    outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+    if gradients:
+        torch.manual_seed(0)
+        total = sum((each * torch.randn_like(each)).sum() for each in outputs if each.requires_grad)
+        if isinstance(total, Tensor):
+            total.backward()
+    torch.set_rng_state(torch_state)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(state[name])
+    return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class MaskedNorms(fx.Interpreter):
+    """Runs a graph; the norms of the nodes in ``norms`` see only what is kept of their input."""
+
+    def __init__(self, module: TracedModule, graph: fx.Graph, norms: Any) -> None:
+        super().__init__(module, graph=graph)
+        self.norms = norms
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, under the mode that masks its norms where it has any."""
+        if n.name not in self.norms:
+            return super().run_node(n)
+        with NormOverKept(self.norms[n.name]):
+            return super().run_node(n)
+
+
+class NormOverKept(TorchFunctionMode):
+    """Layer, RMS and single-group norms over the kept channels only; removed channels come out as zero."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept the norms of torch.nn.functional."""
+        kwargs = kwargs or {}
+        if func not in (F.layer_norm, F.group_norm, F.rms_norm):
+            return func(*args, **kwargs)
+        value = args[0]
+        kept = tuple(index if axis else None for axis, index in enumerate(self.kept))
+        given = dict(zip(NORM_ARGUMENTS[func], args[1:], strict=False)) | kwargs
+        small = cut_differentiably(value, kept)
+        if func is F.group_norm:
+            vector = (kept[1],)
+        else:
+            axes = len(given["normalized_shape"])
+            vector = kept[-axes:]
+            given["normalized_shape"] = tuple(small.shape[-axes:])
+        for name in ("weight", "bias"):
+            if given.get(name) is not None:
+                given[name] = cut_differentiably(given[name], vector)
+        result = func(small, **given)
+        for axis, index in enumerate(kept):
+            if index is not None:
+                shape = list(result.shape)
+                shape[axis] = value.shape[axis]
+                result = result.new_zeros(shape).index_copy(axis, index.to(result.device), result)
+        return result
+
+
+NORM_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.layer_norm: ("normalized_shape", "weight", "bias", "eps"),
+    F.group_norm: ("num_groups", "weight", "bias", "eps"),
+    F.rms_norm: ("normalized_shape", "weight", "eps"),
+}
+
+
+def cut_differentiably(tensor: Tensor, kept: Kept) -> Tensor:
+    """``cut`` that gradients pass through."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout returns its input: its noise has the shape of the value, so it can't agree between two models."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept the dropouts of torch.nn.functional."""
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+__all__ = ["Verification", "cut", "verify"]

@@ -1,0 +1,83 @@
+"""The shape of the project: what is packed, who imports whom, how files and classes are named."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fxprune import passes
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = sorted((ROOT / "fxprune").rglob("*.py"))
+METHODS = sorted((ROOT / "passes").rglob("*.py"))
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def dotted(path: Path) -> tuple[str, ...]:
+    """The parts of the name that a file is imported by, `__init__` included."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ("fxprune", *parts) if parts[0] == "passes" else parts
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The absolute name of everything that a file imports: modules, and what it takes from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = dotted(path)[: -node.level] if node.level else ()
+            source = (*base, node.module) if node.module else base
+            yield from (".".join((*source, alias.name)) for alias in node.names)
+
+
+def imports_from(path: Path, *packages: str) -> list[str]:
+    inside = tuple(f"{package}." for package in packages)
+    return [name for name in imports(path) if f"{name}.".startswith(inside)]
+
+
+def environment_variables(text: str) -> set[str]:
+    return set(re.findall(r"FXPRUNE_[A-Z_]+", text))
+
+
+def test_packages_on_disk_are_the_packages_listed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = {tuple(package.split(".")) for package in project["tool"]["setuptools"]["packages"]}
+    files = [dotted(path) for path in COMPILER + METHODS]
+    assert {name[:-1] for name in files if name[-1] == "__init__"} == listed
+    assert {name[:-1] for name in files} == listed
+
+
+@pytest.mark.parametrize("path", COMPILER, ids=label)
+def test_the_compiler_imports_no_method(path):
+    # The command line, which names the methods, stands above them.
+    methods = [] if label(path) == "fxprune/cli.py" else ["fxprune.passes"]
+    assert imports_from(path, "tests", "passes", *methods) == []
+
+
+@pytest.mark.parametrize("path", METHODS, ids=label)
+def test_methods_know_themselves_as_fxprune_passes(path):
+    assert imports_from(path, "tests", "passes") == []
+
+
+ONE_METHOD = [path for path in METHODS if path.stem[0] != "_" and path.stem != "base"]
+
+
+@pytest.mark.parametrize("path", ONE_METHOD, ids=label)
+def test_a_method_has_the_name_of_its_file(path):
+    body = ast.parse(path.read_text()).body
+    classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    public = [name for name in classes if not name.startswith("_")]
+    # Underscores don't count: PruneTrain is in prunetrain.py, FoldBatchNorm in fold_batchnorm.py.
+    assert [name.lower() for name in public] == [path.stem.replace("_", "")]
+    assert hasattr(passes, public[0])
+
+
+def test_every_environment_variable_is_in_the_readme():
+    read = environment_variables("".join(path.read_text() for path in COMPILER + METHODS))
+    assert read - environment_variables((ROOT / "README.md").read_text()) == set()
