@@ -20,9 +20,9 @@ class ParamMap(Mapping[str, Kept]):
         self,
         kept: Mapping[str, Kept],
         parameters: Mapping[nn.Parameter, tuple[str, nn.Parameter]],
-        norms: Mapping[str, Kept],
+        norms: Mapping[tuple[bool, str], Kept],
     ) -> None:
-        """``parameters``: original -> (name, compact). ``norms``: graph node -> what is kept of the value it normalizes."""
+        """``parameters``: original -> (name, compact). ``norms``: (mode, graph node) -> what is kept of the value normalized there."""
         self._kept = dict(kept)
         self._parameters = dict(parameters)
         self.norms = dict(norms)

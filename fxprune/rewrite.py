@@ -81,13 +81,13 @@ def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
     return kept
 
 
-def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
-    """For each node with a norm whose statistics change: the kept indices of each axis of the normalized value."""
-    kept: dict[str, Kept] = {}
+def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Kept]:
+    """For each (mode, node) with a norm whose statistics change: what is kept on each axis of the normalized value."""
+    kept: dict[tuple[bool, str], Kept] = {}
     for norm in analysis.norms:
         mask = torch.from_numpy(stays[norm.label.numpy()])
         if not mask.all():
-            kept[norm.node] = tuple(
+            kept[norm.mode, norm.node] = tuple(
                 mask.movedim(axis, 0).flatten(1).any(1).nonzero().flatten() if size > 1 else None
                 for axis, size in enumerate(mask.shape)
             )

@@ -414,7 +414,7 @@ class _Runner(nn.Module):
 
 def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
-    chosen = graph.graphs[mode]
+    chosen, run.mode = graph.graphs[mode], mode
     recorder = Recorder(graph, chosen, run)
     swapped = {f"module.{name}": tensor for name, tensor in state.items()}
     was_training = graph.training

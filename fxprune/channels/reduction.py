@@ -112,4 +112,4 @@ def affine(call: Call, value: Operand, vectors: Any, axes: range) -> Labels:
 def mark(call: Call, label: Label, axes: tuple[int, ...]) -> None:
     """Note that the statistics of this norm change when channels of ``label`` go."""
     if any(label.shape[axis] > 1 for axis in axes):
-        call.run.norms.append(Norm(call.names.node, condense(label), axes))
+        call.run.norms.append(Norm(call.run.mode, call.names.node, condense(label), axes))

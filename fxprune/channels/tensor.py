@@ -28,15 +28,17 @@ class Term:
 class Norm:
     """A normalization whose statistics run over channels that may be pruned: no pruning of them is exact."""
 
+    mode: bool  # the mode of the graph that it stands in
     node: str
     label: Label
-    axes: tuple[int, ...]  # of the normalized value, as int64[...] label axes
+    axes: tuple[int, ...]  # the normalized ones
 
 
 @dataclass
 class Run:
     """What one or more runs of a model on names bring to light."""
 
+    mode: bool = False  # of the graph that is being run
     heads: str = "whole"
     groups: str = "auto"
     names: Names = field(default_factory=Names)
