@@ -1,12 +1,31 @@
 """fxprune: prune neural networks while they train, by rewriting their torch.fx graphs."""
 
+from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.errors import FxpruneError
+from fxprune.export import export_onnx
+from fxprune.files import load, save
 from fxprune.param_map import ParamMap
 from fxprune.plan import Plan
+from fxprune.prune import prune
 from fxprune.rewrite import rewrite
 from fxprune.trace import TracedModule, trace
 from fxprune.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["Analysis", "FxpruneError", "ParamMap", "Plan", "TracedModule", "analyze", "rewrite", "trace", "verify"]
+__all__ = [
+    "Analysis",
+    "Budget",
+    "FxpruneError",
+    "ParamMap",
+    "Plan",
+    "TracedModule",
+    "analyze",
+    "export_onnx",
+    "load",
+    "prune",
+    "rewrite",
+    "save",
+    "trace",
+    "verify",
+]

@@ -34,6 +34,14 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def batch_of_two(inputs: Bound) -> Bound:
+    """Inputs of batch size 1 as a batch of two, since batch norm can't train on a single value per channel."""
+    if any(not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)):
+        return inputs
+    double: Bound = map_tensors(lambda tensor: torch.cat([tensor, tensor.flip(-1)]), inputs)
+    return double
+
+
 def describe(example_inputs: Any) -> Any:
     """``example_inputs`` without data, as JSON: tensors become {"shape", "dtype"}."""
     args, kwargs = bind(example_inputs)

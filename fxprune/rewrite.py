@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.analysis import Analysis, Value, _Runner, on_meta, placeholders, where
+from fxprune.channels.analysis import Analysis, Value, interpret, on_meta, where
 from fxprune.channels.names import Bools
 from fxprune.errors import FxpruneError, RewriteError
 from fxprune.fit import fit
@@ -143,6 +142,8 @@ def attributes(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
             return {"num_embeddings": w[0], "embedding_dim": w[1]}
         case nn.PReLU():
             return {"num_parameters": w[0]}
+        case nn.RNNBase():
+            return {"input_size": module.weight_ih_l0.shape[1]}
     return {}
 
 
@@ -202,15 +203,6 @@ def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: 
     """Fit the sizes in the graph of one mode."""
     graph = compact.graphs[mode]
     state = dict(compact.named_parameters(remove_duplicate=False)) | dict(compact.named_buffers(remove_duplicate=False))
-    swapped = {f"module.{name}": on_meta(tensor) for name, tensor in state.items()}
-    for name, first in analysis.aliases.items():
-        swapped[f"module.{name}"] = swapped[f"module.{first}"]
+    on = {name: on_meta(tensor) for name, tensor in state.items()}
     fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
-    modes = {module: module.training for module in compact.modules()}
-    compact.train(mode)
-    try:
-        with torch.no_grad():
-            functional_call(_Runner(fitter, compact), swapped, tuple(placeholders(graph, analysis.example_inputs)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    interpret(fitter, compact, mode, analysis.example_inputs, {name: on[analysis.aliases[name]] for name in on})

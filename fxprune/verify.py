@@ -127,7 +127,8 @@ def outputs_of(
     outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
     if gradients:
         torch.manual_seed(0)
-        total = sum((each * torch.randn_like(each)).sum() for each in outputs if each.requires_grad)
+        noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
+        total = sum((each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad)
         if isinstance(total, Tensor):
             total.backward()
     torch.set_rng_state(torch_state)

@@ -5,6 +5,7 @@ every value in the graph (so that the rewrite knows each new shape), and what th
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from fxprune.channels.tensor import ChannelTensor, Norm, Run, Term
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, bind, map_tensors
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import TracedModule, is_users, trace
 
 
 @dataclass(frozen=True)
@@ -397,37 +398,50 @@ class Recorder(fx.Interpreter):
 
 def where(node: fx.Node) -> str:
     """A node's name and the line of the user's model that it comes from."""
-    trace_ = (node.stack_trace or "").strip().splitlines()
-    return f"{node.name} ({trace_[-2].strip()}: {trace_[-1].strip()})" if len(trace_) >= 2 else node.name
+    frames = re.findall(r'File "(.+)", line (\d+), in .+\n *(.+)', node.stack_trace or "")
+    users = [frame for frame in frames if is_users(frame[0])]
+    return "{} ({}:{}: `{}`)".format(node.name, *users[-1]) if users else node.name
 
 
 class _Runner(nn.Module):
     """A module whose forward interprets a graph, so that ``functional_call`` can swap its parameters."""
 
-    def __init__(self, recorder: Recorder, module: nn.Module) -> None:
+    def __init__(self, interpreter: fx.Interpreter, module: nn.Module) -> None:
         super().__init__()
-        self.recorder, self.module = [recorder], module
+        self.interpreter, self.module = [interpreter], module
 
     def forward(self, *args: Any) -> Any:
-        return self.recorder[0].run(*args, enable_io_processing=False)
+        return self.interpreter[0].run(*args, enable_io_processing=False)
 
 
 def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
-    chosen, run.mode = graph.graphs[mode], mode
-    recorder = Recorder(graph, chosen, run)
-    swapped = {f"module.{name}": tensor for name, tensor in state.items()}
-    was_training = graph.training
-    modes = {module: module.training for module in graph.modules()}
-    try:
-        graph.train(mode)
-        with torch.no_grad():
-            functional_call(_Runner(recorder, graph), swapped, tuple(placeholders(chosen, inputs)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        assert graph.training == was_training
+    run.mode = mode
+    recorder = Recorder(graph, graph.graphs[mode], run)
+    interpret(recorder, graph, mode, inputs, state)
     return recorder.values
+
+
+def interpret(interpreter: fx.Interpreter, module: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor]) -> None:
+    """Run ``interpreter`` on ``module`` in one mode, with the tensors of ``state`` for its parameters and buffers.
+
+    A module that has several names is swapped under its first: ``functional_call`` would not restore it otherwise.
+    """
+    swapped = {}
+    for path, part in module.named_modules():
+        for leaf in (*part._parameters, *part._buffers):
+            name = f"{path}.{leaf}".removeprefix(".")
+            if name in state:
+                swapped[f"module.{name}"] = state[name]
+    modes = {part: part.training for part in module.modules()}
+    arguments = tuple(placeholders(module.graphs[mode], inputs))
+    try:
+        module.train(mode)
+        with torch.no_grad():
+            functional_call(_Runner(interpreter, module), swapped, arguments, tie_weights=False)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:

@@ -52,7 +52,7 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     for axis, letter in enumerate(letters):
         if all(label.shape[axis] == 1 for label in everywhere):
             constant *= sizes[letter]
-    call.run.flops.append(Term(2 * constant, everywhere))
+    call.run.flops.append(Term(call.run.mode, 2 * constant, everywhere))
 
     results = []
     for side in (a, b):

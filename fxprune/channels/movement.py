@@ -26,7 +26,10 @@ from fxprune.channels.labels import (
 )
 from fxprune.channels.tensor import Call, ChannelTensor, operand, rule, unknown
 
-VIEWS = "t transpose permute expand squeeze unsqueeze split split_with_sizes movedim swapaxes"
+VIEWS = (
+    "t transpose permute expand squeeze unsqueeze movedim swapaxes split split_with_sizes unsafe_split "
+    "unsafe_split_with_sizes chunk tensor_split"
+)
 
 
 @rule(*VIEWS.split())

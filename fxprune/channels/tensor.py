@@ -18,8 +18,9 @@ from fxprune.channels.names import Names
 
 @dataclass(frozen=True)
 class Term:
-    """``scale`` times the number of kept positions of each factor: a part of a cost."""
+    """``scale`` times the number of kept positions of each factor: a part of what one mode's graph costs."""
 
+    mode: bool
     scale: int
     factors: Labels
 

@@ -1,0 +1,153 @@
+"""Export to ONNX, and compare the file with PyTorch in onnxruntime before returning."""
+
+import copy
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import ExportError
+from fxprune.inputs import Bound, bind, map_tensors, tensors_in
+from fxprune.trace import TracedModule
+
+logger = logging.getLogger("fxprune")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file that was compared with PyTorch. ``difference`` is relative to the largest output."""
+
+    path: Path
+    difference: float
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        sizes = " and ".join(map(str, self.batches))
+        return f"{self.path}: onnxruntime == PyTorch to {self.difference:.1e} at batch size {sizes}"
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = True,
+    tolerance: float = 1e-4,
+) -> Exported:
+    """Write ``model`` in eval mode as ONNX, checked.
+
+    The file is checked by onnx's checker and run in onnxruntime on random inputs at two batch sizes; the largest
+    difference is logged and returned. The file appears at ``path`` only if it passes.
+
+    Args:
+        model: a compact model, a traced one, or any module that ``torch.onnx`` exports.
+        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        path: where to write.
+        dynamic_batch: let the first axis of every input vary.
+        tolerance: the largest difference allowed, relative to the largest output.
+
+    Raises:
+        ExportError: torch can't export the model, the file is not valid, or onnxruntime gives another result.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ExportError(f"can't write {path}: there is no folder {path.parent}")
+    module = frozen_in_eval(model)
+    inputs = bind(example_inputs)
+    size = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
+    sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        write(module, resized(inputs, sizes[0]) if dynamic_batch else inputs, file, dynamic_batch)
+        worst = compare(module, [resized(inputs, n) if dynamic_batch else inputs for n in sizes], file)
+        if not worst <= tolerance:
+            raise ExportError(
+                f"onnxruntime differs from PyTorch by {worst:.2e} of the largest output, allowed is {tolerance:.0e}; "
+                f"nothing was written to {path}. Please report this model, or pass a larger tolerance."
+            )
+        for written in Path(folder).iterdir():  # the weights of models over 2 GB stand beside the file
+            os.replace(written, path.parent / written.name)
+    result = Exported(path, worst, sizes)
+    logger.info("%s", result)
+    return result
+
+
+def frozen_in_eval(model: nn.Module) -> nn.Module:
+    """The model in eval mode, as a plain GraphModule where it is a traced one. The original keeps its mode."""
+    if isinstance(model, TracedModule):
+        module: nn.Module = fx.GraphModule(model.root(), copy.deepcopy(model.graphs[False]))
+        module = copy.deepcopy(module, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    else:
+        module = copy.deepcopy(model)
+    return module.eval()
+
+
+def resized(inputs: Bound, size: int) -> Bound:
+    """Inputs with ``size`` along the first axis: the example's own samples, repeated."""
+
+    def repeat(tensor: Tensor) -> Tensor:
+        if not tensor.ndim:
+            return tensor
+        index = torch.arange(size, device=tensor.device) % tensor.shape[0]
+        tensor = tensor[index]
+        return tensor + 0.1 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+
+    bound: Bound = map_tensors(repeat, inputs)
+    return bound
+
+
+def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool) -> None:
+    """Export with torch's dynamo exporter and check the file."""
+    import onnx
+
+    args, kwargs = inputs
+    shapes: Any = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch")
+        spec = map_tensors(lambda tensor: {0: batch} if tensor.ndim else None, (args, kwargs))
+        names = [node.name for node in module.graph.nodes if node.op == "placeholder"] if isinstance(module, fx.GraphModule) else []
+        shapes = dict(zip(names, spec[0], strict=False)) | spec[1] if names else (*spec[0], *spec[1].values())
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(module, args, str(file), kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+        onnx.checker.check_model(str(file))
+    except Exception as error:
+        hint = "" if not dynamic_batch else " If its batch size is fixed, pass dynamic_batch=False."
+        text = " ".join(str(error).split())[:600]
+        raise ExportError(f"torch.onnx can't export this model: {type(error).__name__}: {text}.{hint}") from error
+    finally:
+        quiet.setLevel(level)
+
+
+def compare(module: nn.Module, batches: Sequence[Bound], file: Path) -> float:
+    """The largest difference between onnxruntime and PyTorch, relative to the largest output."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for args, kwargs in batches:
+        with torch.no_grad():
+            expected = tensors_in(module(*args, **kwargs))
+        arrays = [tensor.cpu().numpy() for tensor in tensors_in((args, kwargs))]
+        feeds = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
+        found = session.run(None, feeds)
+        if len(found) != len(expected):
+            raise ExportError(f"the ONNX model returns {len(found)} tensors, PyTorch {len(expected)}")
+        for tensor, array in zip(expected, found, strict=True):
+            gap = (tensor.cpu().double() - torch.from_numpy(array).double()).abs().max().item() if tensor.numel() else 0.0
+            size = tensor.abs().max().item() if tensor.numel() else 1.0
+            worst = max(worst, gap / size if size else gap) if gap == gap else float("nan")
+    return worst

@@ -1,0 +1,113 @@
+"""Save and load a compact model: one safetensors file with the weights and, as JSON, the plan. No pickle."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxprune.channels.analysis import analyze
+from fxprune.errors import FileError, FxpruneError
+from fxprune.inputs import imagine
+from fxprune.plan import Plan
+from fxprune.rewrite import rewrite
+from fxprune.trace import TracedModule, trace
+
+FORMAT = "fxprune model 1"
+
+
+def save(compact: nn.Module, path: str | Path) -> None:
+    """Write a compact model that ``rewrite`` or ``prune`` returned. The file appears whole or not at all.
+
+    Raises:
+        FileError: the model did not come from fxprune, so there is no plan to write.
+    """
+    record = getattr(compact, "meta", {}).get("fxprune")
+    if record is None:
+        raise FileError(
+            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite or fxprune.prune returned can be "
+            "saved. Save the state_dict of others with safetensors."
+        )
+    path = Path(path)
+    state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
+    state, aliases = without_aliases(state)
+    metadata = {"format": FORMAT, "record": json.dumps(record), "aliases": json.dumps(aliases)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path, model: nn.Module) -> TracedModule:
+    """Read a compact model: ``model`` is traced, the plan carried out on it, and the weights of the file put in.
+
+    Args:
+        path: what ``save`` wrote.
+        model: the dense model, built as it was before; its weights do not matter and it is not changed.
+
+    Raises:
+        FileError: the file is truncated, is no such file, or belongs to another model. Nothing is changed.
+    """
+    record, aliases, state = read(path)
+    try:
+        plan = Plan.from_json(record["plan"])
+        inputs = imagine(record["example_inputs"])
+        graph = trace(model, inputs)
+        options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
+        compact, _ = rewrite(graph, analyze(graph, inputs, **options), plan)
+        state |= {name: state[first] for name, first in aliases.items()}
+        check_state(compact, state)
+    except FileError:
+        raise
+    except (FxpruneError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
+    compact.load_state_dict(state)
+    return compact
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
+    """The record, the aliases and the tensors in a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise FileError(f"{path} is a safetensors file, but not one that fxprune.save wrote")
+            record, aliases = json.loads(metadata["record"]), json.loads(metadata["aliases"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise FileError(f"can't read a model from {path}: {error}. Is it truncated, or another kind of file?") from error
+    if not isinstance(record, dict) or not isinstance(aliases, dict) or not {*aliases.values()} <= {*state}:
+        raise FileError(f"can't read a model from {path}: its description is damaged")
+    return record, aliases, state
+
+
+def without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that share memory under several names once; and the other names."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
+
+
+def check_state(compact: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raise FileError unless ``state`` fits the compact model exactly."""
+    expected = compact.state_dict()
+    for name in [*expected, *state]:
+        if name not in state or name not in expected:
+            raise FileError(f"the file and the model disagree: {name} is only in {'the file' if name in state else 'the model'}")
+        if state[name].shape != expected[name].shape:
+            raise FileError(
+                f"the file and the model disagree: {name} has shape {tuple(state[name].shape)} in the file, "
+                f"{tuple(expected[name].shape)} in the model"
+            )

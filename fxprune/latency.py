@@ -1,0 +1,86 @@
+"""Plans that meet a measured latency: the counted cost is searched, and each candidate is built and timed."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.budget import Budget, Solver, is_fraction, meet_limits
+from fxprune.channels.names import Ints
+from fxprune.cost import device_of, latency
+from fxprune.errors import BudgetError
+from fxprune.inputs import map_tensors
+from fxprune.plan import Plan
+from fxprune.rewrite import rewrite
+
+ROUNDS = 8
+CLOSE = 0.03
+
+
+def solve_latency(solver: Solver, budget: Budget, limits: Mapping[str, float]) -> Plan:
+    """The largest plan, by FLOPs, whose compact model runs within ``budget.latency`` seconds, in eval mode.
+
+    Each of a few candidates is rewritten and timed on the device of the weights, next to the dense model, so that a
+    machine that slows down slows both. The limits on counted costs hold as well.
+    """
+    analysis = solver.analysis
+    graph = analysis.graph
+    device, _ = device_of(graph)
+    inputs = map_tensors(lambda tensor: stand_in(tensor, device), analysis.example_inputs)
+    was_training = graph.training
+    graph.eval()
+    try:
+        dense = latency(graph, inputs, seconds=0.5)
+        limit = seconds_of(budget.latency, dense)
+        if dense <= limit and not limits:
+            raise BudgetError(f"the model already runs in {dense:.3g} s, within {limit:.3g} s: nothing to remove.")
+        best, low, high, fastest = None, 0.0, 1.0, float("inf")
+        for _ in range(ROUNDS):
+            fraction = (low + high) / 2
+            try:
+                widths = meet_limits(solver, {**limits, "flops": fraction}, budget.tolerance)
+            except BudgetError:
+                low = fraction
+                continue
+            ratio = measured(solver, widths, inputs)
+            fastest = min(fastest, ratio * dense)
+            if ratio * dense <= limit:
+                best, low = widths, fraction
+                if ratio * dense >= (1 - CLOSE) * limit:
+                    break
+            else:
+                high = fraction
+    finally:
+        graph.train(was_training)
+    if best is None:
+        raise BudgetError(
+            f"a latency of {limit:.3g} s can't be met (the model takes {dense:.3g} s); the fastest plan that was measured "
+            f"takes {fastest:.3g} s. Lower minimum=, or keep fewer layers."
+        )
+    return solver.plan(best)
+
+
+def measured(solver: Solver, widths: Ints, inputs: Any) -> float:
+    """Seconds of the compact model over seconds of the dense one, timed in turns."""
+    graph = solver.analysis.graph
+    compact, _ = rewrite(graph, solver.analysis, solver.plan(widths))
+    compact.eval()
+    ratios = sorted(latency(compact, inputs, seconds=0.2) / latency(graph, inputs, seconds=0.2) for _ in range(3))
+    return ratios[1]
+
+
+def seconds_of(limit: float | timedelta | None, dense: float) -> float:
+    """The limit in seconds."""
+    assert limit is not None
+    if isinstance(limit, timedelta):
+        return limit.total_seconds()
+    return limit * dense if is_fraction(limit) else float(limit)
+
+
+def stand_in(tensor: Tensor, device: torch.device) -> Tensor:
+    """Data of the shape and dtype of a meta ``tensor``."""
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)

@@ -1,0 +1,50 @@
+"""One call: trace, analyze, plan, rewrite, verify."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from fxprune.budget import Budget
+from fxprune.channels.analysis import Analysis, analyze
+from fxprune.plan import Plan
+from fxprune.rewrite import rewrite
+from fxprune.trace import TracedModule, trace
+from fxprune.verify import verify as check
+
+
+class Plans(Protocol):
+    """Anything that plans: the criteria of ``fxprune.passes``, or your own."""
+
+    def plan(self, analysis: Analysis, budget: Budget, *, keep: Sequence[str] = ()) -> Plan:
+        """A plan that meets ``budget`` and leaves whole what ``keep`` names."""
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    criterion: Plans,
+    *,
+    budget: Budget,
+    keep: Sequence[str] = (),
+    verify: bool = True,
+) -> TracedModule:
+    """Prune ``model`` to ``budget`` and return the compact model, a GraphModule. ``model`` is not changed.
+
+    Args:
+        model: a model that ``trace`` accepts.
+        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        criterion: says which channels matter, for example ``passes.Magnitude()``.
+        budget: what may remain.
+        keep: patterns of layers whose channels all stay ("layer4.*", "conv1").
+        verify: check in float64 that the compact model is the masked original.
+
+    Raises:
+        FxpruneError: a subclass for each stage that can fail; see the stages.
+    """
+    graph = trace(model, example_inputs)
+    analysis = analyze(graph, example_inputs)
+    compact, param_map = rewrite(graph, analysis, criterion.plan(analysis, budget, keep=keep))
+    if verify:
+        check(graph, compact, param_map, example_inputs)
+    return compact

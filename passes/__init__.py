@@ -1,0 +1,9 @@
+"""The pruning methods and graph rewrites, one file each."""
+
+from .base import Criterion
+from .batch_norm_scale import BatchNormScale
+from .magnitude import Magnitude
+from .random import Random
+from .taylor import Taylor
+
+__all__ = ["BatchNormScale", "Criterion", "Magnitude", "Random", "Taylor"]

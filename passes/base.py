@@ -1,0 +1,99 @@
+"""What a pass is.
+
+A criterion scores channels, and plans from the scores and a budget. Passes are frozen dataclasses: their fields are
+their options.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.budget import Bounds, Budget, solve
+from fxprune.channels.analysis import Analysis, Group
+from fxprune.cost import Floats
+from fxprune.errors import PlanError
+from fxprune.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion(Bounds, ABC):
+    """Scores channels; ``plan`` removes those of the lowest scores. Its options are those of ``Bounds``."""
+
+    @abstractmethod
+    def score(self, analysis: Analysis) -> Mapping[str, Floats]:
+        """float64[channels] for each group that can be scored; the others stay whole."""
+
+    def plan(self, analysis: Analysis, budget: Budget, *, keep: Sequence[str] = ()) -> Plan:
+        """The plan that meets ``budget``.
+
+        Args:
+            analysis: of the model.
+            budget: what may remain.
+            keep: patterns of what stays whole, besides those of the pass.
+
+        Raises:
+            BudgetError: the budget is out of reach; names the nearest value. Or the model already meets it.
+            PlanError: nothing can be pruned, or a pattern matches nothing.
+        """
+        keep = (keep,) if isinstance(keep, str) else keep
+        own = (self.keep,) if isinstance(self.keep, str) else self.keep
+        bounds = Bounds(
+            minimum=self.minimum,
+            maximum=self.maximum,
+            keep=(*own, *keep),
+            round_to=self.round_to,
+            scope=self.scope,
+        )
+        return solve(analysis, self.score(analysis), budget, bounds)
+
+
+def weights_of(analysis: Analysis, group: Group) -> dict[str, Tensor]:
+    """The parameters (not buffers) that ``group`` lives on, by name."""
+    parameters = dict(analysis.graph.named_parameters())
+    named = {member.parameter: parameters.get(member.parameter) for member in group.members}
+    found = {name: parameter for name, parameter in named.items() if parameter is not None}
+    if any(parameter.is_meta for parameter in found.values()):
+        raise PlanError("the weights are on the meta device and have no values to score. Use passes.Random, or load them.")
+    return found
+
+
+class Sums:
+    """Sums of an elementwise quantity over the slices of every channel, each parameter axis reduced once."""
+
+    def __init__(self, analysis: Analysis, elementwise: Mapping[str, Tensor]) -> None:
+        """``elementwise``: parameter name -> a tensor shaped like it."""
+        self.analysis, self.elementwise = analysis, elementwise
+        self._reduced: dict[tuple[str, int], Floats] = {}
+
+    def __call__(self, group: Group) -> Floats:
+        """float64[channels]: the sum over all members of the group."""
+        total = np.zeros(group.size)
+        for member in group.members:
+            if member.parameter in self.elementwise:
+                along = self._along(member.parameter, member.axis)
+                total += np.bincount(member.channel, along[member.index], minlength=group.size)
+        return total
+
+    def _along(self, name: str, axis: int) -> Floats:
+        if (name, axis) not in self._reduced:
+            tensor = self.elementwise[name]
+            others = [at for at in range(tensor.ndim) if at != axis]
+            summed = tensor.sum(others) if others else tensor
+            self._reduced[name, axis] = summed.double().cpu().numpy()
+        return self._reduced[name, axis]
+
+
+def normalized(scores: Floats) -> Floats:
+    """Scores over their mean, so that groups compare; all equal where the mean is 0."""
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
+def detached(parameter: Tensor) -> Tensor:
+    """A parameter without its gradient history, in float32 at least."""
+    value = parameter.detach()
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,41 @@
+"""Magnitude: small weights matter little."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxprune.channels.analysis import Analysis
+from fxprune.cost import Floats
+from fxprune.errors import PlanError
+
+from .base import Criterion, Sums, detached, normalized, weights_of
+
+
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """The p-norm of all weights of a channel, over every member of its group.
+
+    For channel c: score(c) = (sum over weights w in the slices of c of |w|^p)^(1/p), divided by the mean of its group so
+    that groups compare. Biases and norms' scales are left out. After Li et al., "Pruning Filters for Efficient
+    ConvNets" (2017), on whole groups.
+
+    Attributes:
+        p: the exponent, positive.
+    """
+
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.p > 0:
+            raise PlanError(f"p={self.p!r} must be positive")
+
+    def score(self, analysis: Analysis) -> Mapping[str, Floats]:
+        """float64[channels] for each group."""
+        weights = {
+            name: parameter
+            for group in analysis.groups.values()
+            for name, parameter in weights_of(analysis, group).items()
+        }
+        powers = {name: detached(w).abs().pow(self.p) for name, w in weights.items() if w.ndim > 1}
+        sums = Sums(analysis, powers)
+        return {name: normalized(sums(group) ** (1 / self.p)) for name, group in analysis.groups.items()}

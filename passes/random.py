@@ -1,0 +1,30 @@
+"""Random: the baseline that any criterion should beat."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxprune.channels.analysis import Analysis
+from fxprune.cost import Floats
+
+from .base import Criterion
+
+
+@dataclass(frozen=True)
+class Random(Criterion):
+    """Uniform random scores: a pure function of the seed and the group's name.
+
+    Attributes:
+        seed: any integer.
+    """
+
+    seed: int = 0
+
+    def score(self, analysis: Analysis) -> Mapping[str, Floats]:
+        """float64[channels] in [0, 1) for each group."""
+        return {
+            name: np.random.default_rng([self.seed & 0xFFFFFFFF, zlib.crc32(name.encode())]).random(group.size)
+            for name, group in analysis.groups.items()
+        }
