@@ -6,6 +6,7 @@ from fxprune.errors import FxpruneError
 from fxprune.export import export_onnx
 from fxprune.files import load, save
 from fxprune.param_map import ParamMap
+from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan
 from fxprune.prune import prune
 from fxprune.rewrite import rewrite
@@ -18,6 +19,7 @@ __all__ = [
     "Budget",
     "FxpruneError",
     "ParamMap",
+    "Pipeline",
     "Plan",
     "TracedModule",
     "analyze",

@@ -1,0 +1,207 @@
+"""Every torchvision model that can be traced: pruned to half its FLOPs, the law checked, exported to ONNX.
+
+    python benchmarks/zoo.py                     all models, each in a process of its own
+    python benchmarks/zoo.py --models resnet18   some
+    python benchmarks/zoo.py --onnx              classification models, ONNX parity too
+
+Appends a line a model to results/zoo.jsonl, skips what is there, and writes results/zoo.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BIG = 150_000_000  # parameters from which the law is checked in float32, outputs only
+
+
+def names() -> dict[str, str]:
+    """The builders that symbolic tracing reaches, with their kind: 80 + 6 + 9 + 12."""
+    from torchvision import models
+
+    kinds = {
+        "classification": models,
+        "segmentation": models.segmentation,
+        "video": models.video,
+        "quantizable": models.quantization,
+    }
+    return {name: kind for kind, module in kinds.items() for name in models.list_models(module=module)}
+
+
+def build(name: str) -> Any:
+    """The model with random weights, and norms, biases and scales that are not at their initial values."""
+    import torch
+    from torchvision import models
+
+    options: dict[str, Any] = {"weights": None}
+    kind = names()[name]
+    if kind == "segmentation":
+        options["weights_backbone"] = None
+    if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    if kind == "quantizable":
+        options["quantize"] = False
+    torch.manual_seed(0)
+    model = models.get_model(name, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim <= 1 or "layer_scale" in parameter_name:
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+                parameter.mul_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.3, -1.0, 1.0))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+            elif buffer_name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and not module.weight.any():
+                module.weight.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def example(name: str) -> Any:
+    """An input, as small as the model allows."""
+    import torch
+
+    torch.manual_seed(1)
+    kind = names()[name]
+    if kind == "video":
+        return torch.randn(1, 3, 16, 224, 224) if "mvit" in name else torch.randn(2, 3, 8, 64, 64)
+    if "inception" in name:
+        return torch.randn(2, 3, 299, 299)
+    if name.startswith(("vit", "maxvit")):
+        return torch.randn(2, 3, 518 if name == "vit_h_14_518" else 224, 224)
+    return torch.randn(2, 3, 96, 96)
+
+
+def check(name: str, onnx: bool) -> dict[str, Any]:
+    """Prune one model and check everything that is promised."""
+    import torch
+
+    import fxprune
+    from fxprune import cost, passes
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    model, x = build(name), example(name)
+    big = cost.params(model) > BIG
+    start = time.process_time()
+    graph = fxprune.trace(model, x)
+    traced = time.process_time()
+    analysis = fxprune.analyze(graph, x)
+    analysed = time.process_time()
+    plan = passes.Magnitude().plan(analysis, fxprune.Budget(flops=0.5))
+    compact, param_map = fxprune.rewrite(graph, analysis, plan)
+    result = fxprune.verify(
+        graph, compact, param_map, x, dtype=torch.float32 if big else torch.float64, gradients=not big
+    )
+    graph.eval(), compact.eval()
+    axes = [axis for axis in analysis.axes.values() if not axis.weak and axis.axis == 0]
+    frozen = sum(len(item.index) for item in analysis.frozen if item.axis == 0 and (item.parameter, 0) in {
+        (axis.parameter, 0) for axis in axes})
+    row = {
+        "model": name,
+        "kind": names()[name],
+        "graphs": len(graph.distinct_graphs()),
+        "groups": len(analysis.groups),
+        "channels": sum(analysis.sizes.values()),
+        "inexact": sum(group.size for group in analysis.groups.values() if group.inexact),
+        "frozen": frozen / max(1, sum(axis.size for axis in axes)),
+        "unknown": sorted(analysis.unknown),
+        "flops": cost.flops(compact, x) / cost.flops(graph, x),
+        "params": cost.params(compact) / cost.params(graph),
+        "dtype": "float32" if big else "float64",
+        "outputs": result.outputs,
+        "gradients": None if big else result.gradients,
+        "moved": result.moved,
+        "trace_s": traced - start,
+        "analyze_s": analysed - traced,
+        "onnx": None,
+    }
+    if onnx and names()[name] == "classification":
+        del graph, analysis, model
+        with tempfile.TemporaryDirectory() as folder:
+            row["onnx"] = fxprune.export_onnx(compact, x, Path(folder) / "model.onnx").difference
+    return row
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table, as Markdown."""
+    lines = [
+        "# torchvision, every model that symbolic tracing reaches",
+        "",
+        "Each is pruned to half its FLOPs by the defaults of `passes.Magnitude`, with random weights and randomised norms.",
+        "`law` is the largest difference between the masked original and the compact model, outputs and gradients, eval",
+        "and train, relative to the largest value (allowed: 1e-10 in float64, 1e-5 in float32). `onnx` is that between",
+        "onnxruntime and PyTorch in float32. `frozen` is the share of weight rows that can't go. `moved` is how far the cut",
+        "itself moved the outputs.",
+        "",
+        "| model | graphs | groups | channels | frozen | FLOPs | params | law | moved | onnx | trace + analyze, CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["kind"], row["model"])):
+        if "error" in row:
+            lines.append(f"| {row['model']} | {row['error'][:200]} |")
+            continue
+        law = max(row["outputs"], row["gradients"] or 0)
+        note = " (f32)" if row["dtype"] == "float32" else ""
+        parity = "" if row["onnx"] is None else f"{row['onnx']:.0e}"
+        lines.append(
+            f"| {row['model']} | {row['graphs']} | {row['groups']} | {row['channels']} | {row['frozen']:.1%} | "
+            f"{row['flops']:.1%} | {row['params']:.1%} | {law:.0e}{note} | {row['moved']:.2f} | {parity} | "
+            f"{row['trace_s'] + row['analyze_s']:.2f} |"
+        )
+    good = [row for row in rows if "error" not in row]
+    unknown = sorted({operator for row in good for operator in row["unknown"]})
+    lines += [
+        "",
+        f"{len(good)} of {len(rows)} models pass. Operators without a rule: {', '.join(unknown) or 'none'}. "
+        f"ONNX checked for {sum(row['onnx'] is not None for row in good)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Check the models that are not in the results yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", default="", help="comma-separated; default all")
+    parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--limit-s", type=float, default=1200)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(check(options.one, options.onnx)))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "zoo.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    chosen = options.models.split(",") if options.models else list(names())
+    rows = [row for row in rows if not (options.models and row["model"] in chosen) and "error" not in row]
+    for name in chosen:
+        if any(row["model"] == name for row in rows):
+            continue
+        command = [sys.executable, __file__, "--one", name, *(["--onnx"] if options.onnx else [])]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit_s, check=False)
+            lines = done.stdout.strip().splitlines()
+            row = json.loads(lines[-1]) if done.returncode == 0 else {
+                "model": name, "kind": names()[name], "error": (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]
+            }
+        except subprocess.TimeoutExpired:
+            row = {"model": name, "kind": names()[name], "error": f"over {options.limit_s:.0f} s"}
+        rows.append(row)
+        print(row.get("error") or f"{name}: FLOPs {row['flops']:.1%}, law {row['outputs']:.0e}", file=sys.stderr, flush=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (RESULTS / "zoo.md").write_text(report(rows))
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    main()

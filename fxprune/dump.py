@@ -1,0 +1,58 @@
+"""Dump: what the compiler saw, as text and one self-contained HTML page, where FXPRUNE_DUMP names a folder."""
+
+import html
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxprune.channels.analysis import Analysis, analyze
+from fxprune.errors import FxpruneError
+from fxprune.plan import Plan
+from fxprune.trace import TracedModule
+
+STYLE = (
+    "body{font:14px system-ui;margin:2em;color-scheme:light dark}pre{overflow:auto;border:1px solid #8886;padding:1em}"
+    "summary{cursor:pointer;font-weight:600;margin:.5em 0}"
+)
+
+
+@dataclass
+class Dump:
+    """Writes numbered snapshots into ``folder``; does nothing without one."""
+
+    folder: Path | None
+    example_inputs: Any = None
+    pages: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def from_environment(cls, example_inputs: Any = None) -> "Dump":
+        """A dump into the folder that FXPRUNE_DUMP names."""
+        folder = os.environ.get("FXPRUNE_DUMP")
+        return cls(Path(folder) if folder else None, example_inputs)
+
+    def write(self, title: str, module: TracedModule, analysis: Analysis | None = None, plan: Plan | None = None) -> None:
+        """Write the graphs of ``module`` and, as far as they are known, its groups and the plan."""
+        if self.folder is None:
+            return
+        parts = [f"# {'train' if mode else 'eval'} graph\n{graph}" for mode, graph in module.distinct_graphs().items()]
+        if analysis is None and self.example_inputs is not None:
+            try:
+                analysis = analyze(module, self.example_inputs)
+            except FxpruneError as error:
+                parts.append(f"# groups\n{error}")
+        if analysis is not None:
+            parts.append(f"# groups\n{analysis}")
+        if plan is not None:
+            parts.append(f"# plan\n{plan}")
+        text = "\n\n".join(parts) + "\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.pages.append((title, text))
+        (self.folder / f"{len(self.pages) - 1:03}_{title}.txt").write_text(text, encoding="utf-8")
+        sections = "".join(
+            f"<details{' open' if i == len(self.pages) - 1 else ''}><summary>{i:03} {html.escape(name)}</summary>"
+            f"<pre>{html.escape(body)}</pre></details>"
+            for i, (name, body) in enumerate(self.pages)
+        )
+        page = f"<!doctype html><meta charset=utf-8><title>fxprune</title><style>{STYLE}</style><h1>fxprune</h1>{sections}"
+        (self.folder / "index.html").write_text(page, encoding="utf-8")

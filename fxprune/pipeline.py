@@ -1,0 +1,160 @@
+"""Pipeline: rewrite passes in a row, anyone's, with the graph checked after each.
+
+A rewrite pass takes a GraphModule and returns a ``torch.fx`` PassResult: any ``PassBase`` will do. This is the only file
+that uses torch's pass infrastructure.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.dump import Dump
+from fxprune.errors import PassError
+from fxprune.inputs import batch_of_two, bind, map_tensors
+from fxprune.trace import TracedModule, trace
+from fxprune.verify import TOLERANCE, difference, outputs_of
+
+logger = logging.getLogger("fxprune")
+Pass = Callable[[fx.GraphModule], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did: seconds it took, and the largest relative difference it made to the outputs."""
+
+    name: str
+    modified: bool
+    seconds: float
+    difference: float | None
+
+    def __str__(self) -> str:
+        did = "changed the graph" if self.modified else "left the graph as it was"
+        same = "" if self.difference is None else f", outputs equal to {self.difference:.1e}"
+        return f"{self.name}: {did} in {self.seconds:.2f} s{same}"
+
+
+class Pipeline:
+    """Runs rewrite passes on a copy of a traced model.
+
+    After each pass the graph is linted and recompiled, a pass that says it changed nothing is held to it, and with
+    ``example_inputs`` the shapes and values of the outputs are compared with those before, in float64, in every mode that
+    the pass keeps (one with ``inference_only = True`` answers for eval mode only). Where the environment variable
+    FXPRUNE_DUMP names a folder, graph and groups are written there after each pass.
+
+    Attributes:
+        steps: what each pass of the last call did.
+    """
+
+    def __init__(self, passes: Sequence[Pass], example_inputs: Any = None) -> None:
+        """``passes``: callables that take a GraphModule and return a PassResult, a GraphModule, or None if in place."""
+        self.passes = tuple(passes)
+        self.example_inputs = example_inputs
+        self.steps: list[Step] = []
+
+    def __call__(self, graph: fx.GraphModule) -> PassResult:
+        """Run the passes. Returns PassResult(TracedModule, whether any changed it); ``graph`` is unchanged.
+
+        Raises:
+            PassError: a pass raised, broke the graph, or changed what the model computes; names it and those before.
+        """
+        module = copy.deepcopy(trace(graph))
+        self.steps = []
+        dump = Dump.from_environment(self.example_inputs)
+        dump.write("before", module)
+        for each in self.passes:
+            module = self.step(each, module)
+            dump.write(self.steps[-1].name, module)
+            logger.info("%s", self.steps[-1])
+        return PassResult(module, any(step.modified for step in self.steps))
+
+    def step(self, each: Pass, module: TracedModule) -> TracedModule:
+        """Run and check one pass."""
+        name = type(each).__name__ if not hasattr(each, "__name__") else each.__name__
+        before = copy.deepcopy(module)
+        start = time.perf_counter()
+        try:
+            after, modified = apply(each, module)
+            for graph in after.distinct_graphs().values():
+                graph.lint()
+            after.recompile()
+        except Exception as error:
+            raise PassError(f"{self.place(name)} failed: {type(error).__name__}: {error}") from error
+        seconds = time.perf_counter() - start
+        if not modified and code_of(after) != code_of(before):
+            raise PassError(f"{self.place(name)} says it changed nothing, but the graph is another one")
+        gap = None
+        if self.example_inputs is not None:
+            gap = self.compare(name, before, after, getattr(each, "inference_only", False))
+        self.steps.append(Step(name, modified, seconds, gap))
+        return after
+
+    def compare(self, name: str, before: TracedModule, after: TracedModule, inference_only: bool) -> float:
+        """The largest relative difference of the outputs; raises PassError above 1e-10."""
+        inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind(self.example_inputs))
+        inputs = batch_of_two(inputs)
+        old, new = before.double(), copy.deepcopy(after).double()
+        worst = 0.0
+        for mode in (False,) if inference_only else (False, True):
+            mode_name = "train" if mode else "eval"
+            try:
+                found, _ = outputs_of(new, mode, inputs, False, None)
+            except Exception as error:
+                raise PassError(
+                    f"{self.place(name)} broke the graph: in {mode_name} mode it does not run: {type(error).__name__}: {error}"
+                ) from error
+            expected, _ = outputs_of(old, mode, inputs, False, None)
+            shapes, were = [tuple(t.shape) for t in found], [tuple(t.shape) for t in expected]
+            if shapes != were:
+                raise PassError(f"{self.place(name)} changed the output shapes in {mode_name} mode from {were} to {shapes}")
+            worst = max([worst, *(difference(a, b) for a, b in zip(expected, found, strict=True))])
+            if not worst <= TOLERANCE[torch.float64]:
+                raise PassError(f"{self.place(name)} changed the outputs in {mode_name} mode by {worst:.2e} (relative)")
+        return worst
+
+    def place(self, name: str) -> str:
+        """The pass and those that ran before it."""
+        before = ", ".join(step.name for step in self.steps)
+        return f"pass {name} (after {before})" if before else f"pass {name} (the first)"
+
+
+def code_of(module: TracedModule) -> list[str]:
+    """The source of each mode's graph."""
+    return [graph.python_code("self").src for graph in module.distinct_graphs().values()]
+
+
+def apply(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
+    """Run a pass on every mode's graph. Returns the module and whether the pass says it changed it."""
+    modified = False
+    training = module.training
+    for mode in module.distinct_graphs():
+        module.training = mode if len(module.distinct_graphs()) > 1 else training
+        untouched = module.graph.python_code("self").src
+        result = each(module)
+        changed = getattr(result, "modified", None)
+        new = result if isinstance(result, fx.GraphModule) else getattr(result, "graph_module", module)
+        if isinstance(new, TracedModule):
+            module = new
+        else:
+            module = adopt(module, new)
+        modified |= bool(module.graph.python_code("self").src != untouched if changed is None else changed)
+    module.training = training
+    return module, modified
+
+
+def adopt(module: TracedModule, other: fx.GraphModule) -> TracedModule:
+    """``module`` with the graph of ``other`` in the current mode, and what that graph refers to."""
+    for node in other.graph.nodes:
+        if node.op == "call_module":
+            module.add_submodule(node.target, other.get_submodule(node.target))
+        elif node.op == "get_attr":
+            path, _, name = node.target.rpartition(".")
+            setattr(module.get_submodule(path), name, getattr(other.get_submodule(path), name))
+    module.graph = other.graph
+    return module
