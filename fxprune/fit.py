@@ -202,6 +202,23 @@ def pad(run: Any, node: fx.Node) -> None:
     set_argument(node, 1, "pad", tuple(amounts))
 
 
+@fitter("channel_shuffle")
+def channel_shuffle(run: Any, node: fx.Node) -> None:
+    """The groups of which something stays."""
+    groups = old_value(run, argument(node, 1, "groups"))
+    kept = kept_along(run, run.before[node.args[0].name].labels, 1)
+    if kept is not None:
+        set_argument(node, 1, "groups", int(kept.reshape(groups, -1).any(1).sum()))
+
+
+@fitter("squeeze")
+def squeeze(run: Any, node: fx.Node) -> None:
+    """Without a dim every axis of size 1 goes: those that were of size 1 before the cut."""
+    before, after = run.before[node.args[0].name].shape, run.env[node.args[0]].shape
+    if len(node.args) == 1 and not node.kwargs and 1 in after and after != before:
+        node.args = (node.args[0], tuple(axis for axis, size in enumerate(before) if size == 1))
+
+
 @fitter("layer_norm", "rms_norm")
 def layer_norm(run: Any, node: fx.Node) -> None:
     """The normalized shape is that of the trailing axes."""

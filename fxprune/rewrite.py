@@ -57,7 +57,7 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             parameters[tensor] = name, new
         memo[id(tensor)] = new
-    compact = copy.deepcopy(graph, memo)
+    compact = copy_onto(graph, memo)
     for mode, nodes in compact.distinct_graphs().items():
         set_attributes(compact, nodes, predicted.values[mode])
     for mode in compact.distinct_graphs():
@@ -65,6 +65,26 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
     compact.recompile()
     record(compact, analysis, plan)
     return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays))
+
+
+def copy_onto(graph: TracedModule, tensors: dict[int, Any]) -> TracedModule:
+    """A copy of ``graph`` and its modules that holds ``tensors`` (by the id of the original) in place of its own."""
+    copies: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in copies:
+            new = copies[id(module)] = object.__new__(type(module))
+            new.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+            for kind in (new._parameters, new._buffers):
+                kind.update({key: tensors[id(tensor)] for key, tensor in kind.items() if tensor is not None})
+            new._modules.update({key: copied(child) for key, child in module._modules.items() if child is not None})
+        return copies[id(module)]
+
+    root = copied(graph.root())
+    root.__dict__["meta"] = copy.deepcopy(graph.meta)
+    train, evaluate = graph.graphs[True], graph.graphs[False]
+    new_train = copy.deepcopy(train)
+    return TracedModule(root, new_train, new_train if evaluate is train else copy.deepcopy(evaluate))
 
 
 def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
@@ -147,6 +167,26 @@ def attributes(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     return {}
 
 
+ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Dropout, nn.Identity)
+
+
+def fits(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a layer of a well-known kind accepts an input of this shape; then its output is as its weights say."""
+    match module:
+        case nn.Conv2d():
+            return len(shape) == 4 and shape[1] == module.in_channels
+        case nn.Linear():
+            return shape[-1] == module.in_features
+        case nn.BatchNorm2d():
+            return (
+                len(shape) == 4
+                and shape[1] == module.num_features
+                and module.num_features
+                in (len(buffer) for buffer in (module.running_mean, module.weight) if buffer is not None)
+            )
+    return isinstance(module, ELEMENTWISE)
+
+
 def grouped(module: nn.Module, weight: tuple[int, ...]) -> int:
     """The groups that stay of a transposed convolution: whole groups went, or channels within each."""
     per_group = module.in_channels // module.groups  # type: ignore[operator]
@@ -160,9 +200,11 @@ class Fitter(fx.Interpreter):
     def __init__(self, module: TracedModule, graph: fx.Graph, before: Any, after: Any, stays: Any) -> None:
         super().__init__(module, graph=graph, garbage_collect_values=False)
         self.before, self.after, self.stays = before, after, stays
+        self.node = ""
 
     def run_node(self, n: fx.Node) -> Any:
         """Fit, run and check one node."""
+        self.node = n.name
         if n.op in ("call_function", "call_method"):
             fit(self, n)
         try:
@@ -175,6 +217,19 @@ class Fitter(fx.Interpreter):
                 "unchanged; keep the channels there with keep=, and please report it."
             ) from error
         return self.checked(n, result)
+
+    def fetch_attr(self, target: str) -> Any:
+        """Constants that tracing left on the module come without their data, like everything here."""
+        value = super().fetch_attr(target)
+        return on_meta(value) if isinstance(value, Tensor) and not value.is_meta else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A layer whose attributes were set from its weights gives the predicted shape; others are run to see."""
+        module = self.fetch_attr(target)
+        source, expected = args[0] if args else None, self.after[self.node]
+        if isinstance(expected, Value) and isinstance(source, Tensor) and fits(module, source.shape):
+            return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
+        return super().call_module(target, args, kwargs)
 
     def checked(self, node: fx.Node, result: Any) -> Any:
         """Compare shapes with the prediction; a float that was computed from sizes keeps its original value."""
@@ -205,4 +260,5 @@ def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: 
     state = dict(compact.named_parameters(remove_duplicate=False)) | dict(compact.named_buffers(remove_duplicate=False))
     on = {name: on_meta(tensor) for name, tensor in state.items()}
     fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
-    interpret(fitter, compact, mode, analysis.example_inputs, {name: on[analysis.aliases[name]] for name in on})
+    with torch.device("meta"):
+        interpret(fitter, compact, mode, analysis.example_inputs, {name: on[analysis.aliases[name]] for name in on})

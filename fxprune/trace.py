@@ -6,6 +6,9 @@ objects under their own names; the modules are copies, so that nothing done to t
 
 import copy
 import inspect
+import linecache
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +20,8 @@ from fxprune.attention import REPLACEMENTS
 from fxprune.errors import TraceError
 from fxprune.inputs import bind
 
+TORCH = os.path.dirname(torch.__file__) + os.sep
+OURS = os.path.dirname(__file__) + os.sep
 TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand in their attributes
 
 
@@ -45,7 +50,9 @@ class TracedModule(fx.GraphModule):
 
     def distinct_graphs(self) -> dict[bool, fx.Graph]:
         """The graphs without repetition: {False: eval} or {False: eval, True: train}."""
-        return {mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]}
+        return {
+            mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]
+        }
 
     def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
         """Replace both graphs and recompile."""
@@ -68,7 +75,9 @@ class TracedModule(fx.GraphModule):
             return
         train, evaluate = self.graphs[True], self.graphs[False]
         shared = train is evaluate
-        self.set_graphs(graph if self.training or shared else train, evaluate if self.training and not shared else graph)
+        self.set_graphs(
+            graph if self.training or shared else train, evaluate if self.training and not shared else graph
+        )
 
     def recompile(self) -> Any:
         """Make ``forward`` anew from the graphs; one that looks at ``training`` where they differ."""
@@ -218,16 +227,32 @@ def unused_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 
 class Tracer(fx.Tracer):
-    """Keeps the layers of ``torch.nn`` as modules, and remembers where in the model it is."""
+    """Keeps the layers of ``torch.nn`` as modules, and remembers where in the model it is.
 
-    def __init__(self) -> None:
+    ``follow_buffers``: what the model computes from its buffers alone becomes graph, not a constant that would miss a
+    ``load_state_dict`` or ``to``.
+    """
+
+    def __init__(self, follow_buffers: bool) -> None:
         super().__init__(autowrap_functions=())
-        self.record_stack_traces = True
+        self.proxy_buffer_attributes = follow_buffers
         self.path: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` stays a module."""
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that knows the line of the user's model it comes from."""
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame is not None and not is_users(frame.f_code.co_filename):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is not None:
+            code = frame.f_code
+            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+            node.stack_trace = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}\n'
+        return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace one module; its path is left standing if it fails."""
@@ -240,9 +265,21 @@ class Tracer(fx.Tracer):
 def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx.Graph:
     """The graph of ``model`` in one mode."""
     model.train(training)
-    tracer = Tracer()
     try:
-        graph = tracer.trace(model, concrete_args=concrete or None)
+        graph = Tracer(follow_buffers=True).trace(model, concrete_args=concrete or None)
+    except Exception:  # Python there may depend on the value of a buffer
+        graph = trace_once(model, concrete)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert and not node.users:
+            graph.erase_node(node)
+    return graph
+
+
+def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
+    """The graph of ``model`` with buffers taken as constants, or an error that says where it can't be traced."""
+    tracer = Tracer(follow_buffers=False)
+    try:
+        return tracer.trace(model, concrete_args=concrete or None)
     except Exception as error:
         where = next(
             (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if is_users(frame.filename)), None
@@ -254,15 +291,11 @@ def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx
             "Python there depends on the values of tensors. Trace a part of the model without it, or put that code "
             "into a function marked with torch.fx.wrap."
         ) from error
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch._assert and not node.users:
-            graph.erase_node(node)
-    return graph
 
 
 def is_users(filename: str) -> bool:
     """Whether a stack frame is the user's, and not torch's or ours."""
-    return "/torch/" not in filename.replace("\\", "/") and not filename.startswith("<") and filename != __file__
+    return not filename.startswith((TORCH, OURS, "<"))
 
 
 def plain(working: nn.Module, called: set[Any]) -> nn.Module:
@@ -280,9 +313,7 @@ def plain(working: nn.Module, called: set[Any]) -> nn.Module:
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             new.__dict__[name] = module.__dict__[name]
         new._modules = {name: None if child is None else convert(child) for name, child in module._modules.items()}
-        new.__dict__.update(
-            {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-        )
+        new.__dict__.update({name: value for name, value in vars(module).items() if isinstance(value, Tensor)})
         return new
 
     return convert(working)

@@ -60,7 +60,9 @@ def verify(
     Raises:
         VerificationError: they differ; says where and by how much.
     """
-    inputs = map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs))
+    inputs = map_tensors(
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs)
+    )
     tolerance = TOLERANCE[dtype]
     masked = copy.deepcopy(graph).to(dtype)
     mask_(masked, param_map)
@@ -72,11 +74,15 @@ def verify(
         expected, expected_grads = outputs_of(masked, mode, inputs, gradients, param_map)
         found, found_grads = outputs_of(small, mode, inputs, gradients, None)
         if len(expected) != len(found):
-            raise VerificationError(f"in {name} mode the model returns {len(expected)} tensors, the compact {len(found)}")
+            raise VerificationError(
+                f"in {name} mode the model returns {len(expected)} tensors, the compact {len(found)}"
+            )
         compared = [("output", str(i), a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))]
         for key, gradient in expected_grads.items():
             compared.append(("gradient", key, param_map.slice(key, gradient), found_grads[key]))
-        scale = max((a.abs().max().item() for kind, _, a, _ in compared if kind == "gradient" and a.numel()), default=0.0)
+        scale = max(
+            (a.abs().max().item() for kind, _, a, _ in compared if kind == "gradient" and a.numel()), default=0.0
+        )
         for kind, key, a, b in compared:
             error = difference(a, b, floor=1e-3 * scale if kind == "gradient" else 0.0)
             worst[kind] = max(worst[kind], error)

@@ -1024,8 +1024,7 @@ register(
 register(
     "group_norm",
     lambda: image_net(conv(8, 12), nn.GroupNorm(4, 12), nn.ReLU(), cout=12),
-    "GroupNorm: exact by whole groups, inexact within",
-    inexact=True,
+    "GroupNorm: whole groups go, which is exact",
 )
 register(
     "instance_norm",

@@ -136,9 +136,7 @@ class Analysis:
             for member in group.members:
                 mine = new_channel[member.channel] >= 0
                 at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
-                members.append(
-                    replace(member, index=at[member.index[mine]], channel=new_channel[member.channel[mine]])
-                )
+                members.append(replace(member, index=at[member.index[mine]], channel=new_channel[member.channel[mine]]))
             groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
         frozen = []
         for item in self.frozen:
@@ -184,7 +182,9 @@ class Analysis:
             if group.name == name or touched:
                 where = ", ".join(f"{m.parameter}[{m.axis}]" for m in touched or group.members[:1])
                 others = [m for m in group.members if m not in touched]
-                lines.append(f"{where}: the {group.size} channels of group {group.name!r} can be pruned. They go together with")
+                lines.append(
+                    f"{where}: the {group.size} channels of group {group.name!r} can be pruned. They go together with"
+                )
                 lines += [f"    {m.parameter}[{m.axis}]" for m in others] or ["    nothing else"]
                 if group.inexact:
                     lines.append("    A normalization runs over them: its statistics change when channels go.")
@@ -285,7 +285,10 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     Raises:
         AnalysisError: the model does not run on these inputs, or depends on their values.
     """
-    for option, value, known in (("heads", heads, ("whole", "within")), ("groups", groups, ("whole", "within", "auto"))):
+    for option, value, known in (
+        ("heads", heads, ("whole", "within")),
+        ("groups", groups, ("whole", "within", "auto")),
+    ):
         if value not in known:
             raise AnalysisError(f"{option}={value!r} is not known; use one of {', '.join(map(repr, known))}")
     graph = trace(model, example_inputs)
@@ -333,7 +336,9 @@ def name_parameters(
     aliases: dict[str, str] = {}
     parameters = graph.named_parameters(remove_duplicate=False)
     buffers = graph.named_buffers(remove_duplicate=False)
-    for weak, (name, tensor) in itertools.chain(((False, item) for item in parameters), ((True, item) for item in buffers)):
+    for weak, (name, tensor) in itertools.chain(
+        ((False, item) for item in parameters), ((True, item) for item in buffers)
+    ):
         aliases[name] = first.setdefault(id(tensor), name)
         if aliases[name] != name:
             state[name] = state[aliases[name]]
@@ -345,7 +350,9 @@ def name_parameters(
                 if size > 1:
                     names = run.names.fresh(size)
                     axes[name, axis] = Axis(name, axis, names, weak)
-                    labels.append(torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(tensor.ndim)]))
+                    labels.append(
+                        torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(tensor.ndim)])
+                    )
             state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
     return state, axes, aliases
 
@@ -366,7 +373,9 @@ class Recorder(fx.Interpreter):
         except FxpruneError:
             raise
         except Exception as error:
-            raise AnalysisError(f"node {where(n)} does not run on channel names: {type(error).__name__}: {error}") from error
+            raise AnalysisError(
+                f"node {where(n)} does not run on channel names: {type(error).__name__}: {error}"
+            ) from error
         self.values[n.name] = map_tensors(self.as_value, result)
         return result
 
@@ -422,7 +431,9 @@ def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str
     return recorder.values
 
 
-def interpret(interpreter: fx.Interpreter, module: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor]) -> None:
+def interpret(
+    interpreter: fx.Interpreter, module: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor]
+) -> None:
     """Run ``interpreter`` on ``module`` in one mode, with the tensors of ``state`` for its parameters and buffers.
 
     A module that has several names is swapped under its first: ``functional_call`` would not restore it otherwise.
@@ -529,23 +540,23 @@ def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Froze
     owner = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
     position = np.concatenate([np.arange(axis.size) for axis in axes])
     roots, reasons = names.find(atoms), names.reason_numbers(atoms)
-
     frozen = []
-    for number in np.unique(owner[reasons >= 0]):
-        mine = owner == number
-        for reason in np.unique(reasons[mine & (reasons >= 0)]):
-            index = position[mine & (reasons == reason)]
-            frozen.append(Frozen(axes[number].parameter, axes[number].axis, index, names.reasons[reason]))
+    for axis, its in zip(axes, np.split(reasons, np.cumsum([axis.size for axis in axes])[:-1]), strict=True):
+        for reason in set(its.tolist()) - {-1}:
+            frozen.append(Frozen(axis.parameter, axis.axis, np.flatnonzero(its == reason), names.reasons[reason]))
 
     free = reasons < 0
     roots, owner, position = roots[free], owner[free], position[free]
     inexact = norm_classes(run)
     # A class's signature is the set of axes it lives on, as a sum of one random number for each axis.
-    classes, class_of = np.unique(roots, return_inverse=True)
-    pairs = np.unique(np.stack([class_of, owner]), axis=1)
+    present = np.zeros(len(names), dtype=bool)
+    present[roots] = True
+    classes = np.flatnonzero(present)
+    class_of = (np.cumsum(present) - 1)[roots]
+    pairs = np.unique(class_of * len(axes) + owner)
     weight = np.random.default_rng(0).integers(1 << 62, size=len(axes))
     signature = np.zeros(len(classes), dtype=np.int64)
-    np.add.at(signature, pairs[0], weight[pairs[1]])
+    np.add.at(signature, pairs // len(axes), weight[pairs % len(axes)])
     _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
     order = np.argsort(first)  # classes are sorted by their smallest name, so this is the model's order
     rank = np.empty_like(order)
@@ -592,4 +603,3 @@ def unique_name(parameter: str, taken: set[str]) -> str:
     name = next(name for i in itertools.count() if (name := base if i == 0 else f"{base}:{i}") not in taken)
     taken.add(name)
     return name
-

@@ -3,6 +3,7 @@
 Four need care: cat and stack (what has no names beside what has), pad (new positions), index (addressed axes).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from fxprune.channels.tensor import Call, ChannelTensor, operand, rule, unknown
 
 VIEWS = (
     "t transpose permute expand squeeze unsqueeze movedim swapaxes split split_with_sizes unsafe_split "
-    "unsafe_split_with_sizes chunk tensor_split"
+    "unsafe_split_with_sizes"
 )
 
 
@@ -37,10 +38,28 @@ def view_of_names(call: Call) -> Any:
     """The operator itself, on labels spread over the full shape without copying."""
     value, *rest = call.args
     shape = operand(value).shape
-    moved = [call.func(spread(label, shape), *rest, **call.kwargs) for label in operand(value).labels]
+    labels = operand(value).labels
+    moved = [call.func(spread(label, shape), *rest, **call.kwargs) for label in labels]
     if isinstance(call.out, Tensor):
         return settle(call.names, (squash(label) for label in moved))
-    return [settle(call.names, (squash(label[part]) for label in moved)) for part in range(len(call.out))]
+    axis = call.arg("dim", 0) % len(shape)
+    return [
+        settle(
+            call.names, (cut_from(call, whole, parts[part], axis) for whole, parts in zip(labels, moved, strict=True))
+        )
+        for part in range(len(call.out))
+    ]
+
+
+def cut_from(call: Call, whole: Label, part: Label, axis: int) -> Label:
+    """``part``, a stretch of ``whole`` along ``axis``. A single position has no name there any more: it must stay."""
+    part = squash(part)
+    if whole.shape[axis] > 1 and part.shape[axis] == 1:
+        if len(varying(whole)) > 1:
+            pin(call.names, whole, [axis], "cut to one position")
+        else:
+            call.names.freeze(part.numpy(), "cut to one position")
+    return part
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "flatten", "unflatten")
@@ -69,8 +88,8 @@ def slice_(call: Call) -> Labels:
     labels = operand(value).labels
     if call.arg("step", 1) != 1:
         labels = tuple(pin(call.names, label, [axis], "sliced with a step") for label in labels)
-    rest = list(call.args[1:])
-    return settle(call.names, (squash(call.func(spread(label, value.shape), *rest, **call.kwargs)) for label in labels))
+    moved = [call.func(spread(label, value.shape), *call.args[1:], **call.kwargs) for label in labels]
+    return settle(call.names, (cut_from(call, *pair, axis) for pair in zip(labels, moved, strict=True)))
 
 
 @rule("flip")
@@ -91,10 +110,7 @@ def repeat(call: Call) -> Labels:
     labels = [align(label, len(times)) for label in operand(call.args[0]).labels]
     return settle(
         call.names,
-        (
-            label.repeat([n if size > 1 else 1 for n, size in zip(times, label.shape, strict=True)])
-            for label in labels
-        ),
+        (label.repeat([n if size > 1 else 1 for n, size in zip(times, label.shape, strict=True)]) for label in labels),
     )
 
 
@@ -164,7 +180,7 @@ def pad(call: Call) -> Labels:
 def extend(call: Call, label: Label, axis: int, before: int, after: int) -> Label:
     """Pad ``label`` along ``axis`` with fresh names; negative amounts crop."""
     start, stop = max(-before, 0), label.shape[axis] - max(-after, 0)
-    pieces = [label.narrow(axis, start, stop - start)]
+    pieces = [cut_from(call, label, label.narrow(axis, start, stop - start), axis)]
     for amount, position in ((before, 0), (after, len(pieces))):
         if amount > 0:
             shape = list(label.shape)
@@ -236,6 +252,30 @@ def pixel_unshuffle(call: Call) -> Labels:
     return settle(call.names, labels)
 
 
+@rule("im2col")
+def im2col(call: Call) -> Labels:
+    """float[..., channels, height, width] -> float[..., channels * window, positions]."""
+    value, window = operand(call.args[0]), math.prod(call.args[1])
+    axis = len(value.shape) - 3
+    labels = [pin(call.names, label, [axis + 1, axis + 2], "a spatial axis") for label in value.labels]
+    labels = [label.squeeze(-1) for label in labels if label.shape[-1] == label.shape[-2] == 1]
+    return settle(
+        call.names,
+        (label.repeat_interleave(window, axis) if label.shape[axis] > 1 else label for label in labels),
+    )
+
+
+@rule("col2im")
+def col2im(call: Call) -> Labels:
+    """The opposite of ``im2col``: what belongs to one channel goes together."""
+    value, window = operand(call.args[0]), math.prod(call.args[2])
+    *batch, columns, positions = value.shape
+    split = (*batch, columns // window, window, positions)
+    labels = [reshape(label, value.shape, split) for label in value.labels]
+    labels = [pin(call.names, label, [len(batch) + 1, len(batch) + 2], "a window's position") for label in labels]
+    return settle(call.names, (label for label in labels if label.shape[-1] == label.shape[-2] == 1))
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(call: Call) -> Labels:
     value, groups = operand(call.args[0]), call.args[1]
@@ -256,7 +296,8 @@ def glu(call: Call) -> Labels:
     halves = [
         Operand(
             tuple(
-                label.narrow(axis, start, half) if label.shape[axis] > 1 else label for label in value.labels
+                cut_from(call, label, label.narrow(axis, start, half), axis) if label.shape[axis] > 1 else label
+                for label in value.labels
             ),
             call.shape,
             value.source,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -84,6 +85,18 @@ class ChannelTensor(Tensor):
         return self
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Functions that torch would take apart on the way, but that have a rule as a whole, go straight to it."""
+        if func in WHOLE:
+            return cls.__torch_dispatch__(WHOLE[func], types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # dispatch sees every operator; no need to look twice
+
+    @classmethod
     def __torch_dispatch__(
         cls, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -92,7 +105,7 @@ class ChannelTensor(Tensor):
         run = tensors[0].run
         if "device" in kwargs:
             kwargs = kwargs | {"device": torch.device("meta")}
-        out = func(*bare(args), **bare(kwargs))
+        out = on_meta(func, args, kwargs)
         call = Call(run, func, args, kwargs, out, tensors)
         run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
         labels = rule_of(func)(call)
@@ -163,6 +176,10 @@ class Call:
         return target
 
 
+WHOLE: dict[Any, OpOverload] = {
+    F.rms_norm: torch.ops.aten.rms_norm.default,
+    torch.rms_norm: torch.ops.aten.rms_norm.default,
+}
 Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
 RULES: dict[str, Rule] = {}
 
@@ -208,6 +225,30 @@ def unknown(call: Call) -> Any:
     return call.args[0].labels if call.func._schema.is_mutable and isinstance(call.args[0], ChannelTensor) else ()
 
 
+SHAPED_LIKE_FIRST = frozenset(
+    "relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu mish _softmax clone "
+    "add sub mul div native_batch_norm".split()
+)
+
+
+def on_meta(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result on meta tensors.
+
+    torch's meta kernels of common operators are Python, and slower than all else here: where the result plainly has the
+    shape of the first argument they are not called.
+    """
+    name = name_of(func)
+    if name not in SHAPED_LIKE_FIRST or kwargs or not isinstance(args[0], ChannelTensor):
+        return func(*bare(args), **bare(kwargs))
+    data = args[0].data_
+    if name == "native_batch_norm":
+        return torch.empty_like(data), data.new_empty(0), data.new_empty(0)
+    others = [arg for arg in args[1:] if isinstance(arg, Tensor)]
+    if any(each.shape != data.shape or each.dtype != data.dtype for each in others) or not data.is_floating_point():
+        return func(*bare(args), **bare(kwargs))
+    return data if func._schema.is_mutable else torch.empty_like(data)
+
+
 def channel_tensors(args: Sequence[Any]) -> Any:
     """The ChannelTensors among ``args``, in order; lists are looked into."""
     for arg in args:
@@ -222,8 +263,10 @@ def bare(value: Any) -> Any:
     if isinstance(value, ChannelTensor):
         return value.data_
     if isinstance(value, Tensor):
-        return value if value.is_meta else torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device="meta"
+        return (
+            value
+            if value.is_meta
+            else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         )
     if isinstance(value, (list, tuple)):
         return type(value)(bare(item) for item in value)
