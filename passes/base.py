@@ -51,11 +51,11 @@ class Criterion(Bounds, ABC):
         return solve(analysis, self.score(analysis), budget, bounds)
 
 
-def weights_of(analysis: Analysis, group: Group) -> dict[str, Tensor]:
-    """The parameters (not buffers) that ``group`` lives on, by name."""
+def weights_of(analysis: Analysis) -> dict[str, Tensor]:
+    """The parameters (not buffers) that some group lives on, by name, detached and in float32 at least."""
     parameters = dict(analysis.graph.named_parameters())
-    named = {member.parameter: parameters.get(member.parameter) for member in group.members}
-    found = {name: parameter for name, parameter in named.items() if parameter is not None}
+    members = dict.fromkeys(member.parameter for group in analysis.groups.values() for member in group.members)
+    found = {name: detached(parameters[name]) for name in members if name in parameters}
     if any(parameter.is_meta for parameter in found.values()):
         raise PlanError("the weights are on the meta device and have no values to score. Use passes.Random, or load them.")
     return found

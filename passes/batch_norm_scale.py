@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
 
-from .base import Criterion, Sums, detached, weights_of
+from .base import Criterion, Sums, weights_of
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class BatchNormScale(Criterion):
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group with a batch norm."""
+        scales = {name: w.abs() for name, w in weights_of(analysis).items() if name in analysis.batch_norm_scales}
+        sums = Sums(analysis, scales)
         scores = {}
         for name, group in analysis.groups.items():
-            weights = weights_of(analysis, group)
-            scales = {key: detached(w).abs() for key, w in weights.items() if key in analysis.batch_norm_scales}
-            if scales:
-                scores[name] = Sums(analysis, scales)(group) / len(scales)
+            count = sum(member.parameter in scales for member in group.members)
+            if count:
+                scores[name] = sums(group) / count
         return scores

@@ -7,7 +7,7 @@ from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
 from fxprune.errors import PlanError
 
-from .base import Criterion, Sums, detached, normalized, weights_of
+from .base import Criterion, Sums, normalized, weights_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,7 @@ class Magnitude(Criterion):
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
-        weights = {
-            name: parameter
-            for group in analysis.groups.values()
-            for name, parameter in weights_of(analysis, group).items()
-        }
-        powers = {name: detached(w).abs().pow(self.p) for name, w in weights.items() if w.ndim > 1}
+        weights = {name: weight for name, weight in weights_of(analysis).items() if weight.ndim > 1}
+        powers = {name: w.square() if self.p == 2 else w.abs().pow(self.p) for name, w in weights.items()}
         sums = Sums(analysis, powers)
         return {name: normalized(sums(group) ** (1 / self.p)) for name, group in analysis.groups.items()}

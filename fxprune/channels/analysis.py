@@ -553,10 +553,10 @@ def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Froze
     present[roots] = True
     classes = np.flatnonzero(present)
     class_of = (np.cumsum(present) - 1)[roots]
-    pairs = np.unique(class_of * len(axes) + owner)
-    weight = np.random.default_rng(0).integers(1 << 62, size=len(axes))
+    weights = np.random.default_rng(0).integers(1 << 62, size=len(axes))
     signature = np.zeros(len(classes), dtype=np.int64)
-    np.add.at(signature, pairs // len(axes), weight[pairs % len(axes)])
+    for weight, its in zip(weights, np.split(class_of, np.searchsorted(owner, range(1, len(axes)))), strict=True):
+        signature[its] = signature[its] + weight  # a class that is there twice counts once
     _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
     order = np.argsort(first)  # classes are sorted by their smallest name, so this is the model's order
     rank = np.empty_like(order)
