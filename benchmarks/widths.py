@@ -42,9 +42,7 @@ def main() -> None:
     x = torch.randn(1, 3, 224, 224)
     models = {
         "dense": resnet50(),
-        "fxprune": fxprune.prune(
-            resnet50(), x, passes.Magnitude(p=2), budget=fxprune.Budget(flops=0.5)
-        ),
+        "fxprune": fxprune.prune(resnet50(), x, passes.Magnitude(p=2), budget=fxprune.Budget(flops=0.5)),
         "Torch-Pruning": torch_pruned(x, round_to=None),
         "Torch-Pruning, round_to=16": torch_pruned(x, round_to=16),
     }
@@ -84,9 +82,7 @@ def session(model: nn.Module, x: Tensor) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
-def in_turns(
-    sessions: dict[str, onnxruntime.InferenceSession], x: Tensor, runs: int
-) -> dict[str, list[float]]:
+def in_turns(sessions: dict[str, onnxruntime.InferenceSession], x: Tensor, runs: int) -> dict[str, list[float]]:
     """Run each session once a round, in an order drawn anew; seconds, after the warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     order = random.Random(0)
@@ -99,9 +95,7 @@ def in_turns(
     return {name: taken[WARM_UP:] for name, taken in seconds.items()}
 
 
-def describe(
-    name: str, models: dict[str, nn.Module], seconds: dict[str, list[float]], x: Tensor
-) -> dict[str, Any]:
+def describe(name: str, models: dict[str, nn.Module], seconds: dict[str, list[float]], x: Tensor) -> dict[str, Any]:
     """Compare with the dense model: FLOPs, and time in the same round."""
     reduction = flops(models["dense"], x) / flops(models[name], x)
     rounds = zip(seconds["dense"], seconds[name], strict=True)

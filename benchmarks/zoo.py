@@ -104,8 +104,11 @@ def check(name: str, onnx: bool) -> dict[str, Any]:
     )
     graph.eval(), compact.eval()
     axes = [axis for axis in analysis.axes.values() if not axis.weak and axis.axis == 0]
-    frozen = sum(len(item.index) for item in analysis.frozen if item.axis == 0 and (item.parameter, 0) in {
-        (axis.parameter, 0) for axis in axes})
+    frozen = sum(
+        len(item.index)
+        for item in analysis.frozen
+        if item.axis == 0 and (item.parameter, 0) in {(axis.parameter, 0) for axis in axes}
+    )
     row = {
         "model": name,
         "kind": names()[name],
@@ -191,13 +194,23 @@ def main() -> None:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit_s, check=False)
             lines = done.stdout.strip().splitlines()
-            row = json.loads(lines[-1]) if done.returncode == 0 else {
-                "model": name, "kind": names()[name], "error": (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]
-            }
+            row = (
+                json.loads(lines[-1])
+                if done.returncode == 0
+                else {
+                    "model": name,
+                    "kind": names()[name],
+                    "error": (done.stderr.strip().splitlines() or [str(done.returncode)])[-1],
+                }
+            )
         except subprocess.TimeoutExpired:
             row = {"model": name, "kind": names()[name], "error": f"over {options.limit_s:.0f} s"}
         rows.append(row)
-        print(row.get("error") or f"{name}: FLOPs {row['flops']:.1%}, law {row['outputs']:.0e}", file=sys.stderr, flush=True)
+        print(
+            row.get("error") or f"{name}: FLOPs {row['flops']:.1%}, law {row['outputs']:.0e}",
+            file=sys.stderr,
+            flush=True,
+        )
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (RESULTS / "zoo.md").write_text(report(rows))
     print(report(rows))

@@ -227,9 +227,14 @@ def meet_limits(solver: Solver, limits: Mapping[str, float], tolerance: float) -
         return solver.meet(used, tolerance)
     except Unreachable as miss:
         kind, (_, whole, limit) = next(iter(costs.items()))
-        nearest = " and ".join(
-            f"{kind} {miss.nearest * limit:.4g} ({miss.nearest * limit / whole:.1%})" for kind, (_, whole, limit) in costs.items()
-        ) if len(costs) == 1 else f"{miss.nearest:.1%} of it"
+        nearest = (
+            " and ".join(
+                f"{kind} {miss.nearest * limit:.4g} ({miss.nearest * limit / whole:.1%})"
+                for kind, (_, whole, limit) in costs.items()
+            )
+            if len(costs) == 1
+            else f"{miss.nearest:.1%} of it"
+        )
         held = int(solver.fixed.sum())
         asked = ", ".join(f"{kind} <= {limit:.4g} ({limit / whole:.1%})" for kind, (_, whole, limit) in costs.items())
         why = (

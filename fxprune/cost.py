@@ -75,7 +75,9 @@ class Channels:
 class Cost:
     """A cost as a function of the channels that stay: a sum of products of counts."""
 
-    def __init__(self, analysis: Analysis, channels: Channels, terms: Iterable[tuple[float, tuple[Label, ...]]]) -> None:
+    def __init__(
+        self, analysis: Analysis, channels: Channels, terms: Iterable[tuple[float, tuple[Label, ...]]]
+    ) -> None:
         """Each term is a number and the labels whose kept positions it is multiplied by."""
         one = torch.zeros(1, dtype=torch.int64)
         numbers: dict[int, int] = {id(one): 0}
@@ -90,7 +92,9 @@ class Cost:
             scales.append(scale)
         width = max(map(len, rows), default=1)
         self.scales = np.array(scales, dtype=np.float64)
-        self.factors = np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64).reshape(-1, max(width, 1))
+        self.factors = np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64).reshape(
+            -1, max(width, 1)
+        )
         self.group, count = channels.group, len(channels.names)
         self.fixed = np.ones(len(labels))
         self.each = np.zeros((len(labels), count))  # positions of one channel of each group

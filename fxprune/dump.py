@@ -31,7 +31,9 @@ class Dump:
         folder = os.environ.get("FXPRUNE_DUMP")
         return cls(Path(folder) if folder else None, example_inputs)
 
-    def write(self, title: str, module: TracedModule, analysis: Analysis | None = None, plan: Plan | None = None) -> None:
+    def write(
+        self, title: str, module: TracedModule, analysis: Analysis | None = None, plan: Plan | None = None
+    ) -> None:
         """Write the graphs of ``module`` and, as far as they are known, its groups and the plan."""
         if self.folder is None:
             return
@@ -54,5 +56,7 @@ class Dump:
             f"<pre>{html.escape(body)}</pre></details>"
             for i, (name, body) in enumerate(self.pages)
         )
-        page = f"<!doctype html><meta charset=utf-8><title>fxprune</title><style>{STYLE}</style><h1>fxprune</h1>{sections}"
+        page = (
+            f"<!doctype html><meta charset=utf-8><title>fxprune</title><style>{STYLE}</style><h1>fxprune</h1>{sections}"
+        )
         (self.folder / "index.html").write_text(page, encoding="utf-8")

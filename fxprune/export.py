@@ -112,7 +112,11 @@ def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool) -> 
     if dynamic_batch:
         batch = torch.export.Dim("batch")
         spec = map_tensors(lambda tensor: {0: batch} if tensor.ndim else None, (args, kwargs))
-        names = [node.name for node in module.graph.nodes if node.op == "placeholder"] if isinstance(module, fx.GraphModule) else []
+        names = (
+            [node.name for node in module.graph.nodes if node.op == "placeholder"]
+            if isinstance(module, fx.GraphModule)
+            else []
+        )
         shapes = dict(zip(names, spec[0], strict=False)) | spec[1] if names else (*spec[0], *spec[1].values())
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
@@ -147,7 +151,9 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path) -> float:
         if len(found) != len(expected):
             raise ExportError(f"the ONNX model returns {len(found)} tensors, PyTorch {len(expected)}")
         for tensor, array in zip(expected, found, strict=True):
-            gap = (tensor.cpu().double() - torch.from_numpy(array).double()).abs().max().item() if tensor.numel() else 0.0
+            gap = (
+                (tensor.cpu().double() - torch.from_numpy(array).double()).abs().max().item() if tensor.numel() else 0.0
+            )
             size = tensor.abs().max().item() if tensor.numel() else 1.0
             worst = max(worst, gap / size if size else gap) if gap == gap else float("nan")
     return worst

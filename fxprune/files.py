@@ -81,7 +81,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Te
             record, aliases = json.loads(metadata["record"]), json.loads(metadata["aliases"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise FileError(f"can't read a model from {path}: {error}. Is it truncated, or another kind of file?") from error
+        raise FileError(
+            f"can't read a model from {path}: {error}. Is it truncated, or another kind of file?"
+        ) from error
     if not isinstance(record, dict) or not isinstance(aliases, dict) or not {*aliases.values()} <= {*state}:
         raise FileError(f"can't read a model from {path}: its description is damaged")
     return record, aliases, state
@@ -105,7 +107,9 @@ def check_state(compact: nn.Module, state: dict[str, Tensor]) -> None:
     expected = compact.state_dict()
     for name in [*expected, *state]:
         if name not in state or name not in expected:
-            raise FileError(f"the file and the model disagree: {name} is only in {'the file' if name in state else 'the model'}")
+            raise FileError(
+                f"the file and the model disagree: {name} is only in {'the file' if name in state else 'the model'}"
+            )
         if state[name].shape != expected[name].shape:
             raise FileError(
                 f"the file and the model disagree: {name} has shape {tuple(state[name].shape)} in the file, "

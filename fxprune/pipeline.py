@@ -112,7 +112,9 @@ class Pipeline:
             expected, _ = outputs_of(old, mode, inputs, False, None)
             shapes, were = [tuple(t.shape) for t in found], [tuple(t.shape) for t in expected]
             if shapes != were:
-                raise PassError(f"{self.place(name)} changed the output shapes in {mode_name} mode from {were} to {shapes}")
+                raise PassError(
+                    f"{self.place(name)} changed the output shapes in {mode_name} mode from {were} to {shapes}"
+                )
             worst = max([worst, *(difference(a, b) for a, b in zip(expected, found, strict=True))])
             if not worst <= TOLERANCE[torch.float64]:
                 raise PassError(f"{self.place(name)} changed the outputs in {mode_name} mode by {worst:.2e} (relative)")

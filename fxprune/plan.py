@@ -88,7 +88,9 @@ class Plan:
             and all(isinstance(kept, list) and all(type(c) is int for c in kept) for kept in keep.values())
         )
         if not sound:
-            raise FileError("this plan is damaged: keep, sizes and options must be objects of integer lists, integers, text")
+            raise FileError(
+                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers, text"
+            )
         try:
             return cls(keep, sizes, options)
         except PlanError as error:

@@ -74,7 +74,9 @@ def copy_onto(graph: TracedModule, tensors: dict[int, Any]) -> TracedModule:
     def copied(module: nn.Module) -> nn.Module:
         if id(module) not in copies:
             new = copies[id(module)] = object.__new__(type(module))
-            new.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+            new.__dict__ = {
+                key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()
+            }
             for kind in (new._parameters, new._buffers):
                 kind.update({key: tensors[id(tensor)] for key, tensor in kind.items() if tensor is not None})
             new._modules.update({key: copied(child) for key, child in module._modules.items() if child is not None})

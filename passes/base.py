@@ -57,7 +57,9 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
     members = dict.fromkeys(member.parameter for group in analysis.groups.values() for member in group.members)
     found = {name: detached(parameters[name]) for name in members if name in parameters}
     if any(parameter.is_meta for parameter in found.values()):
-        raise PlanError("the weights are on the meta device and have no values to score. Use passes.Random, or load them.")
+        raise PlanError(
+            "the weights are on the meta device and have no values to score. Use passes.Random, or load them."
+        )
     return found
 
 

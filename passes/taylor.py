@@ -68,7 +68,9 @@ def batches(data: Any) -> Iterator[tuple[Any, Any]]:
     source: Iterable[Any] = [data] if one else data
     for batch in source:
         if not is_pair(batch):
-            raise PlanError(f"data must be one batch (x, y) or an iterable of batches; got a {type(batch).__name__} in it")
+            raise PlanError(
+                f"data must be one batch (x, y) or an iterable of batches; got a {type(batch).__name__} in it"
+            )
         yield batch[0], batch[1]
 
 

@@ -82,7 +82,9 @@ def agree(call: Call, a: Factor, b: Factor, letter: str) -> None:
         label = mine.along(letter)
         if label is None:
             other.pin(call, letter, f"meets {mine.source}")
-        elif fixed(call, mine, letter) and (theirs := other.along(letter)) is not None and len(other.varies(theirs)) > 1:
+        elif (
+            fixed(call, mine, letter) and (theirs := other.along(letter)) is not None and len(other.varies(theirs)) > 1
+        ):
             other.pin(call, letter, f"meets {mine.source}")
     for side in (a, b):
         label = side.along(letter)
@@ -163,9 +165,7 @@ def convolution(call: Call) -> Labels:
         )
         labels = tuple(label for label in labels if label.shape[1] > 1 or label.shape[2] == 1)
     merged = (*call.shape[:2],)
-    labels = settle(
-        call.names, (reshape(label, (call.shape[0], groups, sizes["o"]), merged) for label in labels)
-    )
+    labels = settle(call.names, (reshape(label, (call.shape[0], groups, sizes["o"]), merged) for label in labels))
     labels = tuple(label.reshape(*label.shape, *[1] * len(space)) for label in labels)
     return add_bias(call, labels, call.shape, bias, 1)
 
@@ -203,4 +203,3 @@ def attention(call: Call) -> Any:
     weights = Operand(join(call.names, operands, len(shape)), shape, "attention weights")
     labels = matmul(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
     return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
-

@@ -60,4 +60,3 @@ def add_bias(call: Call, labels: Labels, shape: Any, bias: Any, axis: int) -> La
     spread = tuple(label.reshape(-1, *[1] * trailing) for label in vector.labels)
     there = Operand(spread, (*vector.shape, *[1] * trailing), vector.source)
     return join(call.names, [Operand(labels, shape), there], len(shape))
-

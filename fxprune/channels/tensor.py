@@ -94,8 +94,6 @@ class ChannelTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # dispatch sees every operator; no need to look twice
-
     @classmethod
     def __torch_dispatch__(
         cls, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
