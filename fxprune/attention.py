@@ -50,7 +50,7 @@ class Attention(nn.Module):
         q, k, v = self.project(query, key, value)
         if not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        mask = self.mask(key_padding_mask, attn_mask)
+        mask = self.mask(query, key_padding_mask, attn_mask)
         if self.has_bias_kv:
             k = torch.cat([k, self.bias_k + torch.zeros_like(k[:, :1])], 1)
             v = torch.cat([v, self.bias_v + torch.zeros_like(v[:, :1])], 1)
@@ -86,21 +86,21 @@ class Attention(nn.Module):
         return tuple(F.linear(x, weights[i], biases[i]) for i, x in enumerate((query, key, value)))
 
     @staticmethod
-    def mask(padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def mask(query: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """One additive mask that broadcasts to float[batch, heads, length, source]."""
         masks = []
         if mask is not None:
-            masks.append(additive(mask))
+            masks.append(additive(mask, query))
         if padding is not None:
-            masks.append(additive(padding)[:, None, None, :])
+            masks.append(additive(padding, query)[:, None, None, :])
         return sum(masks[1:], masks[0]) if masks else None
 
 
 @torch.fx.wrap
-def additive(mask: Tensor) -> Tensor:
-    """A boolean mask (True = hidden) as an additive one."""
+def additive(mask: Tensor, query: Tensor) -> Tensor:
+    """A boolean mask (True = hidden) as an additive one, of the dtype of ``query``."""
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=torch.get_default_dtype()).masked_fill(mask, float("-inf"))
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
     return mask
 
 

@@ -233,7 +233,7 @@ class Tracer(fx.Tracer):
     ``load_state_dict`` or ``to``.
     """
 
-    def __init__(self, follow_buffers: bool) -> None:
+    def __init__(self, follow_buffers: bool = True) -> None:
         super().__init__(autowrap_functions=())
         self.proxy_buffer_attributes = follow_buffers
         self.path: list[str] = []

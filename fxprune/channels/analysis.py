@@ -107,6 +107,7 @@ class Analysis:
     names: Names = field(repr=False)
     axes: Mapping[tuple[str, int], Axis] = field(repr=False)
     aliases: Mapping[str, str] = field(repr=False)  # every name of a parameter -> its first name
+    origin: "tuple[Analysis, Plan] | None" = field(default=None, repr=False)  # what this is ``after`` of
 
     def stays(self, plan: Plan) -> Bools:
         """bool[names]: whether each name stays under ``plan``."""
@@ -125,6 +126,9 @@ class Analysis:
         and serves to predict shapes and costs only.
         """
         plan.check(self.sizes)
+        if self.origin:  # from the start again: a label that was cut to one position does not know along which axis
+            first, before = self.origin
+            return first.after(before.then(plan), graph or self.graph)
         stays = self.stays(plan)
         cut = Cutter(stays)
         groups = {}
@@ -160,6 +164,7 @@ class Analysis:
             norms=tuple(replace(norm, label=cut(norm.label)) for norm in self.norms),
             flops=tuple(replace(term, factors=tuple(map(cut, term.factors))) for term in self.flops),
             axes=axes,
+            origin=(self, plan),
         )
 
     @property
@@ -448,7 +453,7 @@ def interpret(
     arguments = tuple(placeholders(module.graphs[mode], inputs))
     try:
         module.train(mode)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             functional_call(_Runner(interpreter, module), swapped, arguments, tie_weights=False)
     finally:
         for part, training in modes.items():

@@ -1,0 +1,256 @@
+"""The laws that make pruning right, as functions over (graph, example inputs, analysis, plan), all in float64.
+
+The oracle here shares nothing with ``fxprune.verify`` but the masked norm: it zeroes the removed slices of a copy of
+the traced model and calls that copy. Each law raises AssertionError and says what differs.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.utils import _pytree as pytree
+
+import fxprune
+from fxprune import Analysis, ParamMap, Plan, TracedModule
+from fxprune.channels.analysis import placeholders
+from fxprune.inputs import bind
+from fxprune.verify import MaskedNorms
+
+RTOL = 1e-10
+BOTH_MODES = (False, True)
+
+# eps is far above the noise of a gradient that is zero in theory: dividing by less would blow that noise up.
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda parameters: SGD(parameters, lr=1e-2),
+    "momentum": lambda parameters: SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda parameters: SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True),
+    "adam": lambda parameters: Adam(parameters, lr=1e-3, eps=1e-4, amsgrad=True),
+    "adamw": lambda parameters: AdamW(parameters, lr=1e-3, eps=1e-4, weight_decay=1e-2),
+    "rmsprop": lambda parameters: RMSprop(parameters, lr=1e-3, eps=1e-3, momentum=0.9),
+}
+
+
+def random_plan(analysis: Analysis, seed: int, least: int = 1) -> Plan:
+    """An arbitrary part of every group, at least ``least`` channels where it has as many; one in five stays whole."""
+    draw = random.Random(seed)
+    keep = {}
+    for name, group in analysis.groups.items():
+        if draw.random() < 0.8:
+            count = draw.randint(min(least, group.size), group.size)
+            keep[name] = sorted(draw.sample(range(group.size), count))
+    return Plan(keep, analysis.sizes, analysis.options)
+
+
+# ------------------------------------------------------------------------------------------- oracle
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one pass forwards and backwards leaves behind."""
+
+    outputs: Any
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def masked(graph: TracedModule, param_map: ParamMap) -> TracedModule:
+    """A copy of ``graph`` in which every removed slice of every parameter is zero."""
+    copied = copy.deepcopy(graph)
+    zero_removed(copied, param_map)
+    return copied
+
+
+def zero_removed(model: nn.Module, param_map: ParamMap) -> None:
+    """Set to zero, axis by axis, whatever ``param_map`` does not keep."""
+    for name, parameter in model.named_parameters():
+        for axis, kept in enumerate(param_map[name]):
+            if kept is not None:
+                gone = sorted(set(range(parameter.shape[axis])) - set(kept.tolist()))
+                parameter.data.index_fill_(axis, torch.tensor(gone, dtype=torch.int64), 0.0)
+
+
+def outcome(model: TracedModule, inputs: Any, mode: bool, norms: Mapping[Any, Any], seed: int = 7) -> Outcome:
+    """Run ``model`` as it stands, with seeded random streams; the loss is a fixed random sum of the outputs.
+
+    ``norms``: where norms run over kept channels only, as a ParamMap has them. Buffers move as the mode has it.
+    """
+    model.train(mode)
+    model.zero_grad(set_to_none=True)
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, bind(inputs))
+    torch.manual_seed(seed)
+    if norms:
+        arguments = placeholders(model.graphs[mode], (args, kwargs))
+        outputs = MaskedNorms(model, mode, norms).run(*arguments, enable_io_processing=False)
+    else:
+        outputs = model(*args, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.zeros((), dtype=torch.float64)
+    for each in pytree.tree_leaves(outputs):
+        if isinstance(each, Tensor) and each.requires_grad:
+            loss = loss + (each * torch.randn(each.shape, generator=generator, dtype=each.dtype)).sum()
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return Outcome(pytree.tree_map_only(Tensor, Tensor.detach, outputs), gradients, buffers)
+
+
+def assert_close(what: str, found: Tensor, expected: Tensor, floor: float = 0.0) -> None:
+    """The largest difference is at most RTOL of the largest expected value (or of ``floor``)."""
+    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert torch.equal(found, expected), what
+    elif expected.numel():
+        size = max(expected.abs().max().item(), floor)
+        gap = (found - expected).abs().max().item()
+        assert gap <= RTOL * size, f"{what} differs by {gap:.2e}, its largest value is {size:.2e}"
+
+
+def assert_all_close(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names and values. What is zero in theory may be noise, 1e-3 of the largest value of all."""
+    assert found.keys() == expected.keys(), f"{what}: {sorted(found.keys() ^ expected.keys())} is on one side only"
+    floor = max((t.abs().max().item() for t in expected.values() if t.is_floating_point() and t.numel()), default=0)
+    for name, tensor in expected.items():
+        assert_close(f"{what} {name}", found[name], tensor, 1e-3 * floor)
+
+
+def sliced(param_map: ParamMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor cut as the parameter or buffer of its name is."""
+    result = {}
+    for name, tensor in tensors.items():
+        for axis, kept in enumerate(param_map[name]):
+            tensor = tensor if kept is None else tensor.index_select(axis, kept)
+        result[name] = tensor
+    return result
+
+
+def assert_same(what: str, found: Outcome, expected: Outcome) -> None:
+    """Two outcomes agree; their outputs have the same structure."""
+    leaves, structure = pytree.tree_flatten(found.outputs)
+    wanted, expected_structure = pytree.tree_flatten(expected.outputs)
+    assert structure == expected_structure, f"{what}: returns {structure}, expected {expected_structure}"
+    for number, (leaf, want) in enumerate(zip(leaves, wanted, strict=True)):
+        if isinstance(want, Tensor):
+            assert_close(f"{what} output {number}", leaf, want)
+        else:
+            assert leaf == want, f"{what} output {number}"
+    assert_all_close(f"{what} gradient", found.gradients, expected.gradients)
+    for name, buffer in expected.buffers.items():
+        assert_close(f"{what} buffer {name}", found.buffers[name], buffer)
+
+
+# --------------------------------------------------------------------------------------------- laws
+
+
+def slice_is_zero(
+    graph: TracedModule, inputs: Any, analysis: Analysis, plan: Plan, modes: Iterable[bool] = BOTH_MODES
+) -> None:
+    """Law 1: the compact model is the original with every removed slice set to zero."""
+    compact, param_map = fxprune.rewrite(graph, analysis, plan)
+    agree(graph, compact, param_map, inputs, modes)
+    fxprune.verify(graph, compact, param_map, inputs)
+
+
+def agree(
+    graph: TracedModule, compact: TracedModule, param_map: ParamMap, inputs: Any, modes: Iterable[bool] = BOTH_MODES
+) -> None:
+    """Outputs, gradients and buffers of ``compact`` are those of the masked ``graph``."""
+    for mode in modes:
+        zeroed, small = masked(graph, param_map).requires_grad_(), copy.deepcopy(compact).requires_grad_()
+        expected = outcome(zeroed, inputs, mode, param_map.norms)
+        expected = Outcome(expected.outputs, sliced(param_map, expected.gradients), sliced(param_map, expected.buffers))
+        assert_same("train" if mode else "eval", outcome(small, inputs, mode, {}), expected)
+
+
+def slice_commutes_with_a_step(
+    graph: TracedModule,
+    inputs: Any,
+    analysis: Analysis,
+    plan: Plan,
+    make: Callable[[Iterable[nn.Parameter]], Optimizer],
+    mode: bool = True,
+) -> None:
+    """Law 2: cut and step is mask, step and cut. Two steps of the whole model fill the optimizer's state before."""
+    dense = copy.deepcopy(graph).requires_grad_()
+    optimizer = make(dense.parameters())
+    for seed in (1, 2):
+        outcome(dense, inputs, mode, {}, seed)
+        optimizer.step()
+    zeroed, its_optimizer = copy.deepcopy((dense, optimizer))
+
+    compact, param_map = fxprune.rewrite(dense, analysis, plan)
+    param_map.migrate(optimizer)
+    outcome(compact, inputs, mode, {})
+    optimizer.step()
+
+    zero_removed(zeroed, param_map)
+    outcome(zeroed, inputs, mode, param_map.norms)
+    its_optimizer.step()
+
+    found, expected = dict(compact.named_parameters()), dict(zeroed.named_parameters())
+    assert_all_close("parameter", detached(found), sliced(param_map, detached(expected)))
+    kinds = {key for state in its_optimizer.state.values() for key in state}
+    for kind in kinds:
+        mine, theirs = states(found, optimizer, kind), states(expected, its_optimizer, kind)
+        whole = {name: tensor for name, tensor in theirs.items() if tensor.shape == expected[name].shape}
+        assert_all_close(f"state {kind}", mine, theirs | sliced(param_map, whole))
+
+
+def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without gradients."""
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def states(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, kind: str) -> dict[str, Tensor]:
+    """One kind of an optimizer's state by the names of the parameters; numbers as tensors."""
+    held = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    return {name: torch.as_tensor(state[kind]) for name, state in held.items() if state.get(kind) is not None}
+
+
+def pruning_composes(
+    graph: TracedModule, inputs: Any, analysis: Analysis, p: Plan, seed: int, modes: Iterable[bool] = BOTH_MODES
+) -> None:
+    """Law 3: pruning by p, then by q, is pruning by p.then(q); the maps of what was kept compose likewise."""
+    first, first_map = fxprune.rewrite(graph, analysis, p)
+    between = analysis.after(p, first)
+    q = random_plan(between, seed)
+    second, second_map = fxprune.rewrite(first, between, q)
+    direct, direct_map = fxprune.rewrite(graph, analysis, p.then(q))
+    assert_same_state(second, direct)
+    assert_same_map(first_map.then(second_map), direct_map, graph)
+    for mode in modes:
+        found, expected = (copy.deepcopy(each).requires_grad_() for each in (second, direct))
+        assert_same("composed", outcome(found, inputs, mode, {}), outcome(expected, inputs, mode, {}))
+
+
+def assert_same_state(found: nn.Module, expected: nn.Module) -> None:
+    """The same state_dict, bit by bit and in the same order."""
+    mine, theirs = found.state_dict(), expected.state_dict()
+    assert list(mine) == list(theirs)
+    for name, tensor in theirs.items():
+        assert torch.equal(mine[name], tensor), f"{name} is not the same"
+
+
+def assert_same_map(found: ParamMap, expected: ParamMap, graph: nn.Module) -> None:
+    """The same indices for every parameter and buffer."""
+    shapes = {name: tensor.shape for name, tensor in graph.state_dict().items()}
+    assert set(found) == set(expected)
+    for name in expected:
+        for axis, pair in enumerate(zip(found[name], expected[name], strict=True)):
+            mine, theirs = (list(range(shapes[name][axis])) if kept is None else kept.tolist() for kept in pair)
+            assert mine == theirs, f"kept of {name}[{axis}]: {mine}, expected {theirs}"
+
+
+def channels(analysis: Analysis) -> set[frozenset[tuple[str, int, int]]]:
+    """Each channel that may go, as the (parameter, axis, position) triples that go with it."""
+    found: dict[tuple[str, int], set[tuple[str, int, int]]] = {}
+    for group in analysis.groups.values():
+        for member in group.members:
+            for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
+                found.setdefault((group.name, channel), set()).add((member.parameter, member.axis, position))
+    return {frozenset(triples) for triples in found.values()}
