@@ -1,16 +1,18 @@
 """Budget: what a compact model may cost, and the solver that finds the plan that meets it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 
 import numpy as np
+from torch import nn
 
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.names import Bools, Ints
-from fxprune.cost import Channels, Cost, Floats, cost_of, device_of
+from fxprune.cost import Channels, Floats, cost_of, device_of
 from fxprune.errors import BudgetError, PlanError
 from fxprune.plan import Plan
 
@@ -45,27 +47,24 @@ class Budget:
         if not given:
             raise BudgetError(f"an empty budget: give at least one of {', '.join(limits)}")
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float, timedelta)):
+            if isinstance(value, timedelta) and name == "latency":
+                value = value.total_seconds()
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise BudgetError(f"{name}={value!r} is not a number")
-            if not (value.total_seconds() if isinstance(value, timedelta) else value) > 0:
+            if not float(value) > 0:
                 raise BudgetError(f"{name}={value!r} must be positive")
         if not 0 < self.tolerance < 1:
             raise BudgetError(f"tolerance={self.tolerance!r} must lie between 0 and 1")
 
-    def limits(self) -> dict[str, float]:
-        """The limits that are counted, by cost: MACs as FLOPs."""
-        limits = {name: getattr(self, name) for name in ("flops", "params", "channels", "memory")}
-        if self.macs is not None:
-            flops = self.macs if is_fraction(self.macs) else 2 * self.macs
-            if self.flops is not None:
-                raise BudgetError("give flops or macs, not both: 1 MAC is 2 FLOPs")
-            limits["flops"] = flops
-        return {name: value for name, value in limits.items() if value is not None}
+    def limits(self) -> list[tuple[str, float]]:
+        """The limits that are counted, each with its cost."""
+        limits = [(name, getattr(self, name)) for name in ("flops", "macs", "params", "channels", "memory")]
+        return [(name, value) for name, value in limits if value is not None]
 
 
 def is_fraction(value: float) -> bool:
     """Whether a limit is a fraction of what the model costs now."""
-    return isinstance(value, float) and 0 < value <= 1
+    return not isinstance(value, Integral) and 0 < value <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +75,9 @@ class Bounds:
         minimum: the fraction of a group's channels that stay at least.
         maximum: the fraction of a group's channels that stay at most.
         keep: patterns of modules or parameters whose output channels all stay ("layer4.*", "fc"); with an axis
-            ("fc.weight[1]") the channels on that axis.
-        round_to: widths are multiples of this; "auto" chooses from device and dtype. A group is never rounded by more
-            than a quarter of its size.
+            ("fc.weight[1]") the channels on that axis. A module stands for all that is in it.
+        round_to: widths are multiples of this, but for a few groups that use up the rest of the budget; "auto" chooses
+            from device and dtype. A group is never rounded by more than a quarter of its size.
         scope: "global" compares scores across groups, "local" removes the same fraction of each group.
     """
 
@@ -114,25 +113,30 @@ class Solver:
         for number, name in enumerate(analysis.groups):
             if name in scores:
                 flat[starts[number] : starts[number] + self.sizes[number]] = scores[name]
-        if np.isnan(flat).any():
-            raise PlanError("a criterion gave scores that are not numbers; are there NaNs in the weights?")
         group = self.channels.group
+        if (bad := np.isnan(flat)).any():
+            raise PlanError(
+                f"the criterion's scores of group {self.channels.names[group[bad.argmax()]]!r} are not numbers (NaN); "
+                "are there NaNs or infinities in its weights or gradients?"
+            )
         order = np.lexsort((-flat, group))  # by group, best first; ties by position
         self.rank = np.empty_like(order)
         self.rank[order] = np.arange(len(order)) - starts[group[order]]
         place = self.rank / self.sizes[group] if bounds.scope == "local" else -flat
         removable = ~self.fixed[group]
-        self.worst_first = np.lexsort((-self.rank, -place))[np.flatnonzero(removable[np.lexsort((-self.rank, -place))])]
+        worst_first = np.lexsort((-self.rank, -place))
+        self.worst_first = worst_first[removable[worst_first]]
         self.multiple = multiples(analysis, bounds.round_to)
         self.floor = np.minimum(self.sizes, np.maximum(1, np.ceil(bounds.minimum * self.sizes - 1e-9)).astype(np.int64))
         self.cap = np.maximum(self.floor, np.floor(bounds.maximum * self.sizes + 1e-9).astype(np.int64))
         self.floor[self.fixed] = self.cap[self.fixed] = self.sizes[self.fixed]
 
-    def widths(self, removed: int) -> Ints:
+    def widths(self, removed: int, multiple: Ints | None = None) -> Ints:
         """The widths when the ``removed`` worst channels go, as far as minimum, maximum and rounding let them."""
+        multiple = self.multiple if multiple is None else multiple
         gone = np.bincount(self.channels.group[self.worst_first[:removed]], minlength=len(self.sizes))
-        rounded = -(-(self.sizes - gone) // self.multiple) * self.multiple
-        result: Ints = np.clip(np.minimum(rounded, self.sizes), self.floor, self.cap)
+        rounded = -(-np.maximum(self.sizes - gone, self.floor) // multiple) * multiple
+        result: Ints = np.minimum(rounded, self.cap)
         return result
 
     def kept(self, widths: Ints) -> Bools:
@@ -150,23 +154,25 @@ class Solver:
     def meet(self, used: Callable[[Ints], float], tolerance: float) -> Ints:
         """The widths that use up at most 1, and at least ``1 - tolerance``, of what ``used`` measures.
 
-        Raises BudgetError where none do, with the nearest.
+        Where the budget is too small for widths that are multiples, smaller multiples do. Raises UnreachableError,
+        with the nearest, where no widths are found.
         """
-        low, high = 0, len(self.worst_first)
-        if used(self.widths(high)) > 1:
-            raise Unreachable(used(self.widths(high)))
+        low, high, step = 0, len(self.worst_first), self.multiple
+        while used(least := self.widths(high, step)) > 1:
+            if (step == 1).all():
+                raise UnreachableError(least, above=True)
+            step = np.maximum(1, step // 2)
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if used(self.widths(middle)) <= 1 else (middle + 1, high)
-        widths = self.widths(low)
-        step = self.multiple.copy()
+            low, high = (low, middle) if used(self.widths(middle, step)) <= 1 else (middle + 1, high)
+        widths = self.widths(low, step)
         while (now := used(widths)) < 1 - tolerance:
             widths = self.fill(widths, step, used)
             if (step == 1).all() and used(widths) == now:
                 break
             step = np.maximum(1, step // 2)
         if used(widths) < 1 - tolerance:
-            raise Unreachable(used(widths))
+            raise UnreachableError(widths, above=False)
         return widths
 
     def fill(self, widths: Ints, step: Ints, used: Callable[[Ints], float]) -> Ints:
@@ -179,11 +185,11 @@ class Solver:
         return widths
 
 
-class Unreachable(Exception):
-    """No widths use up the budget; ``nearest`` is how much of it the nearest do."""
+class UnreachableError(Exception):
+    """No widths use up the budget; the nearest are ``above`` it, or leave too much of it."""
 
-    def __init__(self, nearest: float) -> None:
-        self.nearest = nearest
+    def __init__(self, widths: Ints, above: bool) -> None:
+        self.widths, self.above = widths, above
 
 
 def solve(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget, bounds: Bounds) -> Plan:
@@ -208,60 +214,55 @@ def solve(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget, boun
     return solver.plan(meet_limits(solver, limits, budget.tolerance))
 
 
-def meet_limits(solver: Solver, limits: Mapping[str, float], tolerance: float) -> Ints:
-    """Widths that meet limits on counted costs."""
-    costs: dict[str, tuple[Cost, float, float]] = {}
-    for kind, limit in limits.items():
-        cost = cost_of(solver.analysis, kind, solver.channels)
-        whole = cost(np.ones(int(solver.sizes.sum()), dtype=bool))
-        costs[kind] = cost, whole, limit * whole if is_fraction(limit) else float(limit)
+def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: float) -> Ints:
+    """Widths that meet limits, (kind, value), on counted costs."""
+    costs = [(kind, cost_of(solver.analysis, kind, solver.channels), limit) for kind, limit in limits]
+    everything = np.ones(int(solver.sizes.sum()), dtype=bool)
+    whole = [cost(everything) for _, cost, _ in costs]
+    allowed = [limit * now if is_fraction(limit) else limit for (_, _, limit), now in zip(costs, whole, strict=True)]
 
     def used(widths: Ints) -> float:
         kept = solver.kept(widths)
-        return max(cost(kept) / limit for cost, _, limit in costs.values())
+        return max(cost(kept) / limit for (_, cost, _), limit in zip(costs, allowed, strict=True))
+
+    def amounts(values: Iterable[float]) -> str:
+        rows = zip(costs, values, whole, strict=True)
+        return " and ".join(f"{kind}={round(value)} ({value / now:.1%})" for (kind, _, _), value, now in rows)
 
     if used(solver.sizes) <= 1:
-        now = ", ".join(f"{kind} {whole:.4g} of {limit:.4g}" for kind, (_, whole, limit) in costs.items())
-        raise BudgetError(f"the model already meets this budget ({now}): nothing to remove. Give a smaller one.")
+        raise BudgetError(
+            f"the model already meets the budget {amounts(allowed)}: it has {amounts(whole)}. Give a smaller one."
+        )
     try:
         return solver.meet(used, tolerance)
-    except Unreachable as miss:
-        kind, (_, whole, limit) = next(iter(costs.items()))
-        nearest = (
-            " and ".join(
-                f"{kind} {miss.nearest * limit:.4g} ({miss.nearest * limit / whole:.1%})"
-                for kind, (_, whole, limit) in costs.items()
+    except UnreachableError as miss:
+        kept = solver.kept(miss.widths)
+        held = f"{int(solver.fixed.sum())} of {len(solver.sizes)} groups are kept whole"
+        if miss.above:
+            why = f"{held}; lower minimum=, or keep fewer layers"
+        elif (miss.widths == solver.cap).all():
+            why = f"{held} and maximum= holds the others; raise it, or ask for the nearest"
+        else:
+            why = (
+                f"widths are whole channels, and no plan was found within {100 * tolerance:g} % below it; ask for "
+                "the nearest, or give the Budget a larger tolerance"
             )
-            if len(costs) == 1
-            else f"{miss.nearest:.1%} of it"
-        )
-        held = int(solver.fixed.sum())
-        asked = ", ".join(f"{kind} <= {limit:.4g} ({limit / whole:.1%})" for kind, (_, whole, limit) in costs.items())
-        why = (
-            "lower minimum=, or keep fewer layers"
-            if miss.nearest > 1
-            else f"widths are whole channels, so this model has no plan within {tolerance:.0%} below it: ask for the "
-            "nearest value, or give the Budget a larger tolerance"
-        )
+        nearest = amounts(cost(kept) for _, cost, _ in costs)
         raise BudgetError(
-            f"the budget {asked} can't be met; the nearest that can be reached is {nearest}. "
-            f"{held} of {len(solver.sizes)} groups are kept whole. To go on: {why}."
+            f"the budget {amounts(allowed)} can't be met; the nearest that can be reached is {nearest}: {why}."
         ) from None
 
 
 def held(analysis: Analysis, patterns: Sequence[str]) -> Bools:
     """bool[groups]: which groups the ``keep`` patterns name."""
-    if isinstance(patterns, str):
-        patterns = (patterns,)
     result = np.zeros(len(analysis.groups), dtype=bool)
-    for pattern in patterns:
-        named = pattern if pattern.endswith("]") else f"{pattern}[0]"
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        named = {key for key in analysis.axes if matches(analysis, *key, pattern)}
         hits = [
-            any(matches(member.parameter, member.axis, named) for member in group.members) or fnmatchcase(name, pattern)
+            fnmatchcase(name, pattern) or any((member.parameter, member.axis) in named for member in group.members)
             for name, group in analysis.groups.items()
         ]
-        known = any(hits) or any(matches(parameter, axis, named) for parameter, axis in analysis.axes)
-        if not known:
+        if not named and not any(hits):
             raise PlanError(
                 f"keep={pattern!r} matches no module, parameter or group of this model. Names are those of its "
                 "state_dict; * stands for anything."
@@ -270,10 +271,22 @@ def held(analysis: Analysis, patterns: Sequence[str]) -> Bools:
     return result
 
 
-def matches(parameter: str, axis: int, pattern: str) -> bool:
-    """Whether ``pattern`` ("name[axis]") names this axis of a parameter, or of the module it belongs to."""
-    module = parameter.rpartition(".")[0]
-    return any(fnmatchcase(f"{name}[{axis}]", pattern.replace("[", "[[]", 1)) for name in (parameter, module))
+def matches(analysis: Analysis, parameter: str, axis: int, pattern: str) -> bool:
+    """Whether ``pattern``, "name" or "name[axis]", names this axis of a parameter, or of a module that it is in."""
+    name, _, number = pattern.removesuffix("]").partition("[")
+    if axis != (int(number) if number.isdecimal() else output_axis(analysis, parameter)):
+        return False
+    parts = parameter.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), name) for count in range(1, len(parts) + 1))
+
+
+def output_axis(analysis: Analysis, parameter: str) -> int:
+    """The axis of a parameter that its layer's output has: the first that is not of size 1."""
+    module = analysis.graph.get_submodule(parameter.rpartition(".")[0])
+    shape = analysis.shapes[parameter]
+    if isinstance(module, (nn.modules.conv._ConvTransposeNd, nn.Embedding)) and len(shape) > 1:
+        return 1
+    return next((axis for axis, size in enumerate(shape) if size > 1), 0)
 
 
 def multiples(analysis: Analysis, round_to: int | str) -> Ints:

@@ -3,6 +3,7 @@
 FLOPs are those of ``torch.utils.flop_counter``: a multiply and an add are 2 FLOPs, 1 MAC is 2 FLOPs.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ Floats = npt.NDArray[np.float64]
 
 def flops(model: nn.Module, example_inputs: Any) -> int:
     """FLOPs of one forward pass in the model's mode, counted by ``FlopCounterMode`` on meta tensors."""
-    state = {name: on_meta(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    state = {name: on_meta(tensor) for name, tensor in tensors}
     args, kwargs = map_tensors(on_meta, bind(example_inputs))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(model, state, args, kwargs)
@@ -120,14 +122,15 @@ class Cost:
 
 
 def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
-    """The cost "flops", "params", "memory" (bytes) or "channels" as a function of the channels that stay.
+    """The cost "flops", "macs", "params", "memory" (bytes) or "channels" as a function of the channels that stay.
 
     Memory is that of the parameters, the buffers and every value that the eval graph computes for the example inputs,
     as if none were freed: what a training step holds, without optimizer state and workspaces.
     """
     match kind:
-        case "flops":
-            return Cost(analysis, channels, ((t.scale, t.factors) for t in analysis.flops if not t.mode))
+        case "flops" | "macs":
+            each = 1 if kind == "flops" else 0.5
+            return Cost(analysis, channels, ((each * t.scale, t.factors) for t in analysis.flops if not t.mode))
         case "params":
             return Cost(analysis, channels, stored(analysis, dict(analysis.graph.named_parameters()), False))
         case "memory":

@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ class Dump:
         text = "\n\n".join(parts) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pages.append((title, text))
-        (self.folder / f"{len(self.pages) - 1:03}_{title}.txt").write_text(text, encoding="utf-8")
+        name = re.sub(r"\W+", "_", title)
+        (self.folder / f"{len(self.pages) - 1:03}_{name}.txt").write_text(text, encoding="utf-8")
         sections = "".join(
             f"<details{' open' if i == len(self.pages) - 1 else ''}><summary>{i:03} {html.escape(name)}</summary>"
             f"<pre>{html.escape(body)}</pre></details>"

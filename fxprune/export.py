@@ -1,7 +1,9 @@
 """Export to ONNX, and compare the file with PyTorch in onnxruntime before returning."""
 
 import copy
+import inspect
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -16,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import ExportError
 from fxprune.inputs import Bound, bind, map_tensors, tensors_in
 from fxprune.trace import TracedModule
+from fxprune.verify import difference
 
 logger = logging.getLogger("fxprune")
 
@@ -99,7 +102,8 @@ def resized(inputs: Bound, size: int) -> Bound:
         tensor = tensor[index]
         return tensor + 0.1 * torch.randn_like(tensor) if tensor.is_floating_point() else tensor
 
-    bound: Bound = map_tensors(repeat, inputs)
+    with torch.random.fork_rng(devices=[]):
+        bound: Bound = map_tensors(repeat, inputs)
     return bound
 
 
@@ -112,12 +116,7 @@ def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool) -> 
     if dynamic_batch:
         batch = torch.export.Dim("batch")
         spec = map_tensors(lambda tensor: {0: batch} if tensor.ndim else None, (args, kwargs))
-        names = (
-            [node.name for node in module.graph.nodes if node.op == "placeholder"]
-            if isinstance(module, fx.GraphModule)
-            else []
-        )
-        shapes = dict(zip(names, spec[0], strict=False)) | spec[1] if names else (*spec[0], *spec[1].values())
+        shapes = dict(inspect.signature(module.forward).bind(*spec[0], **spec[1]).arguments)
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -140,20 +139,21 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path) -> float:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for args, kwargs in batches:
         with torch.no_grad():
             expected = tensors_in(module(*args, **kwargs))
-        arrays = [tensor.cpu().numpy() for tensor in tensors_in((args, kwargs))]
-        feeds = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
-        found = session.run(None, feeds)
-        if len(found) != len(expected):
-            raise ExportError(f"the ONNX model returns {len(found)} tensors, PyTorch {len(expected)}")
-        for tensor, array in zip(expected, found, strict=True):
-            gap = (
-                (tensor.cpu().double() - torch.from_numpy(array).double()).abs().max().item() if tensor.numel() else 0.0
-            )
-            size = tensor.abs().max().item() if tensor.numel() else 1.0
-            worst = max(worst, gap / size if size else gap) if gap == gap else float("nan")
+        ordered = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        try:
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            arrays = [tensor.cpu().numpy() for tensor in tensors_in(dict(ordered))]
+            feeds = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
+            found = [torch.from_numpy(array) for array in session.run(None, feeds)]
+        except Exception as error:
+            raise ExportError(f"onnxruntime can't run this model: {type(error).__name__}: {error}") from error
+        shapes, expected_shapes = ([tuple(tensor.shape) for tensor in each] for each in (found, expected))
+        if shapes != expected_shapes:
+            raise ExportError(f"the ONNX model returns tensors of shapes {shapes}, PyTorch {expected_shapes}")
+        gaps = [difference(a.cpu().double(), b.double()) for a, b in zip(expected, found, strict=True)]
+        worst = max([worst, *gaps], key=lambda gap: float("inf") if math.isnan(gap) else gap)
     return worst

@@ -24,22 +24,24 @@ def save(compact: nn.Module, path: str | Path) -> None:
     """Write a compact model that ``rewrite`` or ``prune`` returned. The file appears whole or not at all.
 
     Raises:
-        FileError: the model did not come from fxprune, so there is no plan to write.
+        FileError: the model did not come from fxprune, so there is no plan to write; or nothing can be written there.
     """
     record = getattr(compact, "meta", {}).get("fxprune")
     if record is None:
         raise FileError(
-            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite or fxprune.prune returned can be "
-            "saved. Save the state_dict of others with safetensors."
+            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite or fxprune.prune "
+            "returned can be saved. Save the state_dict of others with safetensors."
         )
     path = Path(path)
     state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
     state, aliases = without_aliases(state)
-    metadata = {"format": FORMAT, "record": json.dumps(record), "aliases": json.dumps(aliases)}
     partial = path.with_name(path.name + ".partial")
     try:
+        metadata = {"format": FORMAT, "record": json.dumps(record), "aliases": json.dumps(aliases)}
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
         os.replace(partial, path)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise FileError(f"can't write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -63,9 +65,7 @@ def load(path: str | Path, model: nn.Module) -> TracedModule:
         compact, _ = rewrite(graph, analyze(graph, inputs, **options), plan)
         state |= {name: state[first] for name, first in aliases.items()}
         check_state(compact, state)
-    except FileError:
-        raise
-    except (FxpruneError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
     compact.load_state_dict(state)
     return compact
@@ -80,12 +80,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Te
                 raise FileError(f"{path} is a safetensors file, but not one that fxprune.save wrote")
             record, aliases = json.loads(metadata["record"]), json.loads(metadata["aliases"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+            if not isinstance(record, dict) or not isinstance(aliases, dict) or not {*aliases.values()} <= {*state}:
+                raise ValueError("its description is damaged")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(
             f"can't read a model from {path}: {error}. Is it truncated, or another kind of file?"
         ) from error
-    if not isinstance(record, dict) or not isinstance(aliases, dict) or not {*aliases.values()} <= {*state}:
-        raise FileError(f"can't read a model from {path}: its description is damaged")
     return record, aliases, state
 
 
@@ -107,11 +107,12 @@ def check_state(compact: nn.Module, state: dict[str, Tensor]) -> None:
     expected = compact.state_dict()
     for name in [*expected, *state]:
         if name not in state or name not in expected:
-            raise FileError(
-                f"the file and the model disagree: {name} is only in {'the file' if name in state else 'the model'}"
-            )
-        if state[name].shape != expected[name].shape:
-            raise FileError(
-                f"the file and the model disagree: {name} has shape {tuple(state[name].shape)} in the file, "
-                f"{tuple(expected[name].shape)} in the model"
-            )
+            raise FileError(f"{name} is only in {'the file' if name in state else 'the model'}")
+        found, wanted = ((*tensor.shape, tensor.dtype) for tensor in (state[name], expected[name]))
+        if found != wanted:
+            raise FileError(f"{name} is {describe(state[name])} in the file, {describe(expected[name])} in the model")
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor's dtype and shape, as "float32[64, 3, 7, 7]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

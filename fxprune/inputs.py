@@ -49,7 +49,7 @@ def describe(example_inputs: Any) -> Any:
 
 
 def imagine(description: Any) -> Bound:
-    """The opposite of ``describe``: tensors of zeros of the shapes described."""
+    """The opposite of ``describe``: tensors of the shapes described, without data."""
     return tuple(_from_json(description["args"])), _from_json(description["kwargs"])
 
 
@@ -67,7 +67,7 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(item) for item in value]
     if isinstance(value, dict) and "tensor" in value:
-        return torch.zeros(value["tensor"]["shape"], dtype=getattr(torch, value["tensor"]["dtype"]))
+        return torch.empty(value["tensor"]["shape"], dtype=getattr(torch, value["tensor"]["dtype"]), device="meta")
     if isinstance(value, dict):
         return {key: _from_json(item) for key, item in value["dict"].items()}
     return value

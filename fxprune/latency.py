@@ -1,9 +1,10 @@
 """Plans that meet a measured latency: the counted cost is searched, and each candidate is built and timed."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ ROUNDS = 8
 CLOSE = 0.03
 
 
-def solve_latency(solver: Solver, budget: Budget, limits: Mapping[str, float]) -> Plan:
+def solve_latency(solver: Solver, budget: Budget, limits: Sequence[tuple[str, float]]) -> Plan:
     """The largest plan, by FLOPs, whose compact model runs within ``budget.latency`` seconds, in eval mode.
 
     Each of a few candidates is rewritten and timed on the device of the weights, next to the dense model, so that a
@@ -28,6 +29,8 @@ def solve_latency(solver: Solver, budget: Budget, limits: Mapping[str, float]) -
     analysis = solver.analysis
     graph = analysis.graph
     device, _ = device_of(graph)
+    if device.type == "meta":
+        raise BudgetError("latency can't be measured on the meta device: load the weights, or give flops= instead")
     inputs = map_tensors(lambda tensor: stand_in(tensor, device), analysis.example_inputs)
     was_training = graph.training
     graph.eval()
@@ -36,29 +39,30 @@ def solve_latency(solver: Solver, budget: Budget, limits: Mapping[str, float]) -
         limit = seconds_of(budget.latency, dense)
         if dense <= limit and not limits:
             raise BudgetError(f"the model already runs in {dense:.3g} s, within {limit:.3g} s: nothing to remove.")
-        best, low, high, fastest = None, 0.0, 1.0, float("inf")
+        best = solver.widths(len(solver.worst_first), np.ones_like(solver.multiple))
+        fastest = measured(solver, best, inputs) * dense
+        if fastest > limit:
+            raise BudgetError(
+                f"a latency of {limit:.3g} s can't be met: the model takes {dense:.3g} s, the smallest plan "
+                f"{fastest:.3g} s. Ask for more than that, lower minimum=, or keep fewer layers."
+            )
+        low, high = 0.0, 1.0
         for _ in range(ROUNDS):
             fraction = (low + high) / 2
             try:
-                widths = meet_limits(solver, {**limits, "flops": fraction}, budget.tolerance)
-            except BudgetError:
+                widths = meet_limits(solver, [*limits, ("flops", fraction)], budget.tolerance)
+            except BudgetError:  # smaller than the smallest plan
                 low = fraction
                 continue
-            ratio = measured(solver, widths, inputs)
-            fastest = min(fastest, ratio * dense)
-            if ratio * dense <= limit:
-                best, low = widths, fraction
-                if ratio * dense >= (1 - CLOSE) * limit:
-                    break
-            else:
+            seconds = measured(solver, widths, inputs) * dense
+            if seconds > limit:
                 high = fraction
+                continue
+            best, low = widths, fraction
+            if seconds >= (1 - CLOSE) * limit:
+                break
     finally:
         graph.train(was_training)
-    if best is None:
-        raise BudgetError(
-            f"a latency of {limit:.3g} s can't be met (the model takes {dense:.3g} s); the fastest plan that was measured "
-            f"takes {fastest:.3g} s. Lower minimum=, or keep fewer layers."
-        )
     return solver.plan(best)
 
 

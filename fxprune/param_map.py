@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.errors import MigrationError
+from fxprune.inputs import tensors_in
 
 Kept = tuple[Tensor | None, ...]
 
 
 class ParamMap(Mapping[str, Kept]):
-    """What a rewrite kept. ``param_map[name]`` has, for each axis of the original tensor, the sorted int64 indices kept,
-    or None where all are kept."""
+    """What a rewrite kept.
+
+    ``param_map[name]`` has, for each axis of the original tensor, the sorted int64 indices kept, or None for all.
+    """
 
     def __init__(
         self,
@@ -22,7 +25,7 @@ class ParamMap(Mapping[str, Kept]):
         parameters: Mapping[nn.Parameter, tuple[str, nn.Parameter]],
         norms: Mapping[tuple[bool, str], Kept],
     ) -> None:
-        """``parameters``: original -> (name, compact). ``norms``: (mode, graph node) -> what is kept of the value normalized there."""
+        """``parameters``: original -> (name, compact). ``norms``: (mode, graph node) -> what is kept of its input."""
         self._kept = dict(kept)
         self._parameters = dict(parameters)
         self.norms = dict(norms)
@@ -51,10 +54,26 @@ class ParamMap(Mapping[str, Kept]):
         return ~kept
 
     def then(self, other: "ParamMap") -> "ParamMap":
-        """The map of two rewrites, one after the other."""
+        """The map of two rewrites, one after the other.
+
+        Raises:
+            MigrationError: ``other`` is not the map of a rewrite of the model that this one led to.
+        """
+        for name, new in self._parameters.values():
+            if new not in other._parameters:
+                raise MigrationError(
+                    f"these maps do not follow each other: the second does not start from the {name} that the first "
+                    "led to. Rewrite the compact model itself, not a copy of it."
+                )
         kept = {name: tuple(map(compose, first, other[name])) for name, first in self._kept.items()}
         parameters = {old: other._parameters[new] for old, (_, new) in self._parameters.items()}
-        return ParamMap(kept, parameters, {})
+        norms = {
+            key: tuple(map(compose, self.norms[key], other.norms[key]))
+            if key in self.norms and key in other.norms
+            else (self.norms | other.norms)[key]
+            for key in self.norms | other.norms
+        }
+        return ParamMap(kept, parameters, norms)
 
     def migrate(self, optimizer: Optimizer) -> None:
         """Make ``optimizer`` hold the compact model's parameters, its state sliced. The object stays the same.
@@ -70,8 +89,8 @@ class ParamMap(Mapping[str, Kept]):
             for old in group["params"]:
                 if old not in self._parameters:
                     raise MigrationError(
-                        f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not in the model that was "
-                        "rewritten. Make the optimizer from the parameters of that model."
+                        f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not in the model that "
+                        "was rewritten. Make the optimizer from the parameters of that model."
                     )
                 moved[old] = self._moved_state(old, optimizer.state.get(old, {}))
         for group in optimizer.param_groups:
@@ -87,16 +106,17 @@ class ParamMap(Mapping[str, Kept]):
         name, new = self._parameters[old]
         result = {}
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() == 1 and value.shape != old.shape:
-                result[key] = value
-            elif value.shape == old.shape:
+            tensors = tensors_in(value)
+            if isinstance(value, Tensor) and value.shape == old.shape:
                 result[key] = cut(value, self._kept[name])
-            elif new.shape == old.shape:
+            elif all(tensor.numel() == 1 for tensor in tensors) or (
+                isinstance(value, Tensor) and new.shape == old.shape
+            ):
                 result[key] = value
             else:
                 raise MigrationError(
-                    f"the optimizer's state {key!r} of {name} has shape {tuple(value.shape)}, the parameter has "
-                    f"{tuple(old.shape)}: it can't be sliced. Use an optimizer whose state is shaped like the parameter."
+                    f"the optimizer's state {key!r} of {name} can't be sliced: its shape is {tuple(tensors[0].shape)}, "
+                    f"the parameter's {tuple(old.shape)}. Use an optimizer whose state is shaped like the parameter."
                 )
         return result
 

@@ -1,7 +1,7 @@
 """Pipeline: rewrite passes in a row, anyone's, with the graph checked after each.
 
-A rewrite pass takes a GraphModule and returns a ``torch.fx`` PassResult: any ``PassBase`` will do. This is the only file
-that uses torch's pass infrastructure.
+A rewrite pass takes a GraphModule and returns a ``torch.fx`` PassResult: any ``PassBase`` will do. This is the only
+file that uses torch's pass infrastructure.
 """
 
 import copy
@@ -44,8 +44,8 @@ class Pipeline:
     """Runs rewrite passes on a copy of a traced model.
 
     After each pass the graph is linted and recompiled, a pass that says it changed nothing is held to it, and with
-    ``example_inputs`` the shapes and values of the outputs are compared with those before, in float64, in every mode that
-    the pass keeps (one with ``inference_only = True`` answers for eval mode only). Where the environment variable
+    ``example_inputs`` the shapes and values of the outputs are compared with those before, in float64, in every mode
+    that the pass keeps (one with ``inference_only = True`` answers for eval mode only). Where the environment variable
     FXPRUNE_DUMP names a folder, graph and groups are written there after each pass.
 
     Attributes:
@@ -64,7 +64,7 @@ class Pipeline:
         Raises:
             PassError: a pass raised, broke the graph, or changed what the model computes; names it and those before.
         """
-        module = copy.deepcopy(trace(graph))
+        module = copy.deepcopy(trace(graph, () if self.example_inputs is None else self.example_inputs))
         self.steps = []
         dump = Dump.from_environment(self.example_inputs)
         dump.write("before", module)
@@ -102,22 +102,22 @@ class Pipeline:
         old, new = before.double(), copy.deepcopy(after).double()
         worst = 0.0
         for mode in (False,) if inference_only else (False, True):
-            mode_name = "train" if mode else "eval"
+            where = "train mode" if mode else "eval mode"
+            expected, _ = outputs_of(old, mode, inputs, False, None)
             try:
                 found, _ = outputs_of(new, mode, inputs, False, None)
             except Exception as error:
                 raise PassError(
-                    f"{self.place(name)} broke the graph: in {mode_name} mode it does not run: {type(error).__name__}: {error}"
+                    f"{self.place(name)} broke the graph: in {where} it does not run: {type(error).__name__}: {error}"
                 ) from error
-            expected, _ = outputs_of(old, mode, inputs, False, None)
             shapes, were = [tuple(t.shape) for t in found], [tuple(t.shape) for t in expected]
             if shapes != were:
-                raise PassError(
-                    f"{self.place(name)} changed the output shapes in {mode_name} mode from {were} to {shapes}"
-                )
-            worst = max([worst, *(difference(a, b) for a, b in zip(expected, found, strict=True))])
-            if not worst <= TOLERANCE[torch.float64]:
-                raise PassError(f"{self.place(name)} changed the outputs in {mode_name} mode by {worst:.2e} (relative)")
+                raise PassError(f"{self.place(name)} changed the output shapes in {where} from {were} to {shapes}")
+            for a, b in zip(expected, found, strict=True):
+                gap = difference(a, b)
+                if not gap <= TOLERANCE[torch.float64]:
+                    raise PassError(f"{self.place(name)} changed the outputs in {where} by {gap:.2e} (relative)")
+                worst = max(worst, gap)
         return worst
 
     def place(self, name: str) -> str:
@@ -141,10 +141,7 @@ def apply(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
         result = each(module)
         changed = getattr(result, "modified", None)
         new = result if isinstance(result, fx.GraphModule) else getattr(result, "graph_module", module)
-        if isinstance(new, TracedModule):
-            module = new
-        else:
-            module = adopt(module, new)
+        module = new if isinstance(new, TracedModule) else adopt(module, new)
         modified |= bool(module.graph.python_code("self").src != untouched if changed is None else changed)
     module.training = training
     return module, modified

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,23 @@ class Plan:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        keep: dict[str, tuple[int, ...]] = {}
         for name, kept in self.keep.items():
             size = self.sizes.get(name)
             if size is None:
                 raise PlanError(f"the plan keeps channels of group {name!r}, which the model does not have")
-            channels = [int(channel) for channel in kept]
+            channels = tuple(kept)
             if not channels:
                 raise PlanError(f"the plan keeps none of the {size} channels of group {name!r}; keep at least one")
-            if sorted(set(channels)) != channels or channels[0] < 0 or channels[-1] >= size:
+            whole = all(isinstance(channel, Integral) for channel in channels)
+            if not whole or sorted(set(channels)) != [*channels] or channels[0] < 0 or channels[-1] >= size:
                 raise PlanError(
-                    f"the channels kept of group {name!r} must be sorted, distinct and in [0, {size}); got {channels[:8]}"
+                    f"the channels kept of group {name!r} must be integers, sorted, distinct and in [0, {size}); "
+                    f"got {list(channels[:8])}"
                 )
-        keep = {name: tuple(int(channel) for channel in kept) for name, kept in self.keep.items()}
-        object.__setattr__(self, "keep", {name: kept for name, kept in keep.items() if len(kept) < self.sizes[name]})
+            if len(channels) < size:
+                keep[name] = tuple(map(int, channels))
+        object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "sizes", dict(self.sizes))
         object.__setattr__(self, "options", dict(self.options))
 
@@ -79,17 +84,19 @@ class Plan:
         """The opposite of ``to_json``. Raises FileError on anything else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FileError(f"this is not a plan: expected a JSON object with format {FORMAT!r}")
-        keep, sizes, options = (data.get(key) for key in ("keep", "sizes", "options"))
+        parts: list[Any] = [data.get(key) for key in ("keep", "sizes", "options")]
+        keep, sizes, options = parts
         sound = (
             isinstance(keep, dict)
             and isinstance(sizes, dict)
             and isinstance(options, dict)
-            and all(isinstance(size, int) for size in sizes.values())
+            and all(type(size) is int for size in sizes.values())
+            and all(isinstance(option, str) for option in options.values())
             and all(isinstance(kept, list) and all(type(c) is int for c in kept) for kept in keep.values())
         )
         if not sound:
             raise FileError(
-                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers, text"
+                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers and text"
             )
         try:
             return cls(keep, sizes, options)
@@ -97,17 +104,20 @@ class Plan:
             raise FileError(f"this plan is damaged: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON. Raises FileError where nothing can be written."""
+        try:
+            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FileError(f"can't write a plan to {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan. Raises FileError on a file that is truncated or no plan."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return cls.from_json(data)
+        except (OSError, ValueError, RecursionError, FileError) as error:
             raise FileError(f"can't read a plan from {path}: {error}") from error
-        return cls.from_json(data)
 
     def __str__(self) -> str:
         lines = [f"plan for {len(self.sizes)} groups, {len(self.keep)} of them cut"]

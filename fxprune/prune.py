@@ -7,6 +7,7 @@ from torch import nn
 
 from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
+from fxprune.dump import Dump
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
 from fxprune.trace import TracedModule, trace
@@ -31,6 +32,8 @@ def prune(
 ) -> TracedModule:
     """Prune ``model`` to ``budget`` and return the compact model, a GraphModule. ``model`` is not changed.
 
+    Where the environment variable FXPRUNE_DUMP names a folder, graphs, groups and plan are written there.
+
     Args:
         model: a model that ``trace`` accepts.
         example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
@@ -44,7 +47,11 @@ def prune(
     """
     graph = trace(model, example_inputs)
     analysis = analyze(graph, example_inputs)
-    compact, param_map = rewrite(graph, analysis, criterion.plan(analysis, budget, keep=keep))
+    plan = criterion.plan(analysis, budget, keep=keep)
+    dump = Dump.from_environment(example_inputs)
+    dump.write("plan", graph, analysis, plan)
+    compact, param_map = rewrite(graph, analysis, plan)
+    dump.write("compact", compact, analysis.after(plan, compact))
     if verify:
         check(graph, compact, param_map, example_inputs)
     return compact

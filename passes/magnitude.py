@@ -14,8 +14,8 @@ from .base import Criterion, Sums, normalized, weights_of
 class Magnitude(Criterion):
     """The p-norm of all weights of a channel, over every member of its group.
 
-    For channel c: score(c) = (sum over weights w in the slices of c of |w|^p)^(1/p), divided by the mean of its group so
-    that groups compare. Biases and norms' scales are left out. After Li et al., "Pruning Filters for Efficient
+    For channel c: score(c) = (sum over weights w in the slices of c of |w|^p)^(1/p), divided by the mean of its group
+    so that groups compare. Biases and norms' scales are left out. After Li et al., "Pruning Filters for Efficient
     ConvNets" (2017), on whole groups.
 
     Attributes:

@@ -1,0 +1,390 @@
+"""Budgets: what is asked for is what the compact model really costs, or an error names what can be had."""
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from laws import random_plan
+from models import MODELS, prepare, randomize
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import Analysis, Budget, Plan, cost, passes
+from fxprune.cost import Channels, cost_of
+from fxprune.errors import BudgetError, PlanError
+
+KINDS = ["flops", "macs", "params", "channels", "memory"]
+X = torch.randn(2, 3, 32, 32)
+
+
+@cache
+def zoo(name: str) -> Analysis:
+    model = torchvision.models.get_model(name, weights=None)
+    return fxprune.analyze(randomize(model, 0).eval(), X)
+
+
+def tiny(name: str = "chain") -> Analysis:
+    model, inputs = prepare(MODELS[name], dtype=torch.float32)
+    return fxprune.analyze(model, inputs)
+
+
+def cut(analysis: Analysis, plan: Plan) -> fxprune.TracedModule:
+    return fxprune.rewrite(analysis.graph, analysis, plan)[0]
+
+
+def counted(analysis: Analysis, plan: Plan, kind: str) -> float:
+    """What the compact model costs, counted on it."""
+    compact = cut(analysis, plan).eval()
+    if kind in ("flops", "macs"):
+        return cost.flops(compact, analysis.example_inputs) / (1 if kind == "flops" else 2)
+    if kind == "params":
+        return cost.params(compact)
+    if kind == "channels":
+        return sum(plan.widths.values())
+    again = fxprune.analyze(compact, analysis.example_inputs)  # memory has no other counter
+    channels = Channels.of(again)
+    return cost_of(again, kind, channels)(np.ones(len(channels.group), dtype=bool))
+
+
+# --------------------------------------------------------------------------------------- budgets are met
+
+
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_is_met_as_counted_on_the_compact_model(model: str, kind: str) -> None:
+    analysis = zoo(model)
+    whole = counted(analysis, Plan({}, analysis.sizes), kind)
+    for limit, asked in ((0.6, 0.6 * whole), (int(0.6 * whole), int(0.6 * whole))):
+        plan = passes.Magnitude().plan(analysis, Budget(**{kind: limit}))
+        assert 0.99 * asked <= counted(analysis, plan, kind) <= asked
+
+
+def test_several_limits_hold_at_once() -> None:
+    analysis = zoo("resnet18")
+    whole = {kind: counted(analysis, Plan({}, analysis.sizes), kind) for kind in ("macs", "params", "memory")}
+    plan = passes.Magnitude().plan(analysis, Budget(macs=0.5, params=0.3, memory=0.7))
+    used = {kind: counted(analysis, plan, kind) / whole[kind] for kind in whole}
+    assert used["macs"] <= 0.5
+    assert used["params"] <= 0.3
+    assert used["memory"] <= 0.7
+    assert max(used["macs"] / 0.5, used["params"] / 0.3, used["memory"] / 0.7) >= 0.99
+
+
+SAMPLE = [
+    "chain",
+    "vgg_flatten",
+    "residual_projection",
+    "densenet",
+    "grouped",
+    "depthwise_separable",
+    "shufflenet",
+    "se_conv",
+    "unet",
+    "glu",
+]
+
+
+@pytest.mark.parametrize("name", [*SAMPLE, *(name for name in MODELS if "attention" in name or "swin" in name)])
+def test_the_cost_function_is_what_the_counter_counts(name: str) -> None:
+    """On the dense model, and on random plans: FLOPs by FlopCounterMode, parameters by counting them."""
+    analysis = tiny(name)
+    channels = Channels.of(analysis)
+    plans = [Plan({}, analysis.sizes), *(random_plan(analysis, seed) for seed in range(4))]
+    for plan in plans:
+        kept = np.concatenate(
+            [np.isin(range(size), plan.keep.get(g, range(size))) for g, size in analysis.sizes.items()]
+        )
+        for kind in ("flops", "params"):
+            assert cost_of(analysis, kind, channels)(kept) == counted(analysis, plan, kind), (kind, plan)
+
+
+def test_memory_is_weights_and_values() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1, bias=False))
+    analysis = fxprune.analyze(model, torch.randn(2, 3, 5, 5))
+    memory = cost_of(analysis, "memory", Channels.of(analysis))
+    weights, values = 4 * 3 + 2 * 4, 2 * 25 * (3 + 4 + 2)  # the ReLU works in place
+    assert memory(np.ones(4, dtype=bool)) == 4 * (weights + values)
+
+
+def test_flops_of_a_model_with_a_buffer_that_is_not_saved() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+            self.register_buffer("shift", torch.randn(4), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + self.shift)
+
+    assert cost.flops(Shifted(), torch.randn(3, 4)) == 2 * 3 * 4 * 2
+
+
+# ------------------------------------------------------------------------------------------ out of reach
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["chain", "residual", "grouped", "vgg_flatten"])
+def test_the_nearest_that_an_error_names_can_be_had(name: str, kind: str) -> None:
+    analysis = tiny(name)
+    with pytest.raises(
+        BudgetError, match=rf"the budget {kind}=\d+ .* can't be met; .* nearest .* is {kind}=\d+"
+    ) as miss:
+        passes.Magnitude().plan(analysis, Budget(**{kind: 0.0001}))
+    nearest = nearest_in(miss, kind)
+    plan = passes.Magnitude().plan(analysis, Budget(**{kind: nearest}))
+    assert counted(analysis, plan, kind) == nearest
+
+
+def nearest_in(miss: Any, kind: str) -> int:
+    found = re.search(rf"reached is {kind}=(\d+)", str(miss.value))
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.45, 0.6, 0.75, 0.9])
+def test_between_two_whole_channels(fraction: float) -> None:
+    """A tiny model has few plans: where none is within 1 %, the error names one, which can be asked for."""
+    analysis = tiny("residual")
+    budget = Budget(params=fraction, tolerance=0.0001)
+    try:
+        plan = passes.Magnitude().plan(analysis, budget)
+    except BudgetError as miss:
+        assert "no plan was found within 0.01 % below it" in str(miss)
+        nearest = int(re.findall(r"params=(\d+)", str(miss))[1])
+        plan = passes.Magnitude().plan(analysis, Budget(params=nearest, tolerance=0.0001))
+        assert counted(analysis, plan, "params") == nearest
+    else:
+        whole = cost.params(analysis.graph)
+        assert counted(analysis, plan, "params") >= 0.9999 * fraction * whole
+
+
+def test_out_of_reach_says_what_is_kept() -> None:
+    with pytest.raises(
+        BudgetError, match=r"nearest .* is flops=\d+ \(100.0%\): 3 of 3 groups are kept whole; lower mini"
+    ):
+        passes.Magnitude(keep=["*"]).plan(tiny(), Budget(flops=0.5))
+    with pytest.raises(BudgetError, match=r"0 of 3 groups are kept whole and maximum= holds the others; raise it"):
+        passes.Magnitude(maximum=0.5).plan(tiny(), Budget(params=0.9))
+    with pytest.raises(BudgetError, match=r"nearest .* is flops=\d+ \(.*%\) and params=\d+ \(.*%\)"):
+        passes.Magnitude().plan(tiny(), Budget(flops=0.5, params=0.001))
+
+
+def test_a_budget_that_is_met_already() -> None:
+    with pytest.raises(
+        BudgetError, match=r"already meets the budget params=100000 \(.*: it has params=2\d\d\d \(100.0%\)"
+    ):
+        passes.Magnitude().plan(tiny(), Budget(params=100_000))
+    with pytest.raises(BudgetError, match="already meets the budget flops="):
+        passes.Magnitude().plan(tiny(), Budget(flops=1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "empty budget: give at least one of flops, macs"),
+        ({"flops": "half"}, "flops='half' is not a number"),
+        ({"params": True}, "params=True is not a number"),
+        ({"flops": timedelta(seconds=1)}, r"flops=.*timedelta\(seconds=1\) is not a number"),
+        ({"macs": 0}, "macs=0 must be positive"),
+        ({"latency": -1.5}, "latency=-1.5 must be positive"),
+        ({"latency": timedelta(0)}, "latency=0.0 must be positive"),
+        ({"memory": float("nan")}, "memory=nan must be positive"),
+        ({"flops": 0.5, "tolerance": 0}, "tolerance=0 must lie between 0 and 1"),
+    ],
+)
+def test_a_budget_that_makes_no_sense(arguments: Any, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Budget(**arguments)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    analysis = tiny()
+    expected = passes.Magnitude().plan(analysis, Budget(flops=0.5, tolerance=0.1))
+    assert passes.Magnitude().plan(analysis, Budget(flops=np.float32(0.5), tolerance=0.1)) == expected
+
+
+def test_scores_that_are_not_numbers() -> None:
+    model, inputs = prepare(MODELS["chain"])
+    model.get_parameter("1.0.weight").data[0] = float("nan")
+    with pytest.raises(PlanError, match="scores of group '.+' are not numbers"):
+        passes.Magnitude().plan(fxprune.analyze(model, inputs), Budget(flops=0.5))
+
+
+# ------------------------------------------------------------------------------------------------ bounds
+
+
+def test_local_removes_the_same_share_everywhere() -> None:
+    analysis = zoo("resnet18")
+    plan = passes.Magnitude(scope="local", round_to=1).plan(analysis, Budget(channels=0.5))
+    shares = [width / analysis.sizes[name] for name, width in plan.widths.items()]
+    assert max(shares) - min(shares) < 0.03
+    spread = passes.Magnitude(scope="global", round_to=1).plan(analysis, Budget(channels=0.5)).widths
+    shares = [width / analysis.sizes[name] for name, width in spread.items()]
+    assert max(shares) - min(shares) > 0.05
+
+
+def test_minimum_and_maximum() -> None:
+    analysis = zoo("resnet18")
+    plan = passes.Random(minimum=0.4, maximum=0.75, round_to=1).plan(analysis, Budget(flops=0.4))
+    for name, width in plan.widths.items():
+        assert 0.4 <= width / analysis.sizes[name] <= 0.75
+
+
+@pytest.mark.parametrize("name", [*SAMPLE, "attention", "prelu"])
+def test_no_layer_is_ever_empty(name: str) -> None:
+    analysis = tiny(name) if name in MODELS else tiny()
+    least = {"flops": 0.0001}
+    with pytest.raises(BudgetError) as miss:
+        passes.Random(minimum=0).plan(analysis, Budget(**least))
+    plan = passes.Random(minimum=0).plan(analysis, Budget(flops=nearest_in(miss, "flops")))
+    assert set(plan.widths.values()) == {1}
+    compact = cut(analysis, plan)
+    assert all(parameter.numel() for parameter in compact.parameters())
+
+
+@pytest.mark.parametrize(("round_to", "multiple"), [("auto", 16), (8, 8), (32, 32), (1, 1)])
+def test_widths_are_multiples(round_to: Any, multiple: int) -> None:
+    """All but a few that use up the budget; none is rounded by more than a quarter of the group."""
+    analysis = zoo("resnet18")
+    plan = passes.Magnitude(round_to=round_to).plan(analysis, Budget(flops=0.5))
+    uneven = [name for name, width in plan.widths.items() if width % min(multiple, analysis.sizes[name] // 4)]
+    assert len(uneven) <= 2
+    loose = passes.Magnitude(round_to=round_to).plan(analysis, Budget(flops=0.5, tolerance=0.5))
+    assert all(width % min(multiple, analysis.sizes[name] // 4) == 0 for name, width in loose.widths.items())
+
+
+def test_small_widths_are_multiples_too_unless_the_budget_is_too_small_for_them() -> None:
+    analysis = zoo("resnet18")
+    widths = passes.Magnitude(round_to=16).plan(analysis, Budget(flops=0.08, tolerance=0.5)).widths
+    assert all(width % 16 == 0 for width in widths.values())
+    widths = passes.Magnitude(round_to=16).plan(analysis, Budget(flops=0.02)).widths
+    assert min(widths.values()) < 16
+
+
+def test_auto_on_half_precision_rounds_as_the_device_likes() -> None:
+    from fxprune.budget import multiples
+
+    model = torchvision.models.resnet18(weights=None)
+    assert set(multiples(fxprune.analyze(model, X), "auto")) == {16}
+    assert set(multiples(fxprune.analyze(model, X), 12)) == {12}
+
+
+def keeps(pattern: str, model: str = "resnet18") -> set[str]:
+    """The groups that stay whole for ``keep=pattern``."""
+    analysis = zoo(model) if model == "resnet18" else tiny(model)
+    plan = passes.Magnitude(round_to=1, keep=pattern, maximum=0.9).plan(analysis, Budget(channels=0.7, tolerance=0.2))
+    return set(analysis.sizes) - set(plan.keep)
+
+
+def test_keep_patterns() -> None:
+    assert keeps("layer1.0.conv1") == {"layer1.0.conv1"}
+    assert keeps("layer1.0.conv1.weight") == {"layer1.0.conv1"}
+    assert keeps("layer1.0.bn1") == {"layer1.0.conv1"}  # the channels of a norm are those of its convolution
+    assert keeps("layer1.0.conv1.weight[1]") == {"conv1"}  # the other axis: what goes in
+    assert keeps("layer1.0.conv1[1]") == {"conv1"}
+    assert keeps("layer1.0.conv2") == {"conv1"}  # the whole residual stage
+    assert keeps("layer*.1.conv1") == {f"layer{i}.1.conv1" for i in (1, 2, 3, 4)}
+    assert keeps("layer4") == keeps("layer4.*") == {"layer4.0.conv1", "layer4.0.conv2", "layer4.1.conv1"}
+    assert keeps("fc") == set()  # the classes are frozen anyway
+
+
+def test_keep_names_the_output_of_a_transposed_convolution() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 12, 2), nn.Conv2d(12, 4, 1))
+    analysis = fxprune.analyze(model, X)
+    plan = passes.Magnitude(keep=["1"], round_to=1).plan(analysis, Budget(channels=0.8))
+    assert plan.widths == {"0": 4, "1.weight:1" if "1.weight:1" in analysis.sizes else "1": 12}
+
+
+def test_keep_of_the_pass_and_of_the_call_add_up() -> None:
+    analysis = zoo("resnet18")
+    plan = passes.Magnitude(keep="conv1").plan(analysis, Budget(flops=0.8), keep=["layer4.*"])
+    assert {"conv1", "layer4.0.conv1", "layer4.0.conv2", "layer4.1.conv1"}.isdisjoint(plan.keep)
+
+
+@pytest.mark.parametrize("pattern", ["layer5.*", "conv1.weight[7]", "relu", "conv1.weigth", "[0]"])
+def test_a_pattern_that_matches_nothing(pattern: str) -> None:
+    with pytest.raises(PlanError, match=rf"keep='{re.escape(pattern)}' matches no module, parameter or group"):
+        keeps(pattern)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minimum": 0.5, "maximum": 0.25}, "got 0.5 and 0.25"),
+        ({"minimum": -0.1}, "got -0.1 and 1"),
+        ({"maximum": 1.5}, "got 0.1 and 1.5"),
+        ({"scope": "layer"}, "scope='layer' is not known"),
+        ({"round_to": 0}, "round_to=0 must be"),
+        ({"round_to": 1.5}, "round_to=1.5 must be"),
+        ({"round_to": "16"}, "round_to='16' must be"),
+    ],
+)
+def test_bounds_that_make_no_sense(options: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        passes.Magnitude(**options)
+
+
+# ----------------------------------------------------------------------------------------------- latency
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+    """A machine on which a forward pass takes a nanosecond a parameter, and a millisecond besides."""
+
+    def latency(model: Any, example_inputs: Any, *, seconds: float = 1.0) -> float:
+        return 1e-3 + 1e-9 * cost.params(model)
+
+    monkeypatch.setattr("fxprune.latency.latency", latency)
+    return latency
+
+
+def test_a_latency_is_met(fake_clock: Callable[..., float]) -> None:
+    analysis = zoo("resnet18")
+    analysis.graph.train()
+    dense = fake_clock(analysis.graph, X)
+    for limit, asked in ((0.6, 0.6 * dense), (timedelta(seconds=0.5 * dense), 0.5 * dense)):
+        plan = passes.Magnitude().plan(analysis, Budget(latency=limit))
+        found = fake_clock(cut(analysis, plan), X)
+        assert 0.95 * asked <= found <= asked
+    assert analysis.graph.training
+    analysis.graph.eval()
+
+
+def test_a_latency_beside_other_limits(fake_clock: Callable[..., float]) -> None:
+    analysis = zoo("resnet18")
+    whole = cost.flops(analysis.graph, X)
+    for latency, flops in ((0.6, 0.3), (0.3, 0.9), (1.0, 0.5)):
+        compact = cut(analysis, passes.Magnitude().plan(analysis, Budget(latency=latency, flops=flops)))
+        assert fake_clock(compact, X) <= latency * fake_clock(analysis.graph, X)
+        assert cost.flops(compact, X) <= flops * whole
+
+
+def test_a_latency_out_of_reach(fake_clock: Callable[..., float]) -> None:
+    analysis = zoo("resnet18")
+    with pytest.raises(
+        BudgetError, match=r"a latency of 0.0001 s can't be met: .* takes 0\.01\d+ s, .* plan 0\.00\d+ s"
+    ):
+        passes.Magnitude().plan(analysis, Budget(latency=timedelta(seconds=1e-4)))
+    with pytest.raises(BudgetError, match=r"already runs in 0\.\d+ s, within 10 s"):
+        passes.Magnitude().plan(analysis, Budget(latency=10))
+
+
+def test_a_latency_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        analysis = fxprune.analyze(torchvision.models.resnet18(weights=None), torch.randn(1, 3, 32, 32))
+    with pytest.raises(BudgetError, match="latency can't be measured on the meta device"):
+        passes.Random().plan(analysis, Budget(latency=0.5))
+
+
+def test_a_real_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.latency.latency", lambda model, x, seconds: cost.latency(model, x, seconds=0.05))
+    model = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 64, 64, 3) for i in range(4)), nn.Conv2d(64, 4, 1))
+    analysis = fxprune.analyze(model, torch.randn(4, 3, 32, 32))
+    plan = passes.Magnitude().plan(analysis, Budget(latency=0.7))
+    assert plan.keep
