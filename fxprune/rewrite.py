@@ -132,20 +132,24 @@ def set_attributes(compact: nn.Module, graph: fx.Graph, values: Any) -> None:
             continue
         module = compact.get_submodule(node.target)
         source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        value = values[source.name] if isinstance(source, fx.Node) else None
-        shape = value.shape if isinstance(value, Value) else ()
-        for name, attribute in attributes(module, shape).items():
+        shape, out = (shape_of(values[n.name]) if isinstance(n, fx.Node) else () for n in (source, node))
+        for name, attribute in attributes(module, shape, out).items():
             if getattr(module, name) != attribute:
                 setattr(module, name, attribute)
 
 
-def attributes(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The attributes of a layer of torch.nn that follow from its weights and the ``shape`` of its input."""
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor; () for anything else."""
+    return value.shape if isinstance(value, Value) else ()
+
+
+def attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) -> dict[str, Any]:
+    """The attributes of a layer of torch.nn that follow from its weights and the shapes of its input and output."""
     weight = getattr(module, "weight", None)
     w = tuple(weight.shape) if isinstance(weight, Tensor) else ()
     match module:
         case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            groups = 1 if module.groups == 1 else grouped(module, w)
+            groups = 1 if module.groups == 1 else out[-len(w) + 1] // w[1]
             return {"in_channels": w[0], "out_channels": w[1] * groups, "groups": groups}
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             groups = 1 if module.groups == 1 else shape[-len(w) + 1] // w[1]
@@ -187,13 +191,6 @@ def fits(module: nn.Module, shape: tuple[int, ...]) -> bool:
                 in (len(buffer) for buffer in (module.running_mean, module.weight) if buffer is not None)
             )
     return isinstance(module, ELEMENTWISE)
-
-
-def grouped(module: nn.Module, weight: tuple[int, ...]) -> int:
-    """The groups that stay of a transposed convolution: whole groups went, or channels within each."""
-    per_group = module.in_channels // module.groups  # type: ignore[operator]
-    whole = module.out_channels // module.groups == weight[1] and weight[0] % per_group == 0  # type: ignore[operator]
-    return weight[0] // per_group if whole else int(module.groups)  # type: ignore[call-overload]
 
 
 class Fitter(fx.Interpreter):
