@@ -1,0 +1,85 @@
+"""Every line of cases.py."""
+
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, SIZES, Case
+
+import fxprune  # noqa: F401  (registers the rules)
+from fxprune.channels.labels import along, varying
+from fxprune.channels.tensor import ChannelTensor, Run
+
+
+def describe(case: Case) -> str:
+    """What the operator of ``case`` does with the names of its operands, as text."""
+    run = Run(heads=case.heads, groups=case.groups)
+    axes: dict[str, np.ndarray] = {}
+    tensors = []
+    for operand in case.operands.split():
+        labels = []
+        for at, letter in enumerate(operand):
+            if letter == ".":
+                continue
+            key = letter if letter not in axes else next(x for x in ascii_lowercase.upper() if x not in axes)
+            axes[key] = run.names.fresh(SIZES[letter])
+            labels.append(torch.from_numpy(axes[key]).reshape([-1 if i == at else 1 for i in range(len(operand))]))
+        data = torch.empty([SIZES.get(letter, 7) for letter in operand], device="meta")
+        tensors.append(ChannelTensor(data, tuple(labels), run))
+    with torch.no_grad():
+        result = case.run(*tensors)
+    owner = {int(name): letter for letter, names in axes.items() for name in names}
+
+    def written(names: list[int]) -> str:
+        parts: list[list] = []
+        for name in dict.fromkeys(names):
+            letter = owner.get(name, "new")
+            if parts and parts[-1][0] == letter:
+                parts[-1][1] += 1
+            else:
+                parts.append([letter, 1])
+        whole = {letter: len(its) for letter, its in axes.items()}
+        if len(parts) > 4:
+            return "mixed " + "*".join(dict.fromkeys(letter for letter, _ in parts))
+        return "+".join(
+            f"{letter}" if count == whole.get(letter, count) else f"{letter}:{count}" for letter, count in parts
+        )
+
+    shown = []
+    for axis in range(result.ndim):
+        label = along(result.labels, axis)
+        if label is None:
+            shown.append("-")
+        elif len(varying(label)) > 1:
+            shown.append("(" + written(sorted(label.flatten().tolist())) + ")")
+        else:
+            shown.append(written(label.flatten().tolist()))
+    roots = {letter: run.names.find(names) for letter, names in axes.items()}
+    merged = []
+    seen: set[str] = set()
+    for letter, its in roots.items():
+        same = [other for other, theirs in roots.items() if other not in seen and np.array_equal(theirs, its)]
+        if len(same) > 1 and letter not in seen:
+            merged.append("=".join(same))
+            seen.update(same)
+        classes = len(np.unique(its))
+        if classes < len(its):
+            merged.append(f"{letter}!" if classes == 1 else f"{letter}/{classes}")
+    for i, (a, mine) in enumerate(roots.items()):
+        for b, theirs in list(roots.items())[i + 1 :]:
+            if np.intersect1d(mine, theirs).size and not np.array_equal(mine, theirs):
+                merged.append(f"{a}~{b}")
+    frozen = [letter for letter, names in axes.items() if run.names.frozen(names).all()]
+    frozen += [
+        f"some of {letter}" for letter, names in axes.items() if letter not in frozen and run.names.frozen(names).any()
+    ]
+    grids = f" | grids {len(run.grids)}" if run.grids else ""
+    return f"{' '.join(shown)} | {' '.join(sorted(merged))} | {' '.join(sorted(frozen))}{grids}".replace(
+        "|  |", "| |"
+    ).strip()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_operator(case: Case) -> None:
+    assert describe(case) == case.expected
