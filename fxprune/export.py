@@ -21,6 +21,7 @@ from fxprune.trace import TracedModule
 from fxprune.verify import difference
 
 logger = logging.getLogger("fxprune")
+LARGEST = 1_900_000_000  # bytes of weights in one file; protobuf's limit is 2 GiB
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def export_onnx(
     if not path.parent.is_dir():
         raise ExportError(f"can't write {path}: there is no folder {path.parent}")
     module = frozen_in_eval(model)
-    inputs = bind(example_inputs)
+    inputs = in_order(module, bind(example_inputs))
     size = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
     sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -75,7 +76,7 @@ def export_onnx(
                 f"onnxruntime differs from PyTorch by {worst:.2e} of the largest output, allowed is {tolerance:.0e}; "
                 f"nothing was written to {path}. Please report this model, or pass a larger tolerance."
             )
-        for written in Path(folder).iterdir():  # the weights of models over 2 GB stand beside the file
+        for written in Path(folder).iterdir():  # the weights of the largest models stand beside the file
             os.replace(written, path.parent / written.name)
     result = Exported(path, worst, sizes)
     logger.info("%s", result)
@@ -90,6 +91,16 @@ def frozen_in_eval(model: nn.Module) -> nn.Module:
     else:
         module = copy.deepcopy(model)
     return module.eval()
+
+
+def in_order(module: nn.Module, inputs: Bound) -> Bound:
+    """The arguments in the order in which ``forward`` has them, which is that of the inputs of the file."""
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(*inputs[0], **inputs[1])
+    except TypeError as error:
+        raise ExportError(f"example_inputs do not fit forward{signature}: {error}") from error
+    return bound.args, bound.kwargs
 
 
 def resized(inputs: Bound, size: int) -> Bound:
@@ -117,18 +128,31 @@ def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool) -> 
         batch = torch.export.Dim("batch")
         spec = map_tensors(lambda tensor: {0: batch} if tensor.ndim else None, (args, kwargs))
         shapes = dict(inspect.signature(module.forward).bind(*spec[0], **spec[1]).arguments)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.onnx.export(module, args, str(file), kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            torch.onnx.export(
+                module,
+                args,
+                str(file),
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                verbose=False,
+                external_data=size > LARGEST,
+            )
         onnx.checker.check_model(str(file))
     except Exception as error:
         hint = "" if not dynamic_batch else " If its batch size is fixed, pass dynamic_batch=False."
-        text = " ".join(str(error).split())[:600]
-        raise ExportError(f"torch.onnx can't export this model: {type(error).__name__}: {text}.{hint}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what torch.onnx says itself is long, and the same for every model
+            cause = cause.__cause__
+        text = " ".join(str(cause).split())[:600]
+        raise ExportError(f"torch.onnx can't export this model: {type(cause).__name__}: {text}.{hint}") from error
     finally:
         quiet.setLevel(level)
 
@@ -143,10 +167,9 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path) -> float:
     for args, kwargs in batches:
         with torch.no_grad():
             expected = tensors_in(module(*args, **kwargs))
-        ordered = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         try:
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-            arrays = [tensor.cpu().numpy() for tensor in tensors_in(dict(ordered))]
+            arrays = [tensor.cpu().numpy() for tensor in tensors_in((args, kwargs))]
             feeds = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
             found = [torch.from_numpy(array) for array in session.run(None, feeds)]
         except Exception as error:

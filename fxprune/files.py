@@ -37,8 +37,8 @@ def save(compact: nn.Module, path: str | Path) -> None:
     state, aliases = without_aliases(state)
     partial = path.with_name(path.name + ".partial")
     try:
-        metadata = {"format": FORMAT, "record": json.dumps(record), "aliases": json.dumps(aliases)}
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
+        description = json.dumps({"format": FORMAT, "aliases": aliases, **record})
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
         os.replace(partial, path)
     except (OSError, SafetensorError, TypeError) as error:
         raise FileError(f"can't write {path}: {error}") from error
@@ -56,14 +56,14 @@ def load(path: str | Path, model: nn.Module) -> TracedModule:
     Raises:
         FileError: the file is truncated, is no such file, or belongs to another model. Nothing is changed.
     """
-    record, aliases, state = read(path)
+    record, state = read(path)
     try:
         plan = Plan.from_json(record["plan"])
         inputs = imagine(record["example_inputs"])
         graph = trace(model, inputs)
         options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
         compact, _ = rewrite(graph, analyze(graph, inputs, **options), plan)
-        state |= {name: state[first] for name, first in aliases.items()}
+        state |= {name: state[first] for name, first in record["aliases"].items()}
         check_state(compact, state)
     except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
@@ -71,22 +71,19 @@ def load(path: str | Path, model: nn.Module) -> TracedModule:
     return compact
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
-    """The record, the aliases and the tensors in a file."""
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of the model and the tensors in a file."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise FileError(f"{path} is a safetensors file, but not one that fxprune.save wrote")
-            record, aliases = json.loads(metadata["record"]), json.loads(metadata["aliases"])
+            record = json.loads((file.metadata() or {}).get("fxprune", "null"))
+            if not isinstance(record, dict) or record.get("format") != FORMAT:
+                raise FileError(f"{path} is a safetensors file, but not one that fxprune.save wrote ({FORMAT!r})")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            if not isinstance(record, dict) or not isinstance(aliases, dict) or not {*aliases.values()} <= {*state}:
-                raise ValueError("its description is damaged")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise FileError(
             f"can't read a model from {path}: {error}. Is it truncated, or another kind of file?"
         ) from error
-    return record, aliases, state
+    return record, state
 
 
 def without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

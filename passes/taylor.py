@@ -23,8 +23,8 @@ class Taylor(Criterion):
 
     Setting the slices of channel c to zero changes the loss by -sum(w * dL/dw) to first order; the score is the
     absolute value of that, divided by the mean of the group. After Molchanov et al., "Importance Estimation for
-    Neural Network Pruning" (2019), on whole groups. The model runs in the mode it is in, on a copy: it is not changed, nor is the
-    state of torch's random numbers.
+    Neural Network Pruning" (2019), on whole groups. The model runs in the mode it is in, on a copy: it is not
+    changed, nor is the state of torch's random numbers.
 
     Attributes:
         data: one batch (x, y), or an iterable of batches such as a DataLoader; x is a tensor, a tuple of arguments, or

@@ -76,18 +76,8 @@ def test_several_limits_hold_at_once() -> None:
     assert max(used["macs"] / 0.5, used["params"] / 0.3, used["memory"] / 0.7) >= 0.99
 
 
-SAMPLE = [
-    "chain",
-    "vgg_flatten",
-    "residual_projection",
-    "densenet",
-    "grouped",
-    "depthwise_separable",
-    "shufflenet",
-    "se_conv",
-    "unet",
-    "glu",
-]
+SAMPLE = ["chain", "vgg_flatten", "residual_projection", "densenet", "grouped", "depthwise_separable", "shufflenet"]
+SAMPLE += ["se_conv", "unet", "glu"]
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, *(name for name in MODELS if "attention" in name or "swin" in name)])
@@ -155,8 +145,8 @@ def test_between_two_whole_channels(fraction: float) -> None:
     try:
         plan = passes.Magnitude().plan(analysis, budget)
     except BudgetError as miss:
-        assert "no plan was found within 0.01 % below it" in str(miss)
-        nearest = int(re.findall(r"params=(\d+)", str(miss))[1])
+        found = re.search(r"reached is params=(\d+) .*: .* no plan was found within 0.01 % below it", str(miss))
+        nearest = int(found[1]) if found else 0
         plan = passes.Magnitude().plan(analysis, Budget(params=nearest, tolerance=0.0001))
         assert counted(analysis, plan, "params") == nearest
     else:
@@ -165,9 +155,7 @@ def test_between_two_whole_channels(fraction: float) -> None:
 
 
 def test_out_of_reach_says_what_is_kept() -> None:
-    with pytest.raises(
-        BudgetError, match=r"nearest .* is flops=\d+ \(100.0%\): 3 of 3 groups are kept whole; lower mini"
-    ):
+    with pytest.raises(BudgetError, match=r"is flops=\d+ \(100.0%\): 3 of 3 groups are kept whole; lower mini"):
         passes.Magnitude(keep=["*"]).plan(tiny(), Budget(flops=0.5))
     with pytest.raises(BudgetError, match=r"0 of 3 groups are kept whole and maximum= holds the others; raise it"):
         passes.Magnitude(maximum=0.5).plan(tiny(), Budget(params=0.9))
@@ -176,9 +164,7 @@ def test_out_of_reach_says_what_is_kept() -> None:
 
 
 def test_a_budget_that_is_met_already() -> None:
-    with pytest.raises(
-        BudgetError, match=r"already meets the budget params=100000 \(.*: it has params=2\d\d\d \(100.0%\)"
-    ):
+    with pytest.raises(BudgetError, match=r"meets the budget params=100000 \(.*: it has params=2\d\d\d \(100.0%\)"):
         passes.Magnitude().plan(tiny(), Budget(params=100_000))
     with pytest.raises(BudgetError, match="already meets the budget flops="):
         passes.Magnitude().plan(tiny(), Budget(flops=1.0))
@@ -212,7 +198,7 @@ def test_numpy_numbers_are_numbers() -> None:
 def test_scores_that_are_not_numbers() -> None:
     model, inputs = prepare(MODELS["chain"])
     model.get_parameter("1.0.weight").data[0] = float("nan")
-    with pytest.raises(PlanError, match="scores of group '.+' are not numbers"):
+    with pytest.raises(PlanError, match=r"scores of group '.+' are not numbers"):
         passes.Magnitude().plan(fxprune.analyze(model, inputs), Budget(flops=0.5))
 
 
@@ -367,9 +353,7 @@ def test_a_latency_beside_other_limits(fake_clock: Callable[..., float]) -> None
 
 def test_a_latency_out_of_reach(fake_clock: Callable[..., float]) -> None:
     analysis = zoo("resnet18")
-    with pytest.raises(
-        BudgetError, match=r"a latency of 0.0001 s can't be met: .* takes 0\.01\d+ s, .* plan 0\.00\d+ s"
-    ):
+    with pytest.raises(BudgetError, match=r"latency of 0.0001 s can't be met: .* takes 0\.01\d+ s, .* plan 0\.00\d+ s"):
         passes.Magnitude().plan(analysis, Budget(latency=timedelta(seconds=1e-4)))
     with pytest.raises(BudgetError, match=r"already runs in 0\.\d+ s, within 10 s"):
         passes.Magnitude().plan(analysis, Budget(latency=10))

@@ -119,7 +119,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str)
 
 
 def test_no_such_file_or_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="missing.json"):
+    with pytest.raises(FileError, match=r"missing\.json"):
         Plan.load(tmp_path / "missing.json")
     with pytest.raises(FileError, match=r"can't write a plan to .*nowhere/plan.json: No such file"):
         Plan({}, {}).save(tmp_path / "nowhere" / "plan.json")

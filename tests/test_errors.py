@@ -1,0 +1,264 @@
+"""What can go wrong for a user: each has its own clear error, and nothing is changed by it."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from laws import random_plan
+from models import MODELS, prepare
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adafactor, Adam, Optimizer
+
+import fxprune
+from fxprune import Analysis, Budget, FxpruneError, ParamMap, Plan, TracedModule, errors, passes
+from fxprune.errors import (
+    AnalysisError,
+    MigrationError,
+    PlanError,
+    RewriteError,
+    TraceError,
+    VerificationError,
+)
+
+HALF = Budget(channels=0.5, tolerance=0.2)
+
+
+@contextmanager
+def unchanged(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Check that the block leaves a model, and an optimizer, bit for bit as they were."""
+    modes = [module.training for module in model.modules()]
+    parameters = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in parameters]
+    weights = copy.deepcopy(model.state_dict())
+    held = [] if optimizer is None else [list(group["params"]) for group in optimizer.param_groups]
+    state = copy.deepcopy(optimizer.state_dict()) if optimizer else {}
+    yield
+    assert [module.training for module in model.modules()] == modes
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert [parameter.requires_grad for parameter in parameters] == flags
+    assert list(model.state_dict()) == list(weights)
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    if optimizer is not None:
+        for group, before in zip(optimizer.param_groups, held, strict=True):
+            assert all(a is b for a, b in zip(group["params"], before, strict=True))
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+
+
+def ready(name: str = "residual") -> tuple[TracedModule, Analysis, Any]:
+    model, inputs = prepare(MODELS[name])
+    graph = fxprune.trace(model, inputs)
+    return graph, fxprune.analyze(graph, inputs), inputs
+
+
+def test_one_base_for_all() -> None:
+    found = [value for value in vars(errors).values() if isinstance(value, type) and value is not FxpruneError]
+    assert found
+    assert all(issubclass(error, FxpruneError) for error in found)
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+def test_a_frozen_model_prunes_as_usual() -> None:
+    model, inputs = prepare(MODELS["frozen_parameters"])
+    with unchanged(model):
+        compact = fxprune.prune(model, inputs, passes.Magnitude(), budget=HALF)
+    assert not any(parameter.requires_grad for parameter in compact.parameters())
+    thawed = fxprune.prune(copy.deepcopy(model).requires_grad_(), inputs, passes.Magnitude(), budget=HALF)
+    torch.testing.assert_close(compact(*inputs), thawed(*inputs), rtol=0, atol=0)
+
+
+def test_layers_that_the_user_keeps_stay() -> None:
+    model, inputs = prepare(MODELS["residual"])
+    compact = fxprune.prune(
+        model, inputs, passes.Magnitude(), budget=Budget(params=0.8, tolerance=0.1), keep=["2.conv1"]
+    )
+    before, after = model.state_dict(), compact.state_dict()
+    assert after["2.conv1.0.weight"].shape[0] == before["2.conv1.0.weight"].shape[0]
+    assert sum(map(Tensor.numel, after.values())) < sum(map(Tensor.numel, before.values()))
+
+
+@pytest.mark.parametrize("name", [name for name, case in MODELS.items() if not case.prunable])
+def test_a_model_with_nothing_to_prune_says_why(name: str) -> None:
+    model, inputs = prepare(MODELS[name])
+    with unchanged(model), pytest.raises(PlanError, match=r"nothing in this model can be pruned: .*\w+.*See print"):
+        fxprune.prune(model, inputs, passes.Magnitude(), budget=HALF)
+
+
+def test_the_reasons_are_those_of_the_analysis() -> None:
+    with pytest.raises(PlanError, match="can be pruned: meets input input; output"):
+        fxprune.prune(nn.Linear(4, 2), torch.randn(3, 4), passes.Magnitude(), budget=HALF)
+    with pytest.raises(PlanError, match="can be pruned: it has no parameters"):
+        fxprune.prune(nn.ReLU(), torch.randn(3, 4), passes.Magnitude(), budget=HALF)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # Python that depends on data
+            return x
+        return -x
+
+
+def test_a_model_that_can_not_be_traced() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Branching()))
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "depends on data" in text)
+    message = rf"can't trace module 1.1 \(Branching\) of Sequential, .*test_errors.py:{line}: `if x.sum\(\) > 0:"
+    with unchanged(model), pytest.raises(TraceError, match=message):
+        fxprune.trace(model, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.randn(1), torch.randn(1)), r"do not fit Linear.forward\(input: .*\).*too many positional arguments"),
+        (((torch.randn(1),), {"y": 1}), r"do not fit Linear.forward.* unexpected keyword argument 'y'"),
+    ],
+)
+def test_example_inputs_that_forward_does_not_take(inputs: Any, message: str) -> None:
+    model = nn.Linear(4, 2)
+    with unchanged(model), pytest.raises(TraceError, match=message):
+        fxprune.trace(model, inputs)
+
+
+def test_example_inputs_of_another_shape() -> None:
+    model, _ = prepare(MODELS["residual"])
+    with (
+        unchanged(model),
+        pytest.raises(AnalysisError, match=r"node _0_0 .*does not run on channel names: RuntimeError"),
+    ):
+        fxprune.prune(model, torch.randn(2, 5, 8, 8), passes.Magnitude(), budget=HALF)
+
+
+def test_example_inputs_that_are_missing() -> None:
+    model, (image, _) = prepare(MODELS["two_inputs"])
+    with unchanged(model), pytest.raises(AnalysisError, match="give no value for argument 'vector'"):
+        fxprune.prune(model, image, passes.Magnitude(), budget=HALF)
+
+
+# --------------------------------------------------------------------------------------- rewrite, verify
+
+
+def test_a_plan_for_another_model() -> None:
+    graph, analysis, _ = ready()
+    _, other, _ = ready("densenet")
+    with unchanged(graph), pytest.raises(PlanError, match="this plan was made for another model: group '"):
+        fxprune.rewrite(graph, analysis, random_plan(other, 0))
+
+
+def test_a_graph_that_was_not_analysed() -> None:
+    graph, analysis, _ = ready("chain")
+    other, _, _ = ready("residual")
+    plan = random_plan(analysis, 0)
+    with (
+        unchanged(other),
+        pytest.raises(RewriteError, match=r"not the model that was analysed: \S+ has shape .*, the ana"),
+    ):
+        fxprune.rewrite(other, analysis, plan)
+    compact, _ = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
+    with pytest.raises(RewriteError, match=r"\S+ has shape \(\d+.*\), the analysis says \(\d+"):
+        fxprune.rewrite(compact, analysis, plan)
+
+
+def test_verify_sees_a_weight_that_was_changed() -> None:
+    graph, analysis, inputs = ready()
+    compact, param_map = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
+    fxprune.verify(graph, compact, param_map, inputs)
+    with torch.no_grad():
+        next(compact.parameters()).view(-1)[0] += 1e-3
+    message = (
+        r"in eval mode output 0 of the compact model differs from the masked original by \d\.\d\de-0\d .*allowed 1e-10"
+    )
+    with unchanged(graph), unchanged(compact), pytest.raises(VerificationError, match=message):
+        fxprune.verify(graph, compact, param_map, inputs)
+
+
+def test_verify_sees_another_number_of_outputs() -> None:
+    graph, analysis, inputs = ready("tuple_output")
+    compact, param_map = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
+    output = next(node for node in compact.graph.nodes if node.op == "output")
+    output.args = (output.args[0][:1],)
+    compact.recompile()
+    with pytest.raises(VerificationError, match="the model returns 2 tensors, the compact 1"):
+        fxprune.verify(graph, compact, param_map, inputs)
+
+
+# --------------------------------------------------------------------------------------- optimizers
+
+
+def cut_with(optimizer_of: Any, name: str = "residual") -> tuple[TracedModule, Optimizer, ParamMap]:
+    """A model after a step of its optimizer, and the map of a cut."""
+    graph, analysis, inputs = ready(name)
+    optimizer = optimizer_of(graph.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = graph(*inputs).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    _, param_map = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
+    return graph, optimizer, param_map
+
+
+def test_an_optimizer_that_holds_other_parameters() -> None:
+    graph, _, param_map = cut_with(Adam)
+    optimizer = SGD([*graph.parameters(), nn.Parameter(torch.zeros(3, 7))], momentum=0.9)
+    message = re.escape("the optimizer holds a parameter of shape (3, 7) that is not in the model")
+    with unchanged(graph, optimizer), pytest.raises(MigrationError, match=message):
+        param_map.migrate(optimizer)
+
+
+class Factored(SGD):
+    """Keeps a row and a column of statistics for each matrix, as Adafactor does."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["row"] = parameter.detach().flatten(1).mean(1) if parameter.ndim > 1 else None
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("optimizer_of", "message"),
+    [
+        (Factored, r"state 'row' of \S+ can't be sliced: its shape is \(\d+,\), the parameter's \(\d+, \d+, 3, 3\)"),
+        (Adafactor, r"state 'row_var' of \S+ can't be sliced: its shape is \(.*\), the parameter's \("),
+        (LBFGS, r"state '\w+' of \S+ can't be sliced: its shape is \(\d+,\), the parameter's \("),
+    ],
+)
+def test_an_optimizer_whose_state_can_not_be_sliced(optimizer_of: Any, message: str) -> None:
+    graph, optimizer, param_map = cut_with(optimizer_of)
+    with unchanged(graph, optimizer), pytest.raises(MigrationError, match=message):
+        param_map.migrate(optimizer)
+
+
+def test_maps_that_do_not_follow_each_other() -> None:
+    _, _, first = cut_with(SGD)
+    _, _, second = cut_with(SGD)
+    with pytest.raises(MigrationError, match=r"the second does not start from the \S+ that the first led to"):
+        first.then(second)
+
+
+def test_maps_compose_norms_and_all() -> None:
+    """Cut twice, then checked against the first model: also where a norm runs over what goes."""
+    name = next(name for name, case in MODELS.items() if case.inexact)
+    graph, analysis, inputs = ready(name)
+    plan = random_plan(analysis, 0, least=3)
+    between, first = fxprune.rewrite(graph, analysis, plan)
+    again = analysis.after(plan, between)
+    last, second = fxprune.rewrite(between, again, random_plan(again, 1, least=2))
+    fxprune.verify(graph, last, first.then(second), inputs)
+
+
+def test_an_empty_plan_changes_nothing() -> None:
+    graph, analysis, inputs = ready()
+    compact, param_map = fxprune.rewrite(graph, analysis, Plan({}, analysis.sizes))
+    assert all(kept is None for axes in param_map.values() for kept in axes)
+    torch.testing.assert_close(compact(*inputs), graph(*inputs), rtol=0, atol=0)

@@ -1,0 +1,228 @@
+"""Criteria: each score beside a plain loop over the slices of every channel."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS, prepare, randomize
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import fxprune
+from fxprune import Analysis, Budget, passes
+from fxprune.errors import PlanError
+
+HALF = Budget(channels=0.5, tolerance=0.2)
+
+
+def analysed(name: str, dtype: torch.dtype = torch.float64) -> tuple[Analysis, Any]:
+    model, inputs = prepare(MODELS[name], dtype=dtype)
+    return fxprune.analyze(model, inputs), inputs
+
+
+def by_hand(analysis: Analysis, of_slice: Callable[[str, Tensor], float], over: Any = None) -> dict[str, list[float]]:
+    """The sum, over every slice of every parameter that a channel has, of a number of that slice."""
+    tensors = over or dict(analysis.graph.named_parameters())
+    result = {}
+    for name, group in analysis.groups.items():
+        result[name] = [0.0] * group.size
+        for member in group.members:
+            if member.parameter in tensors:
+                for position, channel in zip(member.index, member.channel, strict=True):
+                    each = tensors[member.parameter].detach().select(member.axis, int(position))
+                    result[name][channel] += of_slice(member.parameter, each)
+    return result
+
+
+def assert_proportional(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """The same scores but for one factor a group, under which their mean is 1."""
+    assert set(found) == set(expected)
+    for name, scores in found.items():
+        wanted = np.array(expected[name])
+        np.testing.assert_allclose(scores, wanted / wanted.mean(), rtol=1e-6, err_msg=name)
+
+
+# --------------------------------------------------------------------------------------------- magnitude
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["residual_projection", "vgg_flatten", "shufflenet", "tied_parameter"])
+def test_magnitude_is_the_norm_over_the_whole_group(name: str, p: float) -> None:
+    analysis, _ = analysed(name)
+    weights = {key: w for key, w in analysis.graph.named_parameters() if w.ndim > 1}
+    powers = by_hand(analysis, lambda _, w: w.abs().pow(p).sum().item(), weights)
+    assert_proportional(
+        passes.Magnitude(p=p).score(analysis), {key: np.array(value) ** (1 / p) for key, value in powers.items()}
+    )
+
+
+def test_magnitude_takes_the_smallest_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([3.0, 1.0, 4.0, 2.0]).reshape(4, 1, 1, 1))
+    plan = passes.Magnitude(round_to=1).plan(fxprune.analyze(model, torch.randn(1, 3, 4, 4)), Budget(channels=0.5))
+    assert plan.keep == {"0": (0, 2)}
+
+
+@pytest.mark.parametrize("p", [0, -1.0, float("nan")])
+def test_magnitude_needs_a_positive_exponent(p: float) -> None:
+    with pytest.raises(PlanError, match=f"p={p!r} must be positive"):
+        passes.Magnitude(p=p)
+
+
+# ------------------------------------------------------------------------------------------ BatchNormScale
+
+
+def test_batch_norm_scale_is_the_mean_absolute_scale() -> None:
+    analysis, _ = analysed("residual")
+    scales = {
+        name: w for name, w in analysis.graph.named_parameters() if w.ndim == 1 and name in analysis.batch_norm_scales
+    }
+    sums = by_hand(analysis, lambda _, w: w.abs().item(), scales)
+    found = passes.BatchNormScale().score(analysis)
+    assert set(found) == set(analysis.groups)
+    for name, group in analysis.groups.items():
+        count = sum(member.parameter in scales for member in group.members)
+        np.testing.assert_allclose(found[name], np.array(sums[name]) / count)
+
+
+def test_batch_norm_scale_leaves_groups_without_one_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    plan = passes.BatchNormScale().plan(
+        fxprune.analyze(randomize(model, 0), torch.randn(2, 3, 4, 4)), Budget(channels=0.75)
+    )
+    assert set(plan.keep) == {"0"}
+    assert plan.widths == {"0": 4, "2": 8}
+
+
+# ------------------------------------------------------------------------------------------------ Taylor
+
+
+def loss(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output, y)
+
+
+def batch(inputs: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(inputs[0].shape, generator=generator, dtype=inputs[0].dtype)
+    return x, torch.randint(0, 4, (len(x),), generator=generator)
+
+
+def taylor_by_hand(analysis: Analysis, data: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """|sum w dL/dw| of each channel, summed over batches."""
+    total: dict[str, Any] = {name: 0 for name in analysis.groups}
+    for x, y in data:
+        model = copy.deepcopy(analysis.graph).requires_grad_()
+        loss(model(x), y).backward()
+        products = {name: p * p.grad for name, p in model.named_parameters() if p.grad is not None}
+        sums = by_hand(analysis, lambda _, product: product.sum().item(), products)
+        total = {name: total[name] + np.abs(sums[name]) for name in total}
+    return total
+
+
+@pytest.mark.parametrize("name", ["residual_projection", "vgg_flatten", "frozen_parameters"])
+def test_taylor_is_the_first_order_change_of_the_loss(name: str) -> None:
+    analysis, inputs = analysed(name)
+    data = [batch(inputs, seed) for seed in range(3)]
+    one, several, loader = data[0], data, DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+    assert_proportional(passes.Taylor(one, loss).score(analysis), taylor_by_hand(analysis, data[:1]))
+    assert_proportional(passes.Taylor(list(one), loss).score(analysis), taylor_by_hand(analysis, data[:1]))
+    assert_proportional(passes.Taylor(several, loss).score(analysis), taylor_by_hand(analysis, data))
+    assert_proportional(passes.Taylor(data[:2], loss).score(analysis), taylor_by_hand(analysis, data[:2]))
+    assert_proportional(passes.Taylor(loader, loss).score(analysis), taylor_by_hand(analysis, data))
+    assert passes.Taylor(one, loss).plan(analysis, HALF).keep
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_taylor_changes_nothing(training: bool) -> None:
+    analysis, inputs = analysed("dropout")
+    analysis.graph.train(training)
+    before = copy.deepcopy(analysis.graph.state_dict())
+    numbers = torch.get_rng_state()
+    score = passes.Taylor(DataLoader([batch(inputs)], batch_size=None, shuffle=True), loss).score  # type: ignore[arg-type]
+    first = score(analysis)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert analysis.graph.training == training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in analysis.graph.state_dict().items())
+    assert all(parameter.grad is None for parameter in analysis.graph.parameters())
+    torch.randn(5)
+    again = score(analysis)  # dropout or not: the scores do not depend on torch's random numbers
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_taylor_of_a_model_with_two_inputs_and_of_one_with_keywords() -> None:
+    analysis, inputs = analysed("two_inputs")
+    one = passes.Taylor((inputs, torch.tensor([0, 1])), loss).score(analysis)
+    listed = passes.Taylor([(inputs, torch.tensor([0, 1]))], loss).score(analysis)
+    assert all(np.array_equal(one[name], listed[name]) for name in one)
+    analysis, inputs = analysed("keyword_input")
+    assert passes.Taylor([(inputs, torch.tensor([0, 1]))], lambda out, y: out.square().sum()).plan(analysis, HALF).keep
+
+
+@pytest.mark.parametrize(
+    ("data", "of", "message"),
+    [
+        ([], loss, "Taylor got no batches"),
+        ([torch.randn(2, 3, 8, 8)], loss, "got a Tensor in it"),
+        ([(1, 2, 3)], loss, "got a tuple in it"),
+        (None, lambda output, y: output.detach().sum(), r"got tensor\(.*\)"),
+        (None, lambda output, y: output, r"must give a scalar tensor with a gradient; got tensor\("),
+        (None, lambda output, y: 3.5, "got 3.5"),
+    ],
+)
+def test_taylor_says_what_is_wrong_with_its_data(data: Any, of: Any, message: str) -> None:
+    analysis, inputs = analysed("chain")
+    with pytest.raises(PlanError, match=f"(?s){message}"):
+        passes.Taylor(batch(inputs) if data is None else data, of).score(analysis)
+
+
+# ------------------------------------------------------------------------------------------------ Random
+
+
+def test_random_is_a_function_of_the_seed() -> None:
+    analysis, _ = analysed("residual")
+    same, again, other = (passes.Random(seed).plan(analysis, HALF) for seed in (1, 1, 2))
+    assert same == again
+    assert same != other
+    assert passes.Random(-1).plan(analysis, HALF) == passes.Random(-1).plan(analysis, HALF)
+
+
+# -------------------------------------------------------------------------------------- all the criteria
+
+
+def criteria(inputs: Any) -> list[passes.Criterion]:
+    return [passes.Magnitude(), passes.BatchNormScale(), passes.Random(), passes.Taylor(batch(inputs), loss)]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_frozen_models_of_any_precision(dtype: torch.dtype, number: int) -> None:
+    model, inputs = prepare(MODELS["frozen_parameters"], dtype=dtype)
+    compact = fxprune.prune(model, inputs, criteria(inputs)[number], budget=HALF)
+    assert {parameter.dtype for parameter in compact.parameters()} == {dtype}
+    assert not any(parameter.requires_grad for parameter in compact.parameters())
+    assert compact(*inputs).shape == model(*inputs).shape
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_weights_without_values(number: int) -> None:
+    analysis, inputs = analysed("chain")
+    model = MODELS["chain"].make().to("meta")
+    with pytest.raises(PlanError, match=r"on the meta device and have no values to score. Use passes.Random"):
+        criteria(inputs)[number].plan(fxprune.analyze(model, inputs), HALF)
+    assert passes.Random().plan(fxprune.analyze(model, inputs), HALF) == passes.Random().plan(analysis, HALF)
+
+
+def test_a_criterion_of_ones_own() -> None:
+    class Last(passes.Criterion):
+        def score(self, analysis: Analysis) -> dict[str, Any]:
+            return {name: np.arange(group.size, dtype=float) for name, group in analysis.groups.items()}
+
+    analysis, _ = analysed("chain")
+    plan = Last(scope="local", round_to=1).plan(analysis, HALF)
+    for name, kept in plan.keep.items():
+        assert kept[-1] == analysis.sizes[name] - 1
