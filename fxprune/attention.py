@@ -24,6 +24,15 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
 class Attention(nn.Module):
     """``nn.MultiheadAttention``, traceable. Same call, same parameters, same result."""
 
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    q_proj_weight: Tensor
+    k_proj_weight: Tensor
+    v_proj_weight: Tensor
+    bias_k: Tensor
+    bias_v: Tensor
+    out_proj: nn.Linear
+
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
         adopt(self, source)
@@ -59,7 +68,7 @@ class Attention(nn.Module):
             v = torch.cat([v, torch.zeros_like(v[:, :1])], 1)
         if mask is not None:
             mask = F.pad(mask, (0, self.has_bias_kv + self.add_zero_attn))
-        q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))
+        q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # type: ignore[no-untyped-call]
         rate = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -76,7 +85,7 @@ class Attention(nn.Module):
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k, v: float[..., heads * head_dim]."""
         if not self.packed:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         elif query is key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
@@ -106,6 +115,11 @@ def additive(mask: Tensor, query: Tensor) -> Tensor:
 
 class WindowAttention(nn.Module):
     """torchvision's shifted window attention of Swin and Swin v2: x is float[batch, height, width, channels]."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
 
     def __init__(self, source: Any) -> None:
         super().__init__()
@@ -209,7 +223,7 @@ def window_attention(
     scores = scores + bias
     if any(shift):
         mask = window_mask(x, window, shift, padded)
-        scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)
+        scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1)).flatten(0, 1)  # type: ignore[no-untyped-call]
     scores = F.dropout(F.softmax(scores, dim=-1), attention_dropout, attention_dropout > 0)
     x = (scores @ v).transpose(1, 2).flatten(2)
     x = F.dropout(F.linear(x, proj_weight, proj_bias), dropout, dropout > 0)

@@ -57,8 +57,13 @@ def keep_numbers(run: Any, node: fx.Node) -> None:
     for arg in node.all_input_nodes:
         before = run.before[arg.name]
         if isinstance(before, (int, float)) and run.env[arg] != before:
-            node.args = fx.map_arg(node.args, lambda each: before if each is arg else each)
-            node.kwargs = fx.map_arg(node.kwargs, lambda each: before if each is arg else each)
+            put_number(node, arg, before)
+
+
+def put_number(node: fx.Node, arg: fx.Node, number: float) -> None:
+    """Give ``node`` a number for one of its arguments."""
+    node.args = fx.map_arg(node.args, lambda each: number if each is arg else each)
+    node.kwargs = fx.map_arg(node.kwargs, lambda each: number if each is arg else each)
 
 
 @fitter("view", "reshape", "expand", "unflatten", "broadcast_to", "zeros", "ones", "new_zeros", "new_ones", "empty")
@@ -76,7 +81,7 @@ def sizes(run: Any, node: fx.Node) -> None:
         key = "sizes" if "sizes" in node.kwargs else "unflattened_size"
         set_argument(node, 2, key, fitted(run, old, wanted, True))
         return
-    given = node.args[start:]
+    given: Any = node.args[start:]
     packed = len(given) == 1 and not isinstance(value_of(run, given[0]), int)
     if not given:
         return
@@ -121,14 +126,14 @@ def parts(run: Any, node: fx.Node) -> None:
 @fitter("getitem")
 def item(run: Any, node: fx.Node) -> None:
     """Slices of an axis that lost positions: the bounds move by what went before them."""
-    source, index = node.args
+    source, index = argument(node, 0, "input"), argument(node, 1, "index")
     before = run.before[source.name]
     if not isinstance(before, Value) or not isinstance(run.after[node.name], Value):
         return
     entries = list(index) if isinstance(index, tuple) else [index]
     values = [value_of(run, entry) if not isinstance(entry, slice) else entry for entry in entries]
     taken = sum(1 for v in values if v is not None and v is not Ellipsis)
-    axis, new = 0, []
+    axis, new = 0, list[Any]()
     for entry, value in zip(entries, values, strict=True):
         if isinstance(entry, slice):
             bounds = [old_value(run, bound) for bound in (entry.start, entry.stop)]
@@ -151,7 +156,7 @@ def old_value(run: Any, bound: Any) -> Any:
 
 
 def moved_bound(run: Any, before: Value, axis: int, bound: int | None) -> int | None:
-    """Where ``bound`` of an axis lies when only what stays is counted; None for no bound or an axis that stays whole."""
+    """Where ``bound`` of an axis lies when only what stays counts; None for no bound or an axis that stays whole."""
     kept = kept_along(run, before.labels, axis)
     if bound is None or kept is None or kept.all():
         return None
@@ -172,8 +177,7 @@ def kept_along(run: Any, labels: Labels, axis: int) -> Tensor | None:
 @fitter("narrow")
 def narrow(run: Any, node: fx.Node) -> None:
     """A start and a length."""
-    source = node.args[0]
-    before = run.before[source.name]
+    before = run.before[argument(node, 0, "input").name]
     axis = value_of(run, argument(node, 1, "dim")) % len(before.shape)
     start = old_value(run, argument(node, 2, "start"))
     moved = moved_bound(run, before, axis, start)
@@ -186,7 +190,7 @@ def narrow(run: Any, node: fx.Node) -> None:
 def pad(run: Any, node: fx.Node) -> None:
     """Zeros appended to channels: as many as stay of them."""
     amounts = list(argument(node, 1, "pad"))
-    before, after = run.before[node.args[0].name], run.after[node.name]
+    before, after = run.before[argument(node, 0, "input").name], run.after[node.name]
     ndim = len(before.shape)
     for pair in range(len(amounts) // 2):
         axis = ndim - 1 - pair
@@ -206,7 +210,7 @@ def pad(run: Any, node: fx.Node) -> None:
 def channel_shuffle(run: Any, node: fx.Node) -> None:
     """The groups of which something stays."""
     groups = old_value(run, argument(node, 1, "groups"))
-    kept = kept_along(run, run.before[node.args[0].name].labels, 1)
+    kept = kept_along(run, run.before[argument(node, 0, "input").name].labels, 1)
     if kept is not None:
         set_argument(node, 1, "groups", int(kept.reshape(groups, -1).any(1).sum()))
 
@@ -214,7 +218,7 @@ def channel_shuffle(run: Any, node: fx.Node) -> None:
 @fitter("squeeze")
 def squeeze(run: Any, node: fx.Node) -> None:
     """Without a dim every axis of size 1 goes: those that were of size 1 before the cut."""
-    before, after = run.before[node.args[0].name].shape, run.env[node.args[0]].shape
+    before, after = run.before[argument(node, 0, "input").name].shape, run.env[argument(node, 0, "input")].shape
     if len(node.args) == 1 and not node.kwargs and 1 in after and after != before:
         node.args = (node.args[0], tuple(axis for axis, size in enumerate(before) if size == 1))
 
@@ -255,6 +259,6 @@ def transposed_convolution(run: Any, node: fx.Node) -> None:
 @fitter("scaled_dot_product_attention")
 def attention(run: Any, node: fx.Node) -> None:
     """The default scale is that of the original head size."""
-    query = run.before[node.args[0].name].shape[-1]
-    if node.kwargs.get("scale") is None and run.after[node.args[0].name].shape[-1] != query:
+    query = run.before[argument(node, 0, "input").name].shape[-1]
+    if node.kwargs.get("scale") is None and run.after[argument(node, 0, "input").name].shape[-1] != query:
         node.kwargs = {**node.kwargs, "scale": query**-0.5}

@@ -169,7 +169,7 @@ def attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) 
         case nn.PReLU():
             return {"num_parameters": w[0]}
         case nn.RNNBase():
-            return {"input_size": module.weight_ih_l0.shape[1]}
+            return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
     return {}
 
 

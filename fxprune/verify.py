@@ -136,7 +136,7 @@ def outputs_of(
         noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
         total = sum((each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad)
         if isinstance(total, Tensor):
-            total.backward()
+            total.backward()  # type: ignore[no-untyped-call]
     torch.set_rng_state(torch_state)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -177,7 +177,7 @@ class NormOverKept(TorchFunctionMode):
         given = dict(zip(NORM_ARGUMENTS[func], args[1:], strict=False)) | kwargs
         small = cut_differentiably(value, kept)
         if func is F.group_norm:
-            vector = (kept[1],)
+            vector: Kept = (kept[1],)
         else:
             axes = len(given["normalized_shape"])
             vector = kept[-axes:]
