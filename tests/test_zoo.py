@@ -18,7 +18,7 @@ CLASSIFICATION = (
     "squeezenet1_1 swin_t swin_v2_t vgg11 vit_b_32 wide_resnet50_2"
 )
 OTHERS = (
-    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large mc3_18 mvit_v1_b r3d_18 s3d swin3d_t "
+    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large mc3_18 mvit_v1_b s3d swin3d_t "
     "quantized_googlenet quantized_mobilenet_v2 quantized_mobilenet_v3_large quantized_resnet18 "
     "quantized_shufflenet_v2_x0_5"
 )
