@@ -7,7 +7,9 @@ from torch import nn
 
 from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
+from fxprune.cost import device_of
 from fxprune.dump import Dump
+from fxprune.errors import VerificationError
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
 from fxprune.trace import TracedModule, trace
@@ -53,5 +55,9 @@ def prune(
     compact, param_map = rewrite(graph, analysis, plan)
     dump.write("compact", compact, analysis.after(plan, compact))
     if verify:
+        if device_of(graph)[0].type == "meta":
+            raise VerificationError(
+                "weights on the meta device have no values to compare: pass verify=False, or load them"
+            )
         check(graph, compact, param_map, example_inputs)
     return compact

@@ -177,6 +177,15 @@ def test_verify_sees_a_weight_that_was_changed() -> None:
         fxprune.verify(graph, compact, param_map, inputs)
 
 
+def test_weights_without_values_are_not_verified() -> None:
+    model, x = MODELS["chain"].make().to("meta"), torch.randn(2, 3, 8, 8, device="meta")
+    with pytest.raises(
+        VerificationError, match="weights on the meta device have no values to compare: pass verify=False"
+    ):
+        fxprune.prune(model, x, passes.Random(), budget=HALF)
+    assert fxprune.prune(model, x, passes.Random(), budget=HALF, verify=False)(x).shape == (2, 4)
+
+
 def test_verify_sees_another_number_of_outputs() -> None:
     graph, analysis, inputs = ready("tuple_output")
     compact, param_map = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
