@@ -141,13 +141,14 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# torchvision, every model that symbolic tracing reaches",
         "",
-        "Each is pruned to half its FLOPs by the defaults of `passes.Magnitude`, with random weights and randomised norms.",
-        "`law` is the largest difference between the masked original and the compact model, outputs and gradients, eval",
-        "and train, relative to the largest value (allowed: 1e-10 in float64, 1e-5 in float32). `onnx` is that between",
-        "onnxruntime and PyTorch in float32. `frozen` is the share of weight rows that can't go. `moved` is how far the cut",
-        "itself moved the outputs.",
+        "Each is pruned to half its FLOPs by the defaults of `passes.Magnitude`, with random weights and",
+        "randomised norms. `law` is the largest difference between the masked original and the compact model,",
+        "outputs and gradients, eval and train, relative to the largest value (allowed: 1e-10 in float64,",
+        "1e-5 in float32). `onnx` is that between onnxruntime and PyTorch in float32. `frozen` is the share",
+        "of weight rows that can't go. `moved` is how far the cut itself moved the outputs; `CPU s` is the",
+        "time of trace and analyze.",
         "",
-        "| model | graphs | groups | channels | frozen | FLOPs | params | law | moved | onnx | trace + analyze, CPU s |",
+        "| model | graphs | groups | channels | frozen | FLOPs | params | law | moved | onnx | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["kind"], row["model"])):

@@ -18,9 +18,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.channels.analysis import Analysis, Value, on_meta
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.interpret import on_meta
 from fxprune.channels.labels import Label, varying
 from fxprune.channels.names import Bools, Ints
+from fxprune.channels.values import Value
 from fxprune.inputs import bind, map_tensors
 
 Floats = npt.NDArray[np.float64]

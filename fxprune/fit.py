@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels.analysis import Value
 from fxprune.channels.labels import Labels, along
+from fxprune.channels.values import Value
 
 FITTERS: dict[str, Callable[[Any, fx.Node], None]] = {}
 

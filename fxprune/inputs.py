@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,9 +34,10 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def batch_of_two(inputs: Bound) -> Bound:
-    """Inputs of batch size 1 as a batch of two, since batch norm can't train on a single value per channel."""
-    if any(not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)):
+def for_mode(inputs: Bound, mode: bool, module: nn.Module) -> Bound:
+    """The inputs to run a mode with: batch norm can't train on one value per channel, so a batch of 1 becomes 2."""
+    normed = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    if not (mode and normed) or any(not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)):
         return inputs
     double: Bound = map_tensors(lambda tensor: torch.cat([tensor, tensor.flip(-1)]), inputs)
     return double

@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.dump import Dump
 from fxprune.errors import PassError
-from fxprune.inputs import batch_of_two, bind, map_tensors
+from fxprune.inputs import bind, map_tensors
 from fxprune.trace import TracedModule, trace
 from fxprune.verify import TOLERANCE, difference, outputs_of
 
@@ -98,7 +98,6 @@ class Pipeline:
     def compare(self, name: str, before: TracedModule, after: TracedModule, inference_only: bool) -> float:
         """The largest relative difference of the outputs; raises PassError above 1e-10."""
         inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind(self.example_inputs))
-        inputs = batch_of_two(inputs)
         old, new = before.double(), copy.deepcopy(after).double()
         worst = 0.0
         for mode in (False,) if inference_only else (False, True):

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.analysis import Analysis, Value, interpret, on_meta, where
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.interpret import interpret, on_meta, where
 from fxprune.channels.names import Bools
+from fxprune.channels.values import Value
 from fxprune.errors import FxpruneError, RewriteError
 from fxprune.fit import fit
+from fxprune.inputs import describe, for_mode
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
 from fxprune.trace import TracedModule
@@ -117,8 +120,6 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
 
 def record(compact: TracedModule, analysis: Analysis, plan: Plan) -> None:
     """Leave on the compact model what ``save`` needs: the plan from the model that was traced first."""
-    from fxprune.inputs import describe
-
     before = compact.meta.get("fxprune")
     whole = Plan.from_json(before["plan"]).then(plan) if before else plan
     example = before["example_inputs"] if before else describe(analysis.example_inputs)
@@ -258,6 +259,7 @@ def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: 
     graph = compact.graphs[mode]
     state = dict(compact.named_parameters(remove_duplicate=False)) | dict(compact.named_buffers(remove_duplicate=False))
     on = {name: on_meta(tensor) for name, tensor in state.items()}
+    once = {name: on[analysis.aliases[name]] for name in on}
     fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
     with torch.device("meta"):
-        interpret(fitter, compact, mode, analysis.example_inputs, {name: on[analysis.aliases[name]] for name in on})
+        interpret(fitter, compact, mode, for_mode(analysis.example_inputs, mode, compact), once)

@@ -5,7 +5,7 @@ its statistics run over the kept ones only: there the two functions differ by na
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.channels.analysis import placeholders
+from fxprune.channels.interpret import placeholders
 from fxprune.errors import VerificationError
-from fxprune.inputs import Bound, bind, map_tensors, tensors_in
+from fxprune.inputs import Bound, bind, for_mode, map_tensors, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.trace import TracedModule
 
@@ -64,37 +64,41 @@ def verify(
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs)
     )
     tolerance = TOLERANCE[dtype]
+    small = copy.deepcopy(compact).to(dtype)
     masked = copy.deepcopy(graph).to(dtype)
+    whole, _ = outputs_of(masked, False, inputs, False, None)
     mask_(masked, param_map)
-    original, small = copy.deepcopy(graph).to(dtype), copy.deepcopy(compact).to(dtype)
     worst = {"output": 0.0, "gradient": 0.0}
     moved = 0.0
     for mode in (False, True):
-        name = "train" if mode else "eval"
-        expected, expected_grads = outputs_of(masked, mode, inputs, gradients, param_map)
-        found, found_grads = outputs_of(small, mode, inputs, gradients, None)
-        if len(expected) != len(found):
-            raise VerificationError(
-                f"in {name} mode the model returns {len(expected)} tensors, the compact {len(found)}"
-            )
-        compared = [("output", str(i), a, b) for i, (a, b) in enumerate(zip(expected, found, strict=True))]
-        for key, gradient in expected_grads.items():
-            compared.append(("gradient", key, param_map.slice(key, gradient), found_grads[key]))
-        scale = max(
-            (a.abs().max().item() for kind, _, a, _ in compared if kind == "gradient" and a.numel()), default=0.0
-        )
-        for kind, key, a, b in compared:
-            error = difference(a, b, floor=1e-3 * scale if kind == "gradient" else 0.0)
+        expected = outputs_of(masked, mode, inputs, gradients, param_map)
+        found = outputs_of(small, mode, inputs, gradients, None)
+        for kind, name, error in differences(expected, found, param_map):
             worst[kind] = max(worst[kind], error)
             if not error <= tolerance:
                 raise VerificationError(
-                    f"in {name} mode {kind} {key} of the compact model differs from the masked original by {error:.2e} "
-                    f"(relative to its largest value; allowed {tolerance:.0e}). Please report this model."
+                    f"in {'train' if mode else 'eval'} mode {kind} {name} of the compact model differs from the masked "
+                    f"original by {error:.2e} (relative to its largest value; allowed {tolerance:.0e}). Please report "
+                    "this model."
                 )
         if not mode:
-            whole, _ = outputs_of(original, mode, inputs, False, None)
-            moved = max((difference(a, b) for a, b in zip(whole, found, strict=True)), default=0.0)
+            moved = max((difference(a, b) for a, b in zip(whole, found[0], strict=True)), default=0.0)
     return Verification(worst["output"], worst["gradient"], moved, tolerance)
+
+
+Result = tuple[list[Tensor], dict[str, Tensor]]  # outputs, gradients by parameter
+
+
+def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterator[tuple[str, str, float]]:
+    """("output" or "gradient", its name, relative difference) between the masked original and the compact model."""
+    if len(expected[0]) != len(found[0]):
+        raise VerificationError(f"the model returns {len(expected[0])} tensors, the compact {len(found[0])}")
+    for number, (a, b) in enumerate(zip(expected[0], found[0], strict=True)):
+        yield "output", str(number), difference(a, b)
+    # A gradient that is zero in theory is noise: it is measured against the largest gradient of all.
+    largest = max((gradient.abs().max().item() for gradient in expected[1].values() if gradient.numel()), default=0.0)
+    for name, gradient in expected[1].items():
+        yield "gradient", name, difference(param_map.slice(name, gradient), found[1][name], floor=1e-2 * largest)
 
 
 def mask_(model: nn.Module, param_map: ParamMap) -> None:
@@ -114,9 +118,7 @@ def difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return gap / size if size else gap
 
 
-def outputs_of(
-    model: TracedModule, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap | None
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def outputs_of(model: TracedModule, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap | None) -> Result:
     """The output tensors of ``model`` in one mode, and the gradients of a fixed random sum of them."""
     model.train(mode)
     for parameter in model.parameters():
@@ -128,8 +130,9 @@ def outputs_of(
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch_state = torch.get_rng_state()
     torch.manual_seed(0)
+    given = map_tensors(Tensor.clone, tuple(placeholders(graph, for_mode(inputs, mode, model))))
     with torch.set_grad_enabled(gradients), NoDropout():
-        result = run.run(*map_tensors(Tensor.clone, tuple(placeholders(graph, inputs))), enable_io_processing=False)
+        result = run.run(*given, enable_io_processing=False)
     outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
     if gradients:
         torch.manual_seed(0)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fxprune.budget import Bounds, Budget, solve
-from fxprune.channels.analysis import Analysis, Group
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import Group
 from fxprune.cost import Floats
 from fxprune.errors import PlanError
 from fxprune.plan import Plan

@@ -86,9 +86,7 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
     return inputs.to(dtype) if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
 
 
-def prepare(
-    case: Case, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[nn.Module, tuple[Any, ...]]:
+def prepare(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[Any, ...]]:
     """A randomized model of this case in eval mode, and inputs of the same dtype."""
     model = randomize(case.make(), seed).to(dtype).eval()
     return model, cast(case.inputs(), dtype)
@@ -137,9 +135,7 @@ def _values(owner: nn.Module, leaf: str, parameter: Tensor, noise: Tensor) -> Te
     return noise * (1.5 / fan_in) ** 0.5
 
 
-def conv(
-    cin: int, cout: int, k: int = 3, stride: int = 1, groups: int = 1, bias: bool = False
-) -> nn.Conv2d:
+def conv(cin: int, cout: int, k: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
     return nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=bias)
 
 
@@ -161,9 +157,7 @@ def image_net(*middle: nn.Module, cin: int = 8, cout: int = 8) -> nn.Sequential:
 register("chain", lambda: image_net(conv_bn(8, 12, stride=2), cout=12), "conv-bn-relu chain")
 register(
     "conv_bias",
-    lambda: nn.Sequential(
-        conv(3, 8, bias=True), nn.ReLU(), conv(8, 12, bias=True), nn.ReLU(), head(12)
-    ),
+    lambda: nn.Sequential(conv(3, 8, bias=True), nn.ReLU(), conv(8, 12, bias=True), nn.ReLU(), head(12)),
     "no BatchNorm: the bias belongs to the channel",
 )
 register(
@@ -193,9 +187,7 @@ register(
     VECTOR,
     prunable=False,
 )
-register(
-    "nested", lambda: nn.Sequential(nn.Sequential(image_net(nn.Identity()))), "nested Sequentials"
-)
+register("nested", lambda: nn.Sequential(nn.Sequential(image_net(nn.Identity()))), "nested Sequentials")
 
 
 class Pools(nn.Module):
@@ -219,9 +211,7 @@ register("pools", Pools, "flatten(1), mean([2, 3]), amax + view, max_pool + resh
 class Activations(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            [conv(3, 8, bias=True)] + [conv(8, 8, bias=True) for _ in range(8)]
-        )
+        self.convs = nn.ModuleList([conv(3, 8, bias=True)] + [conv(8, 8, bias=True) for _ in range(8)])
         self.head = head(8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,9 +242,7 @@ register(
     lambda: image_net(conv(8, 12), nn.PReLU(), cout=12),
     "one slope for all channels",
 )
-register(
-    "glu", lambda: image_net(conv(8, 16, bias=True), nn.GLU(1)), "halves of an axis gate each other"
-)
+register("glu", lambda: image_net(conv(8, 16, bias=True), nn.GLU(1)), "halves of an axis gate each other")
 
 
 class InPlace(nn.Module):
@@ -305,9 +293,7 @@ class Residual(nn.Module):
         return F.relu(self.bn(self.conv2(self.conv1(x))) + self.down(x))
 
 
-register(
-    "residual", lambda: image_net(Residual(8, 8), Residual(8, 8)), "identity shortcuts: one stage"
-)
+register("residual", lambda: image_net(Residual(8, 8), Residual(8, 8)), "identity shortcuts: one stage")
 register(
     "residual_projection",
     lambda: image_net(Residual(8, 8), Residual(8, 16, 2), Residual(16, 16), cout=16),
@@ -326,9 +312,7 @@ class PreActivation(nn.Module):
         return x + self.conv2(F.relu(self.bn2(y)))
 
 
-register(
-    "pre_activation", lambda: image_net(PreActivation(), PreActivation()), "norm first, bare stream"
-)
+register("pre_activation", lambda: image_net(PreActivation(), PreActivation()), "norm first, bare stream")
 
 
 class OptionA(nn.Module):
@@ -454,9 +438,7 @@ class StackedSum(nn.Module):
         return (both * self.mix.softmax(0).view(1, 2, 1, 1, 1)).sum(1)
 
 
-register(
-    "stack_weighted_sum", lambda: image_net(StackedSum(), cout=12), "branches stacked on a new axis"
-)
+register("stack_weighted_sum", lambda: image_net(StackedSum(), cout=12), "branches stacked on a new axis")
 
 
 # ------------------------------------------------------------ grouped, depthwise, transposed, split
@@ -471,9 +453,7 @@ for _name, _groups, _cout in (("dense", 1, 12), ("grouped", 4, 12), ("depthwise"
     )
 register(
     "depthwise_separable",
-    lambda: image_net(
-        conv_bn(8, 8, groups=8), conv_bn(8, 16, 1), conv_bn(16, 16, groups=16), cout=16
-    ),
+    lambda: image_net(conv_bn(8, 8, groups=8), conv_bn(8, 16, 1), conv_bn(16, 16, groups=16), cout=16),
     "MobileNet: depthwise ties its input to its output",
 )
 register(
@@ -486,9 +466,7 @@ register(
 class ResNeXt(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            conv_bn(8, 16, 1), conv_bn(16, 16, groups=4), conv(16, 8, 1), nn.BatchNorm2d(8)
-        )
+        self.body = nn.Sequential(conv_bn(8, 16, 1), conv_bn(16, 16, groups=4), conv(16, 8, 1), nn.BatchNorm2d(8))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.body(x))
@@ -503,9 +481,7 @@ register(
 )
 register(
     "grouped_conflict",
-    lambda: image_net(
-        conv_bn(8, 12, groups=2), conv_bn(12, 12, groups=3), conv_bn(12, 12, groups=4), cout=12
-    ),
+    lambda: image_net(conv_bn(8, 12, groups=2), conv_bn(12, 12, groups=3), conv_bn(12, 12, groups=4), cout=12),
     "one axis cut into groups in three ways",
 )
 
@@ -521,9 +497,7 @@ class ShuffleUnit(nn.Module):
     def __init__(self, cin: int, stride: int) -> None:
         super().__init__()
         self.stride, half = stride, 8
-        self.left = nn.Sequential(
-            conv(cin, cin, 3, 2, cin), nn.BatchNorm2d(cin), conv_bn(cin, half, 1)
-        )
+        self.left = nn.Sequential(conv(cin, cin, 3, 2, cin), nn.BatchNorm2d(cin), conv_bn(cin, half, 1))
         inner = half if stride == 1 else cin
         self.right = nn.Sequential(
             conv_bn(inner, half, 1),
@@ -559,9 +533,7 @@ class Split(nn.Module):
         return torch.cat([c, self.a(a) + self.b(b)], 1)
 
 
-register(
-    "split_sizes", lambda: image_net(Split(), cout=12), "unequal parts, put back in another order"
-)
+register("split_sizes", lambda: image_net(Split(), cout=12), "unequal parts, put back in another order")
 
 
 class C2f(nn.Module):
@@ -592,9 +564,7 @@ class CrossStage(nn.Module):
         return self.b(y[:, 2:10])  # a slice across the seam of a cat
 
 
-register(
-    "csp_slices", lambda: image_net(CrossStage()), "CSP: slices, cat, and a slice across the seam"
-)
+register("csp_slices", lambda: image_net(CrossStage()), "CSP: slices, cat, and a slice across the seam")
 
 
 class Res2Net(nn.Module):
@@ -623,9 +593,7 @@ class StridedSlice(nn.Module):
         return self.even(x[:, ::2]) + self.odd(x[:, 1::2])
 
 
-register(
-    "strided_channels", lambda: image_net(StridedSlice(), cin=12), "x[:, ::2] on the channel axis"
-)
+register("strided_channels", lambda: image_net(StridedSlice(), cin=12), "x[:, ::2] on the channel axis")
 
 
 class TemporalShift(nn.Module):
@@ -677,9 +645,7 @@ register(
     lambda: image_net(conv(8, 24), nn.PixelShuffle(2), cout=6),
     "four channels make one",
 )
-register(
-    "pixel_unshuffle", lambda: image_net(nn.PixelUnshuffle(2), cout=32), "one channel makes four"
-)
+register("pixel_unshuffle", lambda: image_net(nn.PixelUnshuffle(2), cout=32), "one channel makes four")
 register("reorg", lambda: image_net(Reorg(), cout=32), "view-permute-reshape to depth")
 register("focus", lambda: image_net(Focus(), cout=32), "space to depth by strided slices")
 
@@ -834,9 +800,7 @@ register(
     lambda: image_net(Constant(), cout=12),
     "a float buffer multiplied onto channels",
 )
-register(
-    "size_scalar", lambda: image_net(SizeScalar()), "C ** -0.5: a cut must not change the scalar"
-)
+register("size_scalar", lambda: image_net(SizeScalar()), "C ** -0.5: a cut must not change the scalar")
 
 
 # ---------------------------------------------------------------- weights: shared, functional, tied
@@ -1014,9 +978,7 @@ register(
 )
 register(
     "rms_norm_mlp",
-    lambda: nn.Sequential(
-        nn.Linear(10, 16), nn.RMSNorm(16), nn.SiLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)
-    ),
+    lambda: nn.Sequential(nn.Linear(10, 16), nn.RMSNorm(16), nn.SiLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)),
     "nn.RMSNorm over a prunable axis",
     VECTOR,
     inexact=True,
@@ -1107,9 +1069,7 @@ register("mixer", Mixer, "linears on the token axis and on the channel axis", TO
 class Encoder(nn.Module):
     """A transformer block by hand around nn.MultiheadAttention."""
 
-    def __init__(
-        self, batch_first: bool = True, bias: bool = True, norm_first: bool = True
-    ) -> None:
+    def __init__(self, batch_first: bool = True, bias: bool = True, norm_first: bool = True) -> None:
         super().__init__()
         self.batch_first, self.norm_first = batch_first, norm_first
         self.stem, self.fc = nn.Linear(10, 12), nn.Linear(12, 4)
@@ -1140,9 +1100,7 @@ for _first in (True, False):
             TOKENS,
             inexact=True,
         )
-register(
-    "mha_post_norm", lambda: Encoder(norm_first=False), "post-norm encoder", TOKENS, inexact=True
-)
+register("mha_post_norm", lambda: Encoder(norm_first=False), "post-norm encoder", TOKENS, inexact=True)
 
 
 class PlainMha(nn.Module):
@@ -1266,9 +1224,7 @@ class Causal(nn.Module):
         self.register_buffer("mask", torch.ones(5, 5).triu(1).bool())
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         scores = torch.matmul(q, k.mT) / 2.0
         weights = scores.masked_fill(self.mask, float("-inf")).softmax(-1)
         return self.o(torch.matmul(weights, v).transpose(1, 2).reshape(x.shape[0], x.shape[1], 8))
@@ -1345,12 +1301,7 @@ class Swin(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
-        x = (
-            torch.roll(x, (-1, -1), (1, 2))
-            .view(b, 2, 2, 2, 2, c)
-            .permute(0, 1, 3, 2, 4, 5)
-            .reshape(-1, 4, c)
-        )
+        x = torch.roll(x, (-1, -1), (1, 2)).view(b, 2, 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
         q, k, v = self.qkv(x).reshape(-1, 4, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1).unsqueeze(0)
         y = ((q * 4**-0.5) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
@@ -1584,9 +1535,7 @@ class LstmOnly(nn.Module):
         return self.fc(self.lstm(x)[0][:, -1])
 
 
-register(
-    "lstm_head", LstmHead, "the LSTM is frozen, the first convolution is not", normal((2, 3, 12))
-)
+register("lstm_head", LstmHead, "the LSTM is frozen, the first convolution is not", normal((2, 3, 12)))
 register("lstm_only", LstmOnly, "an LSTM between input and classifier", TOKENS, prunable=False)
 
 

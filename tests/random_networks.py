@@ -76,9 +76,7 @@ class Writer:
     def choice(self, items: Sequence[T]) -> T:
         return items[self.integer(0, len(items) - 1)]
 
-    def emit(
-        self, kind: str, inputs: tuple[int, ...], *shapes: tuple[int, int], **options: Any
-    ) -> int:
+    def emit(self, kind: str, inputs: tuple[int, ...], *shapes: tuple[int, int], **options: Any) -> int:
         """Append one operator; returns its first new value."""
         self.ops.append(Op(kind, inputs, options, len(shapes)))
         self.used.update(inputs)
@@ -113,9 +111,7 @@ class Writer:
 
     # Each method below draws one operator, or a short run of them, on value x.
 
-    def add_conv(
-        self, x: int, cout: int, k: int, stride: int = 1, groups: int = 1, bias: bool = False
-    ) -> int:
+    def add_conv(self, x: int, cout: int, k: int, stride: int = 1, groups: int = 1, bias: bool = False) -> int:
         c, h = self.shapes[x]
         options = {"k": k, "stride": stride, "groups": groups, "bias": bias}
         return self.emit("conv", (x,), (cout, h // stride), cin=c, cout=cout, **options)
@@ -284,9 +280,7 @@ def _write(integer: Callable[[int, int], int], norms: bool) -> Program:
     if extra == 3:
         heads.append(w.head([w.pick()]))
     elif extra == 4:
-        heads.append(
-            Op("identity", (integer(1, len(w.shapes) - 1),), {})
-        )  # a raw feature map: frozen as an output
+        heads.append(Op("identity", (integer(1, len(w.shapes) - 1),), {}))  # a raw feature map: frozen as an output
     return Program(channels, tuple(w.ops), tuple(heads))
 
 

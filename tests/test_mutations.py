@@ -17,7 +17,7 @@ from fxprune.channels.labels import Labels, Operand, align, settle
 from fxprune.channels.tensor import Call, operand
 from fxprune.fit import FITTERS
 
-ANALYSIS, REWRITE, VERIFY = (sys.modules[f"fxprune.{name}"] for name in ("channels.analysis", "rewrite", "verify"))
+INTERPRET, REWRITE, VERIFY = (sys.modules[f"fxprune.{name}"] for name in ("channels.interpret", "rewrite", "verify"))
 Patch = pytest.MonkeyPatch
 
 
@@ -125,7 +125,7 @@ def unknown_passes(patch: Patch) -> None:
 
 def outputs_are_free(patch: Patch) -> None:
     """What the model returns is not frozen."""
-    patch.setattr(ANALYSIS.Recorder, "freeze_output", lambda self, tensor: None)
+    patch.setattr(INTERPRET.Recorder, "freeze_output", lambda self, tensor: None)
 
 
 def broadcast_is_free(patch: Patch) -> None:

@@ -23,13 +23,16 @@ class Factor:
     source: str
 
     def along(self, letter: str) -> Label | None:
+        """The label that varies along ``letter``."""
         axis = self.letters.find(letter)
         return next((label for label in self.labels if axis >= 0 and label.shape[axis] > 1), None)
 
     def varies(self, label: Label) -> set[str]:
+        """The letters along which ``label`` varies."""
         return {letter for letter, size in zip(self.letters, label.shape, strict=True) if size > 1}
 
     def pin(self, call: Call, letters: str, why: str) -> None:
+        """No pruning may change the size of ``letters``."""
         axes = [self.letters.index(letter) for letter in letters if letter in self.letters]
         self.labels = tuple(pin(call.names, label, axes, why) for label in self.labels)
 
@@ -80,9 +83,7 @@ def agree(call: Call, a: Factor, b: Factor, letter: str) -> None:
     """Both operands vary along ``letter``, by the same names alone, or neither may."""
     for mine, other in ((a, b), (b, a)):
         label = mine.along(letter)
-        if label is None:
-            other.pin(call, letter, f"meets {mine.source}")
-        elif (
+        if label is None or (
             fixed(call, mine, letter) and (theirs := other.along(letter)) is not None and len(other.varies(theirs)) > 1
         ):
             other.pin(call, letter, f"meets {mine.source}")

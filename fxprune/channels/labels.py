@@ -1,7 +1,7 @@
 """Labels: which channel each position of a value belongs to.
 
-A label is an int64 tensor of names with as many axes as the value; an axis along which the names do not vary has size 1,
-so a label costs O(channels) whatever the size of the image. A value carries a few labels, one for each independent
+A label is an int64 tensor of names with as many axes as the value; an axis along which names do not vary has size 1, so
+a label costs O(channels) whatever the size of the image. A value carries a few labels, one for each independent
 family of names, and no two of them vary along the same axis. Here stands what every operator family does with labels.
 """
 
@@ -67,7 +67,8 @@ def merge(names: Names, a: Label, b: Label) -> Label:
     """Merge two labels of one value, position by position. Returns the label over the axes of both."""
     if a is b:
         return a
-    a, b = torch.broadcast_tensors(a, b)
+    shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
+    a, b = a.expand(shape), b.expand(shape)
     names.merge(a.numpy(), b.numpy())
     return squash(a)
 

@@ -164,7 +164,7 @@ def stack(call: Call) -> Labels:
 
 @rule("constant_pad_nd")
 def pad(call: Call) -> Labels:
-    """Along an axis with names the new positions get names of their own: free, so that a zero-padded shortcut prunes."""
+    """New positions along an axis with names get free names of their own, so that a zero-padded shortcut prunes."""
     value, amounts = operand(call.args[0]), call.args[1]
     ndim = len(value.shape)
     labels = list(value.labels)
@@ -243,7 +243,7 @@ def pixel_shuffle(call: Call) -> Labels:
 @rule("pixel_unshuffle")
 def pixel_unshuffle(call: Call) -> Labels:
     value, factor = operand(call.args[0]), call.args[1]
-    *batch, channels, height, width = value.shape
+    batch = value.shape[:-3]
     labels = []
     for label in value.labels:
         label = pin(call.names, label, [len(batch) + 1, len(batch) + 2], "pixel unshuffle")

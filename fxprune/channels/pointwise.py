@@ -16,8 +16,8 @@ UNTAGGED = (
     "bernoulli normal uniform random exponential bitwise_and bitwise_or bitwise_not logical_not rsub"
 ).split()
 LIKE = (
-    "alias detach clone contiguous lift_fresh lift_fresh_copy _to_copy zeros_like ones_like full_like empty_like rand_like "
-    "randn_like randint_like"
+    "alias detach clone contiguous lift_fresh lift_fresh_copy _to_copy zeros_like ones_like full_like empty_like "
+    "rand_like randn_like randint_like"
 ).split()
 CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 

@@ -6,7 +6,7 @@ shape, and is handed to the rule of its family for its labels. An operator witho
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,8 @@ class ChannelTensor(Tensor):
     @staticmethod
     def __new__(
         cls, data: Tensor, labels: Labels, run: Run, source: str = "a constant", parameter: str | None = None
-    ) -> "ChannelTensor":
+    ) -> Self:
+        """``labels`` have as many axes as ``data``; ``parameter`` is the name of a parameter or buffer."""
         self = torch.Tensor._make_wrapper_subclass(
             cls, data.shape, strides=data.stride(), dtype=data.dtype, device=data.device
         )
@@ -95,9 +96,10 @@ class ChannelTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: OpOverload, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        """Run an operator on meta tensors for its shape, and hand it to its rule for its labels."""
         kwargs = kwargs or {}
         tensors = list(channel_tensors((*args, *kwargs.values())))
         run = tensors[0].run
@@ -120,7 +122,7 @@ class ChannelTensor(Tensor):
             )
         return out
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ChannelTensor({tuple(self.shape)}, varies along {[varying(label) for label in self.labels]})"
 
 
@@ -138,6 +140,7 @@ class Call:
 
     @property
     def names(self) -> Names:
+        """The names of the run."""
         return self.run.names
 
     @property

@@ -1,0 +1,180 @@
+"""Interpret: run a graph on tensors that carry channel names, and keep what every node gives."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from fxprune.channels.groups import Axis
+from fxprune.channels.labels import freeze
+from fxprune.channels.tensor import ChannelTensor, Run
+from fxprune.channels.values import Value
+from fxprune.errors import AnalysisError, FxpruneError
+from fxprune.inputs import Bound, map_tensors
+from fxprune.trace import TracedModule, is_users
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor like ``tensor`` without data."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def name_parameters(
+    graph: nn.Module, run: Run
+) -> tuple[dict[str, Tensor], dict[tuple[str, int], Axis], dict[str, str]]:
+    """Each parameter and floating-point buffer as a ChannelTensor with fresh names along every axis.
+
+    A tensor that is registered under several names gets one ChannelTensor. Integer buffers stay tensors, as copies:
+    they are read as indices, and the model may write into them.
+    """
+    state: dict[str, Tensor] = {}
+    axes: dict[tuple[str, int], Axis] = {}
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    parameters = graph.named_parameters(remove_duplicate=False)
+    buffers = graph.named_buffers(remove_duplicate=False)
+    for weak, (name, tensor) in itertools.chain(
+        ((False, item) for item in parameters), ((True, item) for item in buffers)
+    ):
+        aliases[name] = first.setdefault(id(tensor), name)
+        if aliases[name] != name:
+            state[name] = state[aliases[name]]
+        elif not (tensor.is_floating_point() or tensor.is_complex()):
+            state[name] = tensor.clone()
+        else:
+            labels = []
+            for axis, size in enumerate(tensor.shape):
+                if size > 1:
+                    names = run.names.fresh(size)
+                    axes[name, axis] = Axis(name, axis, names, weak)
+                    labels.append(
+                        torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(tensor.ndim)])
+                    )
+            state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
+    return state, axes, aliases
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph on ChannelTensors and keeps the shape and labels of every value."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph, run: Run) -> None:
+        super().__init__(module, graph=graph)
+        self.run_, self.values = run, dict[str, Any]()
+        self._storages: dict[int, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, with errors that name it and the user's line."""
+        self.run_.names.node = n.name
+        try:
+            result = super().run_node(n)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise AnalysisError(
+                f"node {where(n)} does not run on channel names: {type(error).__name__}: {error}"
+            ) from error
+        self.values[n.name] = map_tensors(self.as_value, result)
+        return result
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Inputs have no names, and say so."""
+        value = super().placeholder(target, args, kwargs)
+        return map_tensors(lambda tensor: ChannelTensor(on_meta(tensor), (), self.run_, f"input {target}"), value)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What the model returns keeps its shape."""
+        result = super().output(target, args, kwargs)
+        map_tensors(lambda tensor: self.freeze_output(tensor), result)
+        return result
+
+    def as_value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; a plain tensor has no labels."""
+        labels = tensor.labels if isinstance(tensor, ChannelTensor) else ()
+        data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
+        storage = data.untyped_storage()
+        owner = storage._cdata not in self._storages
+        self._storages[storage._cdata] = storage  # kept alive, so that its address is not used again
+        return Value(tuple(tensor.shape), labels, tensor.dtype, owner)
+
+    def freeze_output(self, tensor: Tensor) -> None:
+        """Freeze the names of one returned tensor."""
+        if isinstance(tensor, ChannelTensor):
+            freeze(self.run_.names, tensor.labels, "output")
+
+
+def where(node: fx.Node) -> str:
+    """A node's name and the line of the user's model that it comes from."""
+    frames = re.findall(r'File "(.+)", line (\d+), in .+\n *(.+)', node.stack_trace or "")
+    users = [frame for frame in frames if is_users(frame[0])]
+    return "{} ({}:{}: `{}`)".format(node.name, *users[-1]) if users else node.name
+
+
+class _Runner(nn.Module):
+    """A module whose forward interprets a graph, so that ``functional_call`` can swap its parameters."""
+
+    def __init__(self, interpreter: fx.Interpreter, module: nn.Module) -> None:
+        super().__init__()
+        self.interpreter, self.module = [interpreter], module
+
+    def forward(self, *args: Any) -> Any:
+        return self.interpreter[0].run(*args, enable_io_processing=False)
+
+
+def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
+    """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
+    run.mode = mode
+    recorder = Recorder(graph, graph.graphs[mode], run)
+    interpret(recorder, graph, mode, inputs, state)
+    return recorder.values
+
+
+def interpret(
+    interpreter: fx.Interpreter, module: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor]
+) -> None:
+    """Run ``interpreter`` on ``module`` in one mode, with the tensors of ``state`` for its parameters and buffers.
+
+    A module that has several names is swapped under its first: ``functional_call`` would not restore it otherwise.
+    """
+    swapped = {}
+    for path, part in module.named_modules():
+        for leaf in (*part._parameters, *part._buffers):
+            name = f"{path}.{leaf}".removeprefix(".")
+            if name in state:
+                swapped[f"module.{name}"] = state[name]
+    modes = {part: part.training for part in module.modules()}
+    arguments = tuple(placeholders(module.graphs[mode], inputs))
+    try:
+        module.train(mode)
+        with torch.inference_mode(False), torch.no_grad():
+            functional_call(_Runner(interpreter, module), swapped, arguments, tie_weights=False)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
+    """The arguments for each placeholder of ``graph``, in order."""
+    args, kwargs = inputs
+    given = iter(args)
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target)
+        if name.startswith("**"):
+            yield {key: value for key, value in kwargs.items()}
+        elif name.startswith("*"):
+            yield from given
+        elif name in kwargs:
+            yield kwargs[name]
+        else:
+            missing = object()
+            value = next(given, missing)
+            if value is missing:
+                if not node.args:
+                    raise AnalysisError(f"example_inputs give no value for argument {name!r} of the model")
+                value = node.args[0]
+            yield value
