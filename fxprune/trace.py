@@ -270,6 +270,8 @@ def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx
     except Exception:  # Python there may depend on the value of a buffer
         graph = trace_once(model, concrete)
     for node in list(graph.nodes):
+        if isinstance(node.type, str):  # an annotation of postponed evaluation; torch 2.11 can't pickle it
+            node.type = None
         if node.op == "call_function" and node.target is torch._assert and not node.users:
             graph.erase_node(node)
     return graph
