@@ -28,7 +28,7 @@ OTHERS = (
 @pytest.mark.parametrize("name", f"{CLASSIFICATION} {OTHERS}".split())
 @pytest.mark.filterwarnings("ignore")  # torch's and torchvision's own, of 35 models in turn
 def test_half_the_flops_and_the_same_function(name: str) -> None:
-    row = check(name, onnx=False)  # raises where the law does not hold
+    row = check(name)  # raises where the law does not hold
     assert 0.49 <= row["flops"] <= 0.5
     assert not row["unknown"]
     assert row["moved"] > 1e-3, "the cut itself must be seen in the outputs"
