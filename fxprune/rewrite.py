@@ -20,7 +20,7 @@ from fxprune.fit import fit
 from fxprune.inputs import describe, for_mode
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule
+from fxprune.trace import TracedModule, same
 
 
 def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[TracedModule, ParamMap]:
@@ -65,7 +65,8 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
         set_attributes(compact, nodes, predicted.values[mode])
     for mode in compact.distinct_graphs():
         fit_graph(compact, mode, analysis, predicted, stays)
-    compact.recompile()
+    if not all(same(graph.graphs[mode], compact.graphs[mode]) for mode in (False, True)):
+        compact.recompile()
     record(compact, analysis, plan)
     return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays))
 
@@ -78,7 +79,7 @@ def copy_onto(graph: TracedModule, tensors: dict[int, Any]) -> TracedModule:
         if id(module) not in copies:
             new = copies[id(module)] = object.__new__(type(module))
             new.__dict__ = {
-                key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()
+                key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()
             }
             for kind in (new._parameters, new._buffers):
                 kind.update({key: tensors[id(tensor)] for key, tensor in kind.items() if tensor is not None})
@@ -237,6 +238,8 @@ class Fitter(fx.Interpreter):
         if isinstance(expected, float) and result != expected:
             bake(node, expected)
             return expected
+        if isinstance(result, Tensor) and isinstance(expected, Value) and result.shape == expected.shape:
+            return result
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         predicted = [leaf.shape for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Value)]
         if shapes != predicted and node.op != "output":

@@ -10,6 +10,7 @@ import linecache
 import os
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -164,10 +165,18 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
     for name, module in working.named_modules():
         module.training = model.get_submodule(name).training if has_submodule(model, name) else module.training
     train, evaluate = modes[True], modes[False]
-    if train.python_code("self").src == evaluate.python_code("self").src:
+    if same(train, evaluate):
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
     return TracedModule(plain(working, called), train, evaluate)
+
+
+def same(a: fx.Graph, b: fx.Graph) -> bool:
+    """Whether two graphs do the same: node by node, with the same names."""
+    return len(a.nodes) == len(b.nodes) and all(
+        (m.op, m.name, m.target) == (n.op, n.name, n.target) and repr((m.args, m.kwargs)) == repr((n.args, n.kwargs))
+        for m, n in zip(a.nodes, b.nodes, strict=True)
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -183,10 +192,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def working_copy(model: nn.Module) -> nn.Module:
     """A deep copy that shares every tensor with ``model``, with opaque attention replaced."""
-    tensors = [*model.parameters(), *model.buffers()]
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
-    working = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                shared[id(value)] = value
+            elif type(value) is OrderedDict and not value:  # of hooks: most of what a deep copy would spend its time on
+                shared[id(value)] = OrderedDict()
+    working = copy.deepcopy(model, shared)
     replaced: dict[int, nn.Module] = {}
     for name, module in list(working.named_modules(remove_duplicate=False)):
         make = REPLACEMENTS.get(type(module))

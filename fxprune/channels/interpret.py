@@ -77,7 +77,9 @@ class Recorder(fx.Interpreter):
             raise AnalysisError(
                 f"node {where(n)} does not run on channel names: {type(error).__name__}: {error}"
             ) from error
-        self.values[n.name] = map_tensors(self.as_value, result)
+        self.values[n.name] = (
+            self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
+        )
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -121,11 +121,13 @@ def join(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
     joined: list[Label] = []
     for labels in aligned:
         for label in labels:
+            axes = varying(label)
             for shape, theirs, other in zip(shapes, aligned, operands, strict=True):
                 if theirs is labels:
                     continue
-                bare = [axis for axis in varying(label) if shape[axis] > 1 and along(theirs, axis) is None]
-                label = pin(names, label, bare, f"meets {other.source}")
+                bare = [axis for axis in axes if shape[axis] > 1 and along(theirs, axis) is None]
+                if bare:
+                    label = pin(names, label, bare, f"meets {other.source}")
             joined.append(label)
     return settle(names, joined)
 
