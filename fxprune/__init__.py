@@ -1,5 +1,6 @@
 """fxprune: prune neural networks while they train, by rewriting their torch.fx graphs."""
 
+from fxprune import cost
 from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.errors import FxpruneError
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "TracedModule",
     "analyze",
+    "cost",
     "export_onnx",
     "load",
     "prune",

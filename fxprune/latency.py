@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.budget import Budget, Solver, is_fraction, meet_limits
+from fxprune.budget import Budget, is_fraction
 from fxprune.channels.names import Ints
 from fxprune.cost import device_of, latency
 from fxprune.errors import BudgetError
 from fxprune.inputs import map_tensors
-from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
+from fxprune.solver import Solver, meet_limits
 
 ROUNDS = 8
 CLOSE = 0.03
 
 
-def solve_latency(solver: Solver, budget: Budget, limits: Sequence[tuple[str, float]]) -> Plan:
-    """The largest plan, by FLOPs, whose compact model runs within ``budget.latency`` seconds, in eval mode.
+def meet_latency(solver: Solver, budget: Budget, limits: Sequence[tuple[str, float]]) -> Ints:
+    """The widths of the largest plan, by FLOPs, whose model runs within ``budget.latency`` seconds in eval mode.
 
     Each of a few candidates is rewritten and timed on the device of the weights, next to the dense model, so that a
     machine that slows down slows both. The limits on counted costs hold as well.
@@ -63,7 +63,7 @@ def solve_latency(solver: Solver, budget: Budget, limits: Sequence[tuple[str, fl
                 break
     finally:
         graph.train(was_training)
-    return solver.plan(best)
+    return best
 
 
 def measured(solver: Solver, widths: Ints, inputs: Any) -> float:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.budget import Bounds, Budget, solve
+from fxprune.budget import Bounds, Budget
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 from fxprune.cost import Floats
 from fxprune.errors import PlanError
 from fxprune.plan import Plan
+from fxprune.solve import solve
 
 
 @dataclass(frozen=True, kw_only=True)

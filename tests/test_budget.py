@@ -254,7 +254,7 @@ def test_small_widths_are_multiples_too_unless_the_budget_is_too_small_for_them(
 
 
 def test_auto_on_half_precision_rounds_as_the_device_likes() -> None:
-    from fxprune.budget import multiples
+    from fxprune.solver import multiples
 
     model = torchvision.models.resnet18(weights=None)
     assert set(multiples(fxprune.analyze(model, X), "auto")) == {16}

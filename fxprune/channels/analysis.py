@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
-from fxprune.channels.interpret import name_parameters, on_meta, run_on_names
-from fxprune.channels.names import Bools, Names
+from fxprune.channels.interpret import name_parameters, on_meta, run_on_names, where
+from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.tensor import Norm, Run, Term
 from fxprune.channels.values import Cutter, map_values
 from fxprune.errors import AnalysisError
@@ -131,12 +131,18 @@ class Analysis:
             if frozen.parameter == name or frozen.parameter.startswith(name + "."):
                 size = self.axes[frozen.parameter, frozen.axis].size
                 count = "all" if len(frozen.index) == size else f"{len(frozen.index)} of {size}"
-                lines.append(f"{frozen.parameter}[{frozen.axis}]: {count} frozen: {frozen.reason}")
+                lines.append(f"{frozen.parameter}[{frozen.axis}]: {count} frozen: {self.place(frozen.reason)}")
         if lines:
             return "\n".join(lines)
         if name in self.shapes or any(key.startswith(name + ".") for key in self.shapes):
             return f"{name}: every axis has size 1, there is nothing to prune"
         raise AnalysisError(f"nothing called {name!r} in this model. Names are those of its state_dict or its modules.")
+
+    def place(self, reason: Reason) -> str:
+        """A reason with the node at which it arose and the line of the user's model."""
+        nodes = (node for graph in self.graph.distinct_graphs().values() for node in graph.nodes)
+        node = next((node for node in nodes if node.name == reason.node), None)
+        return f"{reason.text} (at {where(node)})" if node is not None else str(reason)
 
     def to_networkx(self) -> nx.Graph:
         """Groups (kind="group", size) and parameter axes (kind="axis", size, frozen) as a bipartite graph."""
