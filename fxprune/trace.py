@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.attention import REPLACEMENTS
 from fxprune.errors import TraceError
-from fxprune.inputs import bind
+from fxprune.inputs import bind, tensors_in
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(__file__) + os.sep
@@ -195,9 +195,8 @@ def working_copy(model: nn.Module) -> nn.Module:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor):
-                shared[id(value)] = value
-            elif type(value) is OrderedDict and not value:  # of hooks: most of what a deep copy would spend its time on
+            shared |= {id(tensor): tensor for tensor in tensors_in(value)}  # those of a cache too
+            if type(value) is OrderedDict and not value:  # of hooks: most of what a deep copy would spend its time on
                 shared[id(value)] = OrderedDict()
     working = copy.deepcopy(model, shared)
     replaced: dict[int, nn.Module] = {}

@@ -164,7 +164,7 @@ class MaskedNorms(fx.Interpreter):
 
 
 class NormOverKept(TorchFunctionMode):
-    """Layer, RMS and single-group norms over the kept channels only; removed channels come out as zero."""
+    """Layer, RMS, single-group and stateless batch norms over the kept channels; removed channels come out as zero."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
@@ -173,13 +173,13 @@ class NormOverKept(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept the norms of torch.nn.functional."""
         kwargs = kwargs or {}
-        if func not in (F.layer_norm, F.group_norm, F.rms_norm):
+        if func not in NORM_ARGUMENTS:
             return func(*args, **kwargs)
         value = args[0]
         kept = tuple(index if axis else None for axis, index in enumerate(self.kept))
         given = dict(zip(NORM_ARGUMENTS[func], args[1:], strict=False)) | kwargs
         small = cut_differentiably(value, kept)
-        if func is F.group_norm:
+        if func in (F.group_norm, F.batch_norm):
             vector: Kept = (kept[1],)
         else:
             axes = len(given["normalized_shape"])
@@ -199,6 +199,7 @@ class NormOverKept(TorchFunctionMode):
 
 NORM_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
     F.layer_norm: ("normalized_shape", "weight", "bias", "eps"),
+    F.batch_norm: ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     F.group_norm: ("num_groups", "weight", "bias", "eps"),
     F.rms_norm: ("normalized_shape", "weight", "eps"),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -902,6 +902,33 @@ class StandardisedConv(nn.Module):
         return F.relu(F.conv2d(x, w, padding=1))
 
 
+class BatchStandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.repeat(1, 1, 1, 2)  # two equal taps
+        shape = w.shape
+        w = F.batch_norm(w.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0)
+        return F.conv2d(x, w.reshape(shape), self.bias)
+
+
+class Caching(nn.Module):
+    """A convolution that keeps what it computed in a dict, as LeViT keeps its attention biases in eval mode."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 1)
+        self.bias = nn.Parameter(torch.randn(1, cout, 1, 1))
+        self.cache = {"cpu": self.bias * 2}
+
+    def train(self, mode: bool = True) -> Self:
+        self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and "cpu" not in self.cache:
+            self.cache["cpu"] = self.bias * 2
+        return F.relu(self.conv(x) + (self.bias * 2 if self.training else self.cache["cpu"]))
+
+
 class ModulatedConv(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -921,6 +948,17 @@ register(
     "weight_standardisation",
     lambda: image_net(StandardisedConv(), cout=12),
     "the mean over the weight's inputs freezes them; its outputs can go",
+)
+register(
+    "weight_standardisation_by_batch_norm",
+    lambda: image_net(BatchStandardisedConv(8, 12, 1), nn.ReLU(), BatchStandardisedConv(12, 12, 1), cout=12),
+    "F.batch_norm over a weight: its statistics run over the inputs that are kept (NFNet, BiT)",
+    inexact=True,
+)
+register(
+    "cached_tensors",
+    lambda: image_net(Caching(8, 12), Caching(12, 12), cout=12),
+    "tensors with a history in a dict of the module",
 )
 register("modulated_conv", lambda: image_net(ModulatedConv(), cout=12), "the weight is a product")
 

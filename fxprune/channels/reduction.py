@@ -63,7 +63,14 @@ def pool(call: Call) -> Any:
       "_batch_norm_with_update", "_native_batch_norm_legit_functional")  # fmt: skip
 def batch_norm(call: Call) -> Any:
     value = operand(call.args[0])
-    labels = value.labels
+    batch_and_space = [axis for axis in range(len(value.shape)) if axis != 1]
+    if call.arg("running_mean") is None:  # of a weight, for one: a norm like any other
+        labels = value.labels
+        for label in labels:
+            mark(call, label, tuple(axis for axis in batch_and_space if label.shape[axis] > 1))
+    else:
+        labels = tuple(pin(call.names, label, batch_and_space, "normalized") for label in value.labels)
+        labels = settle(call.names, labels)
     for vector in call.args[1:5]:
         if hasattr(vector, "shape"):
             labels = add_bias(call, labels, value.shape, vector, 1)
