@@ -58,6 +58,14 @@ def is_fraction(value: float) -> bool:
     return not isinstance(value, Integral) and 0 < value <= 1
 
 
+def patterns_of(keep: object) -> tuple[str, ...]:
+    """``keep``, one pattern or several, as a tuple."""
+    patterns = (keep,) if isinstance(keep, str) else tuple(keep) if isinstance(keep, Sequence) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise PlanError(f"keep={keep!r:.80} must be a list of names of layers, such as ['layer4.*', 'fc']")
+    return patterns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """What a plan may do to each group.
@@ -79,6 +87,7 @@ class Bounds:
     scope: str = "global"
 
     def __post_init__(self) -> None:
+        patterns_of(self.keep)
         if not 0 <= self.minimum <= self.maximum <= 1:
             raise PlanError(f"need 0 <= minimum <= maximum <= 1, got {self.minimum} and {self.maximum}")
         if self.scope not in ("global", "local"):

@@ -5,6 +5,15 @@ class FxpruneError(Exception):
     """The base of every error raised by fxprune."""
 
 
+def require(value: object, kind: type | tuple[type, ...], what: str, error: type[FxpruneError]) -> None:
+    """Raise ``error`` unless ``value``, which the user gave for ``what``, is a ``kind``."""
+    if isinstance(value, kind):
+        return
+    kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+    found = f"the class {value.__name__}; make an instance" if isinstance(value, type) else type(value).__name__
+    raise error(f"{what} must be a {kinds}, but it is {value!r:.60} ({found})")
+
+
 class TraceError(FxpruneError):
     """``torch.fx`` can't trace the model symbolically; names the module, file and line."""
 

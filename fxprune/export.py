@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, require
 from fxprune.inputs import Bound, bind, map_tensors, tensors_in
 from fxprune.trace import TracedModule
 from fxprune.verify import difference
@@ -60,7 +60,11 @@ def export_onnx(
     Raises:
         ExportError: torch can't export the model, the file is not valid, or onnxruntime gives another result.
     """
+    require(model, nn.Module, "model", ExportError)
+    require(path, (str, Path), "path", ExportError)
     path = Path(path)
+    if path.is_dir():
+        raise ExportError(f"can't write {path}: it is a folder")
     if not path.parent.is_dir():
         raise ExportError(f"can't write {path}: there is no folder {path.parent}")
     module = frozen_in_eval(model)

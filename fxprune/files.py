@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.channels.analysis import analyze
-from fxprune.errors import FileError, FxpruneError
+from fxprune.errors import FileError, FxpruneError, require
 from fxprune.inputs import imagine
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
@@ -26,6 +26,7 @@ def save(compact: nn.Module, path: str | Path) -> None:
     Raises:
         FileError: the model did not come from fxprune, so there is no plan to write; or nothing can be written there.
     """
+    require(path, (str, Path), "path", FileError)
     record = getattr(compact, "meta", {}).get("fxprune")
     if record is None:
         raise FileError(
@@ -56,6 +57,7 @@ def load(path: str | Path, model: nn.Module) -> TracedModule:
     Raises:
         FileError: the file is truncated, is no such file, or belongs to another model. Nothing is changed.
     """
+    require(path, (str, Path), "path", FileError)
     record, state = read(path)
     try:
         plan = Plan.from_json(record["plan"])

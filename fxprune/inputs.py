@@ -3,15 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from fxprune.errors import AnalysisError
 
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def bind(example_inputs: Any) -> Bound:
     """``example_inputs`` as (args, kwargs)."""
+    if any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(example_inputs)):
+        raise AnalysisError("example_inputs hold a numpy array; make it a tensor with torch.from_numpy")
     if isinstance(example_inputs, (tuple, list)):
         if len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list)) and is_kwargs(example_inputs[1]):
             return tuple(example_inputs[0]), dict(example_inputs[1])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxprune.errors import MigrationError
+from fxprune.errors import MigrationError, require
 from fxprune.inputs import tensors_in
 
 Kept = tuple[Tensor | None, ...]
@@ -84,6 +84,7 @@ class ParamMap(Mapping[str, Kept]):
             MigrationError: the optimizer holds parameters of another model, or state that is neither. The optimizer
                 is unchanged then.
         """
+        require(optimizer, Optimizer, "optimizer", MigrationError)
         moved: dict[nn.Parameter, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             for old in group["params"]:

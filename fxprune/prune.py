@@ -7,9 +7,8 @@ from torch import nn
 
 from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
-from fxprune.cost import device_of
 from fxprune.dump import Dump
-from fxprune.errors import VerificationError
+from fxprune.errors import BudgetError, PlanError, require
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
 from fxprune.trace import TracedModule, trace
@@ -47,6 +46,9 @@ def prune(
     Raises:
         FxpruneError: a subclass for each stage that can fail; see the stages.
     """
+    require(budget, Budget, "budget", BudgetError)
+    if isinstance(criterion, type) or not hasattr(criterion, "plan"):
+        raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
     graph = trace(model, example_inputs)
     analysis = analyze(graph, example_inputs)
     plan = criterion.plan(analysis, budget, keep=keep)
@@ -55,9 +57,5 @@ def prune(
     compact, param_map = rewrite(graph, analysis, plan)
     dump.write("compact", compact, analysis.after(plan, compact))
     if verify:
-        if device_of(graph)[0].type == "meta":
-            raise VerificationError(
-                "weights on the meta device have no values to compare: pass verify=False, or load them"
-            )
         check(graph, compact, param_map, example_inputs)
     return compact

@@ -15,7 +15,7 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import interpret, on_meta, where
 from fxprune.channels.names import Bools
 from fxprune.channels.values import Value
-from fxprune.errors import FxpruneError, RewriteError
+from fxprune.errors import FxpruneError, RewriteError, require
 from fxprune.fit import fit
 from fxprune.inputs import describe, for_mode
 from fxprune.param_map import Kept, ParamMap, cut
@@ -38,6 +38,8 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
         PlanError: the plan is for another model.
         RewriteError: ``graph`` is not the model that was analysed, or a shape is not as predicted.
     """
+    for value, kind, what in ((graph, TracedModule, "graph"), (analysis, Analysis, "analysis"), (plan, Plan, "plan")):
+        require(value, kind, what, RewriteError)
     predicted = analysis.after(plan)
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)

@@ -118,6 +118,10 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
     whole = [cost(everything) for _, cost, _ in costs]
     allowed = [limit * now if is_fraction(limit) else limit for (_, _, limit), now in zip(costs, whole, strict=True)]
 
+    for (kind, _, _), now in zip(costs, whole, strict=True):
+        if not now:
+            raise BudgetError(f"{kind} is 0 for these example_inputs: there is nothing to save")
+
     def used(widths: Ints) -> float:
         kept = solver.kept(widths)
         return max(cost(kept) / limit for (_, cost, _), limit in zip(costs, allowed, strict=True))

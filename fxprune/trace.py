@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.attention import REPLACEMENTS
-from fxprune.errors import TraceError
+from fxprune.errors import TraceError, require
 from fxprune.inputs import bind, tensors_in
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -155,9 +155,11 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
     Raises:
         TraceError: the model's Python can't be traced; names the module, file and line.
     """
+    require(model, nn.Module, "model", TraceError)
     model = unwrap(model)
     if isinstance(model, TracedModule):
         return model
+    check_traceable(model)
     working = working_copy(model)
     concrete = unused_arguments(working, example_inputs)
     modes = {mode: trace_mode(working, mode, concrete) for mode in (True, False)}
@@ -169,6 +171,16 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
     return TracedModule(plain(working, called), train, evaluate)
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Refuse models that hide their Python, and layers that wait for their first input."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"{name} is TorchScript, which can't be traced again; give the model it was made from")
+    for parameter, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TraceError(f"{parameter} of {name} has no shape yet: call the model once, as its lazy layers need")
 
 
 def same(a: fx.Graph, b: fx.Graph) -> bool:
@@ -195,8 +207,10 @@ def working_copy(model: nn.Module) -> nn.Module:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         for value in vars(module).values():
-            shared |= {id(tensor): tensor for tensor in tensors_in(value)}  # those of a cache too
-            if type(value) is OrderedDict and not value:  # of hooks: most of what a deep copy would spend its time on
+            if isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and value):
+                # in a container, a tensor may have a history, which can't be copied
+                shared |= {id(tensor): tensor for tensor in tensors_in(value)}
+            elif type(value) is OrderedDict and not value:  # of hooks: most of what a deep copy would spend its time on
                 shared[id(value)] = OrderedDict()
     working = copy.deepcopy(model, shared)
     replaced: dict[int, nn.Module] = {}

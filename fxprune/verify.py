@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.channels.interpret import placeholders
-from fxprune.errors import VerificationError
+from fxprune.errors import VerificationError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.trace import TracedModule
@@ -60,13 +60,55 @@ def verify(
     Raises:
         VerificationError: they differ; says where and by how much.
     """
+    for value, kind, what in (
+        (graph, TracedModule, "graph"),
+        (compact, TracedModule, "compact"),
+        (param_map, ParamMap, "param_map"),
+    ):
+        require(value, kind, what, VerificationError)
+    check_maps(graph, compact, param_map)
+    if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind(example_inputs)))):
+        raise VerificationError(
+            "tensors on the meta device have no values to compare: pass verify=False to prune, or load them"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        return compare(graph, compact, param_map, example_inputs, dtype, gradients)
+
+
+def check_maps(graph: TracedModule, compact: TracedModule, param_map: ParamMap) -> None:
+    """Refuse a map that does not lead from ``graph`` to ``compact``."""
+    after = dict(compact.named_parameters())
+    for name, parameter in graph.named_parameters():
+        kept = param_map.get(name, ())
+        sizes = [size if index is None else len(index) for size, index in zip(parameter.shape, kept, strict=False)]
+        if len(kept) != parameter.ndim or name not in after or list(after[name].shape) != sizes:
+            found = list(after[name].shape) if name in after else "missing"
+            raise VerificationError(
+                f"param_map does not lead from graph to compact: {name} is {found} there, the map gives {sizes}"
+            )
+
+
+def compare(
+    graph: TracedModule,
+    compact: TracedModule,
+    param_map: ParamMap,
+    example_inputs: Any,
+    dtype: torch.dtype,
+    gradients: bool,
+) -> Verification:
+    """What ``verify`` does once its arguments are known to be sound."""
     inputs = map_tensors(
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs)
     )
     tolerance = TOLERANCE[dtype]
     small = copy.deepcopy(compact).to(dtype)
     masked = copy.deepcopy(graph).to(dtype)
-    whole, _ = outputs_of(masked, False, inputs, False, None)
+    try:
+        whole, _ = outputs_of(masked, False, inputs, False, None)
+    except Exception as cause:
+        raise VerificationError(
+            f"the original does not run on these example_inputs: {type(cause).__name__}: {cause}"
+        ) from cause
     mask_(masked, param_map)
     worst = {"output": 0.0, "gradient": 0.0}
     moved = 0.0

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.budget import Bounds, Budget
+from fxprune.budget import Bounds, Budget, patterns_of
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 from fxprune.cost import Floats
-from fxprune.errors import PlanError
+from fxprune.errors import BudgetError, PlanError, require
 from fxprune.plan import Plan
 from fxprune.solve import solve
 
@@ -41,12 +41,12 @@ class Criterion(Bounds, ABC):
             BudgetError: the budget is out of reach; names the nearest value. Or the model already meets it.
             PlanError: nothing can be pruned, or a pattern matches nothing.
         """
-        keep = (keep,) if isinstance(keep, str) else keep
-        own = (self.keep,) if isinstance(self.keep, str) else self.keep
+        require(analysis, Analysis, "analysis", PlanError)
+        require(budget, Budget, "budget", BudgetError)
         bounds = Bounds(
             minimum=self.minimum,
             maximum=self.maximum,
-            keep=(*own, *keep),
+            keep=(*patterns_of(self.keep), *patterns_of(keep)),
             round_to=self.round_to,
             scope=self.scope,
         )

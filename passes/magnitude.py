@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
@@ -26,7 +27,7 @@ class Magnitude(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.p > 0:
+        if not isinstance(self.p, Real) or not self.p > 0:
             raise PlanError(f"p={self.p!r} must be positive")
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:

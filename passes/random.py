@@ -8,6 +8,7 @@ import numpy as np
 
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
+from fxprune.errors import PlanError, require
 
 from .base import Criterion
 
@@ -21,6 +22,10 @@ class Random(Criterion):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.seed, int, "seed", PlanError)
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] in [0, 1) for each group."""

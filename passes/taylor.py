@@ -47,7 +47,10 @@ class Taylor(Criterion):
             torch.manual_seed(0)
             for x, y in batches(self.data):
                 (args, kwargs), y = map_tensors(lambda tensor: tensor.to(device), (bind(x), y))
-                value = self.loss(model(*args, **kwargs), y)
+                try:
+                    value = self.loss(model(*args, **kwargs), y)
+                except Exception as error:
+                    raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
                 if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                     raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
                 grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)

@@ -18,6 +18,9 @@ import fxprune
 from fxprune import Analysis, Budget, FxpruneError, ParamMap, Plan, TracedModule, errors, passes
 from fxprune.errors import (
     AnalysisError,
+    BudgetError,
+    ExportError,
+    FileError,
     MigrationError,
     PlanError,
     RewriteError,
@@ -140,6 +143,88 @@ def test_example_inputs_that_are_missing() -> None:
         fxprune.prune(model, image, passes.Magnitude(), budget=HALF)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, r"model must be a Module, but it is None \(NoneType\)"),
+        (nn.Linear, r"model must be a Module, .* \(the class Linear; make an instance\)"),
+        (lambda x: x, r"model must be a Module, .*function"),
+        (nn.Sequential(nn.LazyLinear(3)), "0.weight of Sequential has no shape yet: call the model once"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_what_is_no_model(model: Any, message: str) -> None:
+    for call in (fxprune.trace, fxprune.analyze):
+        with pytest.raises(TraceError, match=message):
+            call(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"is TorchScript, .* give the model it was made from"):
+        fxprune.trace(torch.jit.script(nn.Linear(4, 2)), torch.randn(2, 4))
+
+
+def test_numpy_inputs() -> None:
+    with pytest.raises(AnalysisError, match="example_inputs hold a numpy array; make it a tensor with"):
+        fxprune.trace(nn.Linear(4, 2), torch.randn(2, 4).numpy())
+
+
+def test_an_empty_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with unchanged(model), pytest.raises(BudgetError, match="flops is 0 for these example_inputs"):
+        fxprune.prune(model, torch.randn(0, 4), passes.Magnitude(), budget=Budget(flops=0.5))
+
+
+@pytest.mark.parametrize("keep", [None, 3, [3], [nn.Linear(1, 1)]])
+def test_keep_that_is_no_names(keep: Any) -> None:
+    _, analysis, _ = ready()
+    with pytest.raises(PlanError, match=r"keep=.* must be a list of names of layers"):
+        passes.Magnitude().plan(analysis, HALF, keep=keep)
+    with pytest.raises(PlanError, match=r"keep=.* must be a list of names of layers"):
+        passes.Magnitude(keep=keep)
+
+
+def test_arguments_of_another_kind() -> None:
+    graph, analysis, inputs = ready()
+    plan = passes.Random().plan(analysis, HALF)
+    compact, param_map = fxprune.rewrite(graph, analysis, plan)
+    anything: Any = 0.5
+    for error, message, call in (
+        (BudgetError, "budget must be a Budget, but it is 0.5", lambda: passes.Random().plan(analysis, anything)),
+        (PlanError, "analysis must be a Analysis", lambda: passes.Random().plan(anything, HALF)),
+        (PlanError, "seed must be a int", lambda: passes.Random(anything)),
+        (PlanError, "p='2' must be positive", lambda: passes.Magnitude(p="2")),  # type: ignore[arg-type]
+        (PlanError, "can't plan: give an instance", lambda: fxprune.prune(graph, inputs, anything, budget=HALF)),
+        (RewriteError, "plan must be a Plan", lambda: fxprune.rewrite(graph, analysis, anything)),
+        (RewriteError, "graph must be a TracedModule", lambda: fxprune.rewrite(anything, analysis, plan)),
+        (VerificationError, "param_map must be", lambda: fxprune.verify(graph, compact, anything, inputs)),
+        (VerificationError, "does not lead from", lambda: fxprune.verify(compact, graph, param_map, inputs)),
+        (VerificationError, "does not run on", lambda: fxprune.verify(graph, compact, param_map, torch.ones(1))),
+        (MigrationError, "optimizer must be a Optimizer", lambda: param_map.migrate(anything)),
+        (AnalysisError, "name must be a str", lambda: analysis.explain(anything)),
+        (FileError, "path must be a str or Path", lambda: fxprune.save(compact, anything)),
+        (FileError, "path must be a str or Path", lambda: fxprune.load(anything, graph)),
+        (ExportError, "model must be a Module", lambda: fxprune.export_onnx(anything, inputs, "x.onnx")),
+        (ExportError, "it is a folder", lambda: fxprune.export_onnx(compact, inputs, ".")),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_loss_that_fails() -> None:
+    _, analysis, inputs = ready()
+    with pytest.raises(PlanError, match="fails on this data: TypeError: 'str' object is not callable"):
+        passes.Taylor((*inputs, 0), "mse").plan(analysis, HALF)  # type: ignore[arg-type]
+
+
+def test_pruning_without_gradients_is_verified_with_them() -> None:
+    model, inputs = prepare(MODELS["residual"])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            fxprune.prune(model, inputs, passes.Magnitude(), budget=HALF)
+
+
 # --------------------------------------------------------------------------------------- rewrite, verify
 
 
@@ -180,7 +265,7 @@ def test_verify_sees_a_weight_that_was_changed() -> None:
 def test_weights_without_values_are_not_verified() -> None:
     model, x = MODELS["chain"].make().to("meta"), torch.randn(2, 3, 8, 8, device="meta")
     with pytest.raises(
-        VerificationError, match="weights on the meta device have no values to compare: pass verify=False"
+        VerificationError, match="tensors on the meta device have no values to compare: pass verify=False"
     ):
         fxprune.prune(model, x, passes.Random(), budget=HALF)
     assert fxprune.prune(model, x, passes.Random(), budget=HALF, verify=False)(x).shape == (2, 4)

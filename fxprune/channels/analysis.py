@@ -17,7 +17,7 @@ from fxprune.channels.interpret import name_parameters, on_meta, run_on_names, w
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.tensor import Norm, Run, Term
 from fxprune.channels.values import Cutter, map_values
-from fxprune.errors import AnalysisError
+from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors
 from fxprune.plan import Plan
 from fxprune.trace import TracedModule, trace
@@ -115,6 +115,7 @@ class Analysis:
         Raises:
             AnalysisError: the model has nothing of that name.
         """
+        require(name, str, "name", AnalysisError)
         lines = []
         for group in self.groups.values():
             touched = [m for m in group.members if m.parameter == name or m.parameter.startswith(name + ".")]
