@@ -132,7 +132,7 @@ def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
     match kind:
         case "flops" | "macs":
             each = 1 if kind == "flops" else 0.5
-            return Cost(analysis, channels, ((each * t.scale, t.factors) for t in analysis.flops if not t.mode))
+            return Cost(analysis, channels, ((each * t.scale, t.factors) for t in analysis.flops))
         case "params":
             return Cost(analysis, channels, stored(analysis, dict(analysis.graph.named_parameters()), False))
         case "memory":

@@ -44,7 +44,8 @@ def for_mode(inputs: Bound, mode: bool, module: nn.Module) -> Bound:
     normed = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
     if not (mode and normed) or any(not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)):
         return inputs
-    double: Bound = map_tensors(lambda tensor: torch.cat([tensor, tensor.flip(-1)]), inputs)
+    # Unlike samples: the norm of two that are nearly alike is all noise.
+    double: Bound = map_tensors(lambda t: torch.cat([t, -t if t.is_floating_point() else t.flip(-1)]), inputs)
     return double
 
 

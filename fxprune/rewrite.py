@@ -17,7 +17,7 @@ from fxprune.channels.names import Bools
 from fxprune.channels.values import Value
 from fxprune.errors import FxpruneError, RewriteError, require
 from fxprune.fit import fit
-from fxprune.inputs import describe, for_mode
+from fxprune.inputs import describe
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
 from fxprune.trace import TracedModule, same
@@ -267,4 +267,4 @@ def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: 
     once = {name: on[analysis.aliases[name]] for name in on}
     fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
     with torch.device("meta"):
-        interpret(fitter, compact, mode, for_mode(analysis.example_inputs, mode, compact), once)
+        interpret(fitter, compact, mode, analysis.inputs[mode], once)

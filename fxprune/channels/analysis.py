@@ -10,7 +10,7 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
 from fxprune.channels.interpret import name_parameters, on_meta, run_on_names, where
@@ -32,6 +32,7 @@ class Analysis:
     groups: Mapping[str, Group]
     frozen: tuple[Frozen, ...]
     unknown: Mapping[str, str]  # operator without a rule -> the first node that calls it
+    inputs: Mapping[bool, Bound] = field(repr=False)  # mode -> the inputs it was run with
     values: Mapping[bool, Mapping[str, Any]] = field(repr=False)  # mode -> node -> tree of Value or plain values
     options: Mapping[str, str] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every parameter and buffer
@@ -200,15 +201,16 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     run = Run(heads=heads, groups=groups)
     state, axes, aliases = name_parameters(graph, run)
     inputs = bind(example_inputs)
-    values = {}
+    given, values = {}, {}
     for mode in graph.distinct_graphs():
-        values[mode] = run_on_names(graph, mode, for_mode(inputs, mode, graph), state, run)
+        given[mode], values[mode] = run_mode(graph, mode, inputs, state, run)
     settle_grids(run)
     freeze_leftovers(run, axes)
     found, frozen = read_groups(run, list(axes.values()))
     return Analysis(
         graph=graph,
         example_inputs=map_tensors(on_meta, inputs),
+        inputs={mode: map_tensors(on_meta, its) for mode, its in given.items()},
         groups={group.name: group for group in found},
         frozen=tuple(frozen),
         unknown=dict(run.unknown),
@@ -222,3 +224,16 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         axes=axes,
         aliases=aliases,
     )
+
+
+def run_mode(
+    graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run
+) -> tuple[Bound, dict[str, Any]]:
+    """Run one mode's graph on the example, or on a batch of two where batch norm can't train on the example."""
+    try:
+        return inputs, run_on_names(graph, mode, inputs, state, run)
+    except AnalysisError as error:
+        double = for_mode(inputs, mode, graph)
+        if double is inputs or not isinstance(error.__cause__, ValueError):
+            raise
+        return double, run_on_names(graph, mode, double, state, run)

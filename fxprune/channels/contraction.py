@@ -55,7 +55,8 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     for axis, letter in enumerate(letters):
         if all(label.shape[axis] == 1 for label in everywhere):
             constant *= sizes[letter]
-    call.run.flops.append(Term(call.run.mode, 2 * constant, everywhere))
+    if not call.run.mode:
+        call.run.flops.append(Term(2 * constant, everywhere))
 
     results = []
     for side in (a, b):

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxprune.channels.groups import Axis
-from fxprune.channels.labels import freeze
+from fxprune.channels.labels import Label, freeze
 from fxprune.channels.tensor import ChannelTensor, Run
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
@@ -82,6 +83,22 @@ class Recorder(fx.Interpreter):
         )
         return result
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A module that gets what it got before, in the other mode say, gives what it gave, and merges nothing new."""
+        if kwargs or not all(isinstance(arg, ChannelTensor) for arg in args):
+            return super().call_module(target, args, kwargs)
+        run = self.run_
+        given = tuple((tuple(map(place, arg.labels)), arg.shape, arg.stride(), arg.dtype, arg.source) for arg in args)
+        if (target, given) in run.calls:
+            _, result, norms = run.calls[target, given]
+            run.norms += [replace(norm, mode=run.mode, node=run.names.node) for norm in norms]
+            return result
+        before = len(run.norms)
+        labels = [arg.labels for arg in args]  # kept, so that their memory is not used again
+        result = super().call_module(target, args, kwargs)
+        run.calls[target, given] = labels, result, run.norms[before:]
+        return result
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Inputs have no names, and say so."""
         value = super().placeholder(target, args, kwargs)
@@ -106,6 +123,11 @@ class Recorder(fx.Interpreter):
         """Freeze the names of one returned tensor."""
         if isinstance(tensor, ChannelTensor):
             freeze(self.run_.names, tensor.labels, "output")
+
+
+def place(label: Label) -> Any:
+    """Where the names of a label stand in memory: labels of the same place are the same."""
+    return label.data_ptr(), label.shape, label.stride()
 
 
 def where(node: fx.Node) -> str:

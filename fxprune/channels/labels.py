@@ -68,9 +68,8 @@ def merge(names: Names, a: Label, b: Label) -> Label:
     if a is b:
         return a
     shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
-    a, b = a.expand(shape), b.expand(shape)
-    names.merge(a.numpy(), b.numpy())
-    return squash(a)
+    names.merge(a.expand(shape).numpy(), b.expand(shape).numpy())
+    return a if list(a.shape) == shape else squash(a.expand(shape))
 
 
 def settle(names: Names, labels: Iterable[Label]) -> Labels:

@@ -51,7 +51,7 @@ class Names:
         roots = self._parent[names]
         while True:
             above = self._parent[roots]
-            if np.array_equal(above, roots):
+            if (above == roots).all():
                 return roots
             self._parent[names] = above
             roots = above

@@ -19,9 +19,8 @@ from fxprune.channels.names import Names
 
 @dataclass(frozen=True)
 class Term:
-    """``scale`` times the number of kept positions of each factor: a part of what one mode's graph costs."""
+    """``scale`` times the number of kept positions of each factor: a part of what the eval graph costs."""
 
-    mode: bool
     scale: int
     factors: Labels
 
@@ -50,6 +49,7 @@ class Run:
     batch_norm_scales: set[str] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)  # operator without a rule -> first node that calls it
     used: set[str] = field(default_factory=set)
+    calls: dict[Any, Any] = field(default_factory=dict)  # of modules, by what they were given; see Recorder
     _seen: set[tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=set)
 
     def remember(self, label: Label) -> None:
