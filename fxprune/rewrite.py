@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import interpret, on_meta, where
+from fxprune.channels.interpret import cause, interpret, on_meta, where
 from fxprune.channels.names import Bools
 from fxprune.channels.values import Value
 from fxprune.errors import FxpruneError, RewriteError, require
@@ -216,7 +216,7 @@ class Fitter(fx.Interpreter):
             raise
         except Exception as error:
             raise RewriteError(
-                f"node {where(n)} does not run in the compact graph: {type(error).__name__}: {error}. The model is "
+                f"node {where(n)} does not run in the compact graph: {cause(error)}. The model is "
                 "unchanged; keep the channels there with keep=, and please report it."
             ) from error
         return self.checked(n, result)

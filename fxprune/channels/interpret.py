@@ -75,9 +75,7 @@ class Recorder(fx.Interpreter):
         except FxpruneError:
             raise
         except Exception as error:
-            raise AnalysisError(
-                f"node {where(n)} does not run on channel names: {type(error).__name__}: {error}"
-            ) from error
+            raise AnalysisError(f"node {where(n)} does not run on channel names: {cause(error)}") from error
         self.values[n.name] = (
             self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
         )
@@ -128,6 +126,11 @@ class Recorder(fx.Interpreter):
 def place(label: Label) -> Any:
     """Where the names of a label stand in memory: labels of the same place are the same."""
     return label.data_ptr(), label.shape, label.stride()
+
+
+def cause(error: Exception) -> str:
+    """An error in one line, without what torch.fx appends about its graph."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10) + chr(10) + 'While executing')[0]}"
 
 
 def where(node: fx.Node) -> str:
