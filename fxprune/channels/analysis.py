@@ -11,12 +11,13 @@ from typing import Any
 import networkx as nx
 import numpy as np
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
 from fxprune.channels.interpret import name_parameters, on_meta, run_on_names, where
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.tensor import Norm, Run, Term
-from fxprune.channels.values import Cutter, map_values
+from fxprune.channels.values import Cutter, Value, map_values
 from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors
 from fxprune.plan import Plan
@@ -205,7 +206,9 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     for mode in graph.distinct_graphs():
         given[mode], values[mode] = run_mode(graph, mode, inputs, state, run)
     settle_grids(run)
-    freeze_leftovers(run, axes)
+    freeze_leftovers(
+        run, axes, (leaf for its in values.values() for leaf in tree_leaves(its) if isinstance(leaf, Value))
+    )
     found, frozen = read_groups(run, list(axes.values()))
     return Analysis(
         graph=graph,

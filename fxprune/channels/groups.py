@@ -1,13 +1,14 @@
 """Groups: classes of names that live on the same parameter axes, read off after a run."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fxprune.channels.names import Bools, Ints, Names, Reason
 from fxprune.channels.tensor import Run
+from fxprune.channels.values import Value
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,13 @@ def classes_after(roots: Ints, axis: int) -> int:
     return len(np.unique(scratch.find(slabs)))
 
 
-def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis]) -> None:
-    """Freeze what no operator touched, what only buffers know, and classes that are a whole axis."""
+def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Iterable[Value]) -> None:
+    """Freeze what no operator touched, what only buffers know, and classes that are a whole axis or a whole value."""
     names = run.names
+    for label in {id(label): label for value in values for label in value.labels}.values():
+        roots = names.find(label.numpy().ravel())
+        if (roots == roots[0]).all():
+            names.freeze(roots[:1], "it is all of a value")
     names.node = ""
     for axis in axes.values():
         if axis.parameter not in run.used:

@@ -73,11 +73,15 @@ def merge(names: Names, a: Label, b: Label) -> Label:
 
 
 def settle(names: Names, labels: Iterable[Label]) -> Labels:
-    """Merge those labels of one value that vary along a common axis; drop those that do not vary."""
+    """Merge those labels of one value that vary along a common axis.
+
+    A label that does not vary any more is dropped and its name frozen: it is all of a value.
+    """
     settled: list[Label] = []
     for label in labels:
         axes = set(varying(label))
         if not axes:
+            names.freeze(label.numpy(), "it is all of a value")
             continue
         for other in [kept for kept in settled if axes & set(varying(kept))]:
             settled = [kept for kept in settled if kept is not other]
