@@ -105,11 +105,11 @@ def classes_after(roots: Ints, axis: int) -> int:
 def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Iterable[Value]) -> None:
     """Freeze what no operator touched, what only buffers know, and classes that are a whole axis or a whole value."""
     names = run.names
+    names.node = ""
     for label in {id(label): label for value in values for label in value.labels}.values():
         roots = names.find(label.numpy().ravel())
         if (roots == roots[0]).all():
             names.freeze(roots[:1], "it is all of a value")
-    names.node = ""
     for axis in axes.values():
         if axis.parameter not in run.used:
             names.freeze(axis.names, "unused")
