@@ -11,7 +11,9 @@ from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan
 from fxprune.prune import prune
 from fxprune.rewrite import rewrite
+from fxprune.session import Session
 from fxprune.trace import TracedModule, trace
+from fxprune.training import TrainingPass
 from fxprune.verify import verify
 
 __version__ = "0.1.0"
@@ -22,7 +24,9 @@ __all__ = [
     "ParamMap",
     "Pipeline",
     "Plan",
+    "Session",
     "TracedModule",
+    "TrainingPass",
     "analyze",
     "cost",
     "export_onnx",

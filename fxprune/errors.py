@@ -52,3 +52,7 @@ class FileError(FxpruneError):
 
 class PassError(FxpruneError):
     """A rewrite pass failed or broke the graph; names the pass and those that ran before it."""
+
+
+class SessionError(FxpruneError):
+    """A training session was set up or called wrongly, or its ranks disagree. The run is unchanged."""

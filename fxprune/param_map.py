@@ -1,11 +1,11 @@
 """ParamMap: for each parameter and buffer the indices kept on each axis; enough to slice anything shaped like it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from fxprune.errors import MigrationError, require
 from fxprune.inputs import tensors_in
@@ -75,25 +75,20 @@ class ParamMap(Mapping[str, Kept]):
         }
         return ParamMap(kept, parameters, norms)
 
-    def migrate(self, optimizer: Optimizer) -> None:
+    def migrate(self, optimizer: Optimizer, *, reset: bool = False) -> None:
         """Make ``optimizer`` hold the compact model's parameters, its state sliced. The object stays the same.
 
         Every state tensor that is shaped like its parameter is cut like it; scalars stay. Gradients are cut too.
+
+        Args:
+            optimizer: of the model that was rewritten.
+            reset: where the state of a parameter can't be sliced, drop it, as if that parameter had made no step yet.
 
         Raises:
             MigrationError: the optimizer holds parameters of another model, or state that is neither. The optimizer
                 is unchanged then.
         """
-        require(optimizer, Optimizer, "optimizer", MigrationError)
-        moved: dict[nn.Parameter, dict[str, Any]] = {}
-        for group in optimizer.param_groups:
-            for old in group["params"]:
-                if old not in self._parameters:
-                    raise MigrationError(
-                        f"the optimizer holds a parameter of shape {tuple(old.shape)} that is not in the model that "
-                        "was rewritten. Make the optimizer from the parameters of that model."
-                    )
-                moved[old] = self._moved_state(old, optimizer.state.get(old, {}))
+        moved = self.sliced_state(optimizer, reset=reset)
         for group in optimizer.param_groups:
             group["params"] = [self._parameters[old][1] for old in group["params"]]
         for old, state in moved.items():
@@ -103,23 +98,51 @@ class ParamMap(Mapping[str, Kept]):
             if state:
                 optimizer.state[new] = state
 
-    def _moved_state(self, old: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
+    def sliced_state(self, optimizer: Optimizer, *, reset: bool = False) -> dict[nn.Parameter, dict[str, Any]]:
+        """The state of ``optimizer``, by its present parameters, cut to what stays. The optimizer is not changed.
+
+        Raises:
+            MigrationError: as ``migrate``.
+        """
+        require(optimizer, Optimizer, "optimizer", MigrationError)
+        check_owned(optimizer, self._parameters)
+        if isinstance(optimizer, LBFGS):
+            raise MigrationError(
+                "LBFGS keeps one flat history for all parameters, which can't be sliced. Use another optimizer, or "
+                "make a new one after the cut."
+            )
+        held = [old for group in optimizer.param_groups for old in group["params"]]
+        return {old: self._sliced_state(old, optimizer.state.get(old, {}), reset) for old in held}
+
+    def _sliced_state(self, old: nn.Parameter, state: Mapping[str, Any], reset: bool) -> dict[str, Any]:
         name, new = self._parameters[old]
         result = {}
         for key, value in state.items():
             tensors = tensors_in(value)
             if isinstance(value, Tensor) and value.shape == old.shape:
                 result[key] = cut(value, self._kept[name])
-            elif all(tensor.numel() == 1 for tensor in tensors) or (
-                isinstance(value, Tensor) and new.shape == old.shape
-            ):
+            elif new.shape == old.shape or all(tensor.numel() == 1 for tensor in tensors):
                 result[key] = value
+            elif reset:
+                return {}
             else:
                 raise MigrationError(
                     f"the optimizer's state {key!r} of {name} can't be sliced: its shape is {tuple(tensors[0].shape)}, "
-                    f"the parameter's {tuple(old.shape)}. Use an optimizer whose state is shaped like the parameter."
+                    f"the parameter's {tuple(old.shape)}. Use an optimizer whose state is shaped like the parameter, "
+                    "or drop such state at a cut: reset=True (reset_state=True in a Session)."
                 )
         return result
+
+
+def check_owned(optimizer: Optimizer, parameters: Container[nn.Parameter]) -> None:
+    """Raise MigrationError unless everything that ``optimizer`` updates is among ``parameters``."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in parameters:
+                raise MigrationError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model that "
+                    "was rewritten. Make the optimizer from the parameters of that model."
+                )
 
 
 def cut(tensor: Tensor, kept: Kept) -> Tensor:

@@ -3,7 +3,8 @@
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
 from .magnitude import Magnitude
+from .prunetrain import PruneTrain
 from .random import Random
 from .taylor import Taylor
 
-__all__ = ["BatchNormScale", "Criterion", "Magnitude", "Random", "Taylor"]
+__all__ = ["BatchNormScale", "Criterion", "Magnitude", "PruneTrain", "Random", "Taylor"]

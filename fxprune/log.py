@@ -1,0 +1,165 @@
+"""The log of a session: one record an epoch, a table, scalars for TensorBoard, and the picture of the run."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fxprune.errors import FileError
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch cost, and what happened at its end.
+
+    Attributes:
+        epoch: its number, from 1.
+        steps: steps of the optimizer.
+        step_time: median seconds from one step to the next.
+        samples: samples a step on this rank, or None where the session was not told.
+        flops: of a forward pass on one sample.
+        params: parameters of the model.
+        memory: bytes; on a GPU the peak that was measured, else what weights, gradients, the optimizer's state and the
+            values of a forward pass take.
+        widths: channels of each group.
+        lr: learning rate of the first parameter group.
+        sent: bytes of gradients that one rank gave to others in the epoch (0 for one rank).
+        saved: seconds saved since the start, against going on at the step time before the first cut.
+        removed: channels removed at the end of this epoch.
+        cut_time: seconds that this took.
+        notes: predictions and reasons, in words.
+        values: numbers from the passes and from the caller.
+    """
+
+    epoch: int
+    steps: int
+    step_time: float
+    samples: int | None
+    flops: float
+    params: int
+    memory: float
+    widths: Mapping[str, int]
+    lr: float
+    sent: float = 0.0
+    saved: float = 0.0
+    removed: int = 0
+    cut_time: float = 0.0
+    notes: tuple[str, ...] = ()
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers of the record by name."""
+        own = {
+            "step_time": self.step_time,
+            "flops": self.flops,
+            "params": float(self.params),
+            "memory": self.memory,
+            "channels": float(sum(self.widths.values())),
+            "lr": self.lr,
+            "sent": self.sent,
+            "saved": self.saved,
+        }
+        return own | ({} if self.samples is None else {"samples": float(self.samples)}) | dict(self.values)
+
+
+class Writer(Protocol):
+    """What writes scalars, such as ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one number."""
+
+
+class Log:
+    """The records of a session, in order. Printing it gives a table."""
+
+    def __init__(self, epochs: Iterable[Epoch] = ()) -> None:
+        self.epochs = list(epochs)
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    def __iter__(self) -> Iterator[Epoch]:
+        return iter(self.epochs)
+
+    def __getitem__(self, at: int) -> Epoch:
+        return self.epochs[at]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The records as JSON data."""
+        return [{**asdict(epoch), "notes": list(epoch.notes)} for epoch in self.epochs]
+
+    @classmethod
+    def from_json(cls, data: Iterable[Mapping[str, Any]]) -> "Log":
+        """The opposite of ``to_json``."""
+        return cls(Epoch(**{**each, "notes": tuple(each["notes"])}) for each in data)
+
+    def write(self, writer: Writer) -> None:
+        """Write the last record as scalars under ``fxprune/``."""
+        for name, value in self.epochs[-1].scalars().items():
+            writer.add_scalar(f"fxprune/{name}", value, self.epochs[-1].epoch)
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(name for epoch in self for name in epoch.values))
+        heads = ["epoch", "step ms", "batch", "MFLOPs", "params", "channels", "lr", *names, "saved s", "cut"]
+        rows = [
+            [
+                str(each.epoch),
+                f"{each.step_time * 1e3:.1f}",
+                "" if each.samples is None else str(each.samples),
+                f"{each.flops / 1e6:.1f}",
+                f"{each.params:,}",
+                str(sum(each.widths.values())),
+                f"{each.lr:.3g}",
+                *(f"{each.values[name]:.4g}" if name in each.values else "" for name in names),
+                f"{each.saved:.0f}",
+                f"-{each.removed}" if each.removed else "",
+            ]
+            for each in self
+        ]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [heads, *rows]
+        ]
+        notes = [f"epoch {each.epoch}: {note}" for each in self for note in each.notes]
+        return "\n".join([*lines, *notes])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the run: widths, step time and the caller's numbers by epoch; cuts are vertical lines.
+
+        Needs matplotlib (the extra ``plots``).
+
+        Raises:
+            FileError: nothing can be written there, or the log is empty.
+        """
+        from matplotlib.figure import Figure
+
+        if not self.epochs:
+            raise FileError("the log is empty: there is nothing to draw before the first session.epoch_end()")
+        names = [name for name in dict.fromkeys(n for each in self for n in each.values) if name != "lambda"]
+        at = [each.epoch for each in self]
+        groups = dict.fromkeys(group for each in self for group in each.widths)
+        figure = Figure(figsize=(8, 5.5 + 1.2 * bool(names)), layout="constrained")
+        rows = figure.subplots(3 if names else 2, 1, sharex=True, squeeze=False)[:, 0]
+        rows[0].stackplot(at, *[[each.widths.get(group, 0) for each in self] for group in groups], ec="white", lw=0.3)
+        rows[0].set_ylabel("channels, by group")
+        rows[1].plot(at, [each.step_time * 1e3 for each in self], "o-", ms=3, color="C0", label="step time, ms")
+        rows[1].set(ylabel="ms a step", ylim=(0, None))
+        flops = rows[1].twinx()
+        flops.plot(at, [each.flops / 1e6 for each in self], "--", color="C1", label="MFLOPs a sample")
+        flops.set(ylabel="MFLOPs (dashed)", ylim=(0, None))
+        for name in names:
+            its = [(each.epoch, each.values[name]) for each in self if name in each.values]
+            rows[2].plot(*zip(*its, strict=True), "o-", ms=3, label=name)
+        if names:
+            rows[2].legend()
+        rows[-1].set_xlabel("epoch")
+        for axes in rows:
+            for each in self:
+                if each.removed:
+                    axes.axvline(each.epoch + 0.5, color="grey", lw=0.8, ls=":")
+        figure.suptitle(f"{self.epochs[-1].saved:,.0f} s of training saved; dotted lines are cuts", fontsize=10)
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise FileError(f"can't write a picture to {path}: {error.strerror}") from error

@@ -1,0 +1,58 @@
+"""The progress bar of a session: steps of the epoch and what the log says. Only on a terminal, and only with rich."""
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fxprune import distributed
+from fxprune.log import Epoch
+
+if TYPE_CHECKING:
+    from fxprune.session import Session
+
+
+class Progress:
+    """A bar for the steps of each epoch and a line for each epoch that has ended; does nothing when it is not shown."""
+
+    def __init__(self, shown: bool | None) -> None:
+        """``shown``: default, where standard error is a terminal; never on any but the first rank."""
+        wanted = sys.stderr.isatty() if shown is None else shown
+        self._shown = wanted and importlib.util.find_spec("rich") is not None and distributed.rank() == 0
+        self._bar: Any = None
+        self._task: Any = None
+        self._steps: int | None = None
+
+    def advance(self, session: "Session") -> None:
+        """One step was made."""
+        if not self._shown:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(f"epoch {session.epoch + 1}", total=self._steps)
+            self._bar.start()
+        self._bar.advance(self._task)
+
+    def epoch_ended(self, record: Epoch) -> None:
+        """Take the bar away and leave a line."""
+        if not self._shown:
+            return
+        self.close()
+        self._steps = record.steps or None
+        values = "  ".join(f"{name} {value:.4g}" for name, value in record.values.items())
+        cut = f"  -{record.removed} channels" if record.removed else ""
+        print(
+            f"epoch {record.epoch:3}  {record.step_time * 1e3:7.1f} ms/step  {record.flops / 1e6:8.1f} MFLOPs"
+            f"  {sum(record.widths.values()):5} channels  {values}{cut}",
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

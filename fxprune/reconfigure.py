@@ -1,0 +1,116 @@
+"""Reconfigure: prune a model in the middle of training, in place, with everything that hangs on it. All or nothing.
+
+The model, its modules, its parameters and buffers, and the optimizer stay the same objects; what they hold gets
+smaller. So whatever refers to them (the training loop, a scheduler, a list of parameters for clipping, hooks) stays
+right.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune.channels.analysis import Analysis
+from fxprune.param_map import ParamMap, cut
+from fxprune.plan import Plan
+from fxprune.rewrite import rewrite
+from fxprune.trace import TracedModule, same
+from fxprune.verify import verify
+
+
+def reconfigure(
+    model: TracedModule,
+    analysis: Analysis,
+    plan: Plan,
+    optimizer: Optimizer,
+    copies: Sequence[TracedModule] = (),
+    *,
+    reset_state: bool = False,
+    verify_with: Any = None,
+) -> tuple[Analysis, ParamMap]:
+    """Carry out ``plan`` on ``model`` itself, on the optimizer's state and on ``copies`` of the model.
+
+    Args:
+        model: the traced model that was analysed.
+        analysis: of that model.
+        plan: for that analysis.
+        optimizer: of parameters of the model. Momentum and every other state are cut with the parameter, and so are
+            gradients.
+        copies: other traced models with the same graph and shapes, such as a moving average.
+        reset_state: drop the optimizer's state of a parameter where it can't be sliced.
+        verify_with: example inputs, to prove first, in float64, that the cut changes nothing else.
+
+    Returns:
+        The analysis of the model as it is now, and the map of what was kept.
+
+    Raises:
+        FxpruneError: the plan, the rewrite, the state or the proof is refused. Nothing is changed then.
+    """
+    compact, param_map = rewrite(model, analysis, plan)
+    states = param_map.sliced_state(optimizer, reset=reset_state)
+    followers = [rewrite(each, analysis, plan)[0] for each in copies]
+    if verify_with is not None:
+        verify(model, compact, param_map, verify_with)
+    gradients = {
+        parameter: cut(parameter.grad, param_map[name])
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    # From here on nothing can fail.
+    for parameter in model.parameters():
+        parameter.grad = None
+    for each, its_compact in zip((model, *copies), (compact, *followers), strict=True):
+        become(each, its_compact)
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    for parameter, state in states.items():
+        optimizer.state.pop(parameter, None)
+        if state:
+            optimizer.state[parameter] = state
+    return analysis.after(plan, model), param_map
+
+
+def become(model: TracedModule, compact: TracedModule) -> None:
+    """Make ``model`` what ``compact`` is. What has the same name in both stays the same object."""
+    take_over(model, compact)
+    model.meta.clear()
+    model.meta.update(compact.meta)
+    if not all(same(model.graphs[mode], compact.graphs[mode]) for mode in (False, True)):
+        model.set_graphs(compact.graphs[True], compact.graphs[False])
+
+
+def take_over(module: nn.Module, other: nn.Module) -> None:
+    """Give ``module`` the tensors, children and plain attributes of ``other``."""
+    kinds: Any = ((module._parameters, other._parameters), (module._buffers, other._buffers))
+    for mine, theirs in kinds:
+        for name in mine.keys() - theirs.keys():
+            del mine[name]
+        for name, tensor in theirs.items():
+            held = mine.get(name)
+            if held is None or tensor is None:
+                mine[name] = tensor
+            else:
+                replace_data(held, tensor)
+    for name in module._modules.keys() - other._modules.keys():
+        del module._modules[name]
+    for name, child in other._modules.items():
+        held_child = module._modules.get(name)
+        if child is None or type(held_child) is not type(child):
+            module._modules[name] = child
+        else:
+            take_over(held_child, child)
+    plain = {key: value for key, value in vars(other).items() if not key.startswith("_") and key != "training"}
+    if not isinstance(module, TracedModule):
+        vars(module).update(plain)
+
+
+def replace_data(tensor: Tensor, new: Tensor) -> None:
+    """Make ``tensor`` hold the values of ``new``, of another shape."""
+    if tensor.shape != new.shape and tensor.is_leaf and tensor.requires_grad:
+        # A loss that is still referred to keeps the node that accumulates gradients, which remembers the old shape.
+        # Autograd makes a new one for data of another dtype.
+        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = new.data

@@ -1,0 +1,410 @@
+"""Session: prune while training. Hooks on the optimizer, a penalty, and cuts at the ends of epochs."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune import distributed
+from fxprune.channels.analysis import Analysis, analyze
+from fxprune.checkpoint import Stateful, read, restore, write
+from fxprune.cost import Channels, cost_of, params
+from fxprune.errors import SessionError, require
+from fxprune.inputs import bind, tensors_in
+from fxprune.log import Epoch, Log, Writer
+from fxprune.param_map import ParamMap, check_owned
+from fxprune.plan import Plan
+from fxprune.progress import Progress
+from fxprune.reconfigure import reconfigure
+from fxprune.trace import TracedModule, trace
+from fxprune.training import Memory, TrainingPass
+from fxprune.wrappers import wrap, wrappers_of
+
+Decision = Callable[["Session", Plan], tuple[bool, str]]
+
+
+class Session:
+    """A training run in which passes prune the model.
+
+    The loop calls ``model``, adds ``penalty(task)`` to its loss, steps its optimizer as always, and calls ``epoch_end``
+    after each epoch, which may cut channels. The model and the optimizer stay the same objects for the whole run.
+
+    Attributes:
+        model: what the loop calls. The traced model, inside the DistributedDataParallel or torch.compile wrappers of
+            the model that was given.
+        graph: the traced model itself; its state_dict has the keys of the original.
+        analysis: of the model as it is now.
+        optimizer: the one that was given.
+        epoch: how many epochs have ended.
+        step: how many steps the optimizer has made.
+        batch_size: samples a step on this rank, or None where nobody said; a pass may raise it.
+        log: one record an epoch. Print it, or ``log.plot(path)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: Optimizer,
+        passes: Sequence[TrainingPass] = (),
+        *,
+        batch_size: int | None = None,
+        when: Decision | None = None,
+        writer: Writer | None = None,
+        reset_state: bool = False,
+        verify: bool = False,
+        progress: bool | None = None,
+        heads: str = "whole",
+        groups: str = "auto",
+    ) -> None:
+        """Trace and analyse ``model`` and hook onto ``optimizer``.
+
+        Args:
+            model: a model that ``trace`` accepts, in DistributedDataParallel or torch.compile wrappers or not. Its
+                parameters are shared with the session, so it is cut too: train ``session.model`` from now on.
+            example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+            optimizer: of parameters of ``model``.
+            passes: training passes, such as ``passes.PruneTrain()``.
+            batch_size: samples a step on this rank; lets the log compare runs whose batches grow.
+            when: asked before each cut, with the session and the plan, whether to make it and why; default, always.
+            writer: gets the scalars of each epoch, for example torch.utils.tensorboard.SummaryWriter().
+            reset_state: where the optimizer's state of a parameter can't be sliced, drop it instead of refusing.
+            verify: prove each cut in float64 on the example inputs before it is made.
+            progress: a progress bar; default, on a terminal.
+            heads: as for ``analyze``.
+            groups: as for ``analyze``.
+
+        Raises:
+            TraceError, AnalysisError: the model can't be traced or run.
+            SessionError: a pass is none, or the wrapper is not supported.
+            MigrationError: the optimizer holds other parameters.
+        """
+        require(model, nn.Module, "model", SessionError)
+        require(optimizer, Optimizer, "optimizer", SessionError)
+        for each in passes:
+            if not isinstance(each, TrainingPass):
+                raise SessionError(
+                    f"{each!r:.80} can't stand in a session: it needs training passes such as passes.PruneTrain(). "
+                    "Criteria make plans: use fxprune.prune, or session.reconfigure(criterion.plan(...))."
+                )
+        wrappers = wrappers_of(model)
+        graph = trace(model, example_inputs)
+        check_owned(optimizer, set(graph.parameters()))
+        analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
+
+        self.graph: TracedModule = graph
+        self.analysis: Analysis = analysis
+        self.optimizer = optimizer
+        self.example_inputs = example_inputs
+        self.passes = tuple(passes)
+        self.memories = [Memory() for _ in passes]
+        self.batch_size = batch_size
+        self.epoch = self.step = 0
+        self.log = Log()
+        self.registered: dict[str, Stateful] = {}
+        self._unclaimed: dict[str, Any] = {}
+        self._when, self._writer = when, writer
+        self._reset_state, self._verify = reset_state, verify
+        self._progress = Progress(progress)
+        self._wrappers = wrappers
+        self.model = wrap(wrappers, graph)
+        self._waiting: Plan | None = None
+        self._pending = False  # gradients that no step has used yet
+        self._step_times: list[float] = []
+        self._last_step = 0.0
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if trained:
+            self._handles.append(trained[-1].register_post_accumulate_grad_hook(self._after_gradient))
+        for training_pass, memory in self._pairs():
+            training_pass.prepare(self, memory)
+
+    # -------------------------------------------------------------------------------------- in the loop
+
+    def penalty(self, task: Tensor) -> Tensor:
+        """What the passes add to the task loss: a scalar, 0 where no pass penalises.
+
+        Args:
+            task: the loss of this batch, a scalar. Not changed; some passes set their coefficient from the first one.
+        """
+        if not isinstance(task, Tensor) or task.numel() != 1:
+            raise SessionError(f"penalty(task) takes the task loss, a tensor with one element; got {task!r:.60}")
+        terms = [training_pass.penalty(self, memory, task) for training_pass, memory in self._pairs()]
+        return sum((term for term in terms if term is not None), start=torch.zeros((), device=task.device))
+
+    def epoch_end(self, **values: float) -> Epoch:
+        """Close an epoch: ask the passes for plans, cut, and log.
+
+        Where gradients wait for the optimizer's next step (accumulation across the end of the epoch), the cut is made
+        right after that step.
+
+        Args:
+            values: your own numbers for the log, such as ``accuracy=0.93``.
+
+        Returns:
+            The record of the epoch; ``removed`` says how many channels went.
+
+        Raises:
+            FxpruneError: a cut was refused. Model, optimizer and log are as they were.
+        """
+        self._check_open()
+        plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
+        notes: tuple[str, ...] = ()
+        record = self._record(values)
+        if plan is not None and plan.keep and self._when is not None:
+            go, why = self._when(self, plan)
+            notes = (why,)
+            plan = plan if go else None
+        if plan is not None and plan.keep:
+            distributed.agree("the plan", str(sorted(plan.keep.items())))
+            if self._pending:
+                self._waiting = plan
+                notes += ("gradients wait for a step: the cut follows it",)
+            else:
+                record = self._cut(plan, record)
+        self.epoch += 1
+        self.log.epochs.append(replace(record, notes=notes))
+        self._step_times = []
+        self._last_step = 0.0
+        if self._writer is not None:
+            self.log.write(self._writer)
+        self._progress.epoch_ended(self.log[-1])
+        return self.log[-1]
+
+    def reconfigure(self, plan: Plan) -> ParamMap:
+        """Carry out ``plan``, made from ``session.analysis``, now.
+
+        Raises:
+            SessionError: gradients wait for the optimizer's step, or the ranks have different plans.
+            FxpruneError: the cut is refused. Nothing is changed.
+        """
+        self._check_open()
+        require(plan, Plan, "plan", SessionError)
+        if self._pending:
+            raise SessionError(
+                "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, then "
+                "reconfigure"
+            )
+        plan.check(self.analysis.sizes)
+        distributed.agree("the plan", str(sorted(plan.keep.items())))
+        return self._reconfigure(plan)
+
+    def register(self, **things: Stateful) -> None:
+        """Take along what belongs to the run: ``session.register(ema=ema, scheduler=scheduler, scaler=scaler)``.
+
+        Copies of the model (AveragedModel, any deep copy) are cut with it. Everything with ``state_dict`` and
+        ``load_state_dict`` goes into checkpoints; after ``Session.load``, registering loads its state.
+
+        Raises:
+            SessionError: something has no state_dict, or is a copy of another model.
+        """
+        for name, thing in things.items():
+            if not isinstance(thing, Stateful):
+                raise SessionError(f"{name}={thing!r:.60} has no state_dict and load_state_dict")
+            for copied in copies_in(thing):
+                shapes = [{key: tensor.shape for key, tensor in m.state_dict().items()} for m in (self.graph, copied)]
+                if shapes[0] != shapes[1]:
+                    raise SessionError(f"{name} holds a traced model with other shapes; make it from session.model")
+        for name, thing in things.items():
+            self.registered[name] = thing
+            if name in self._unclaimed:
+                thing.load_state_dict(self._unclaimed.pop(name))
+
+    def close(self) -> None:
+        """Take the hooks off. The model and the optimizer go on without the session."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._progress.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that the run needs to go on: model, plan, optimizer, passes, log, registered, random state.
+
+        The file appears whole or not at all. In a distributed run every rank calls this and the first writes.
+
+        Raises:
+            FileError: nothing can be written there.
+            SessionError: gradients wait for the optimizer's step; they are not saved.
+        """
+        self._check_open()
+        if self._pending:
+            raise SessionError("gradients wait for the optimizer's step and are not saved: save after optimizer.step()")
+        write(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: Optimizer,
+        passes: Sequence[TrainingPass] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Go on with a run that ``save`` wrote.
+
+        Args:
+            path: the checkpoint.
+            model: the dense model, built as it was before; its weights do not matter.
+            example_inputs: as before.
+            optimizer: made as before, of the parameters of ``model``.
+            passes: those of the checkpoint, by default. A pass of your own must be defined (imported) before.
+            options: the other arguments of ``Session``.
+
+        Raises:
+            FileError: the file is truncated, is none, or belongs to another model. Nothing is changed.
+        """
+        saved = read(path, model, example_inputs, optimizer, passes)
+        session = cls(model, example_inputs, optimizer, saved.passes, **{**saved.options, **options})
+        restore(session, saved)
+        return session
+
+    # ----------------------------------------------------------------------------------------- within
+
+    def _pairs(self) -> list[tuple[TrainingPass, Memory]]:
+        return list(zip(self.passes, self.memories, strict=True))
+
+    def _check_open(self) -> None:
+        if not self._handles:
+            raise SessionError("this session is closed")
+
+    def _after_gradient(self, parameter: Tensor) -> None:
+        self._pending = True
+
+    def _before_step(self, *_: Any) -> None:
+        for training_pass, memory in self._pairs():
+            training_pass.after_backward(self, memory)
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        self._pending = False
+        for training_pass, memory in self._pairs():
+            training_pass.after_step(self, memory)
+        if self._waiting is not None:
+            plan, self._waiting = self._waiting, None
+            self.log.epochs[-1] = self._cut(plan, self.log[-1])
+        now = time.perf_counter()
+        if self._last_step:
+            self._step_times.append(now - self._last_step)
+        self._last_step = now
+        self._progress.advance(self)
+
+    def _cut(self, plan: Plan, record: Epoch) -> Epoch:
+        """Reconfigure, and the record of it."""
+        start = time.perf_counter()
+        before = sum(self.analysis.sizes.values())
+        self._reconfigure(plan)
+        removed = before - sum(self.analysis.sizes.values())
+        return replace(record, removed=removed, cut_time=time.perf_counter() - start)
+
+    def _reconfigure(self, plan: Plan) -> ParamMap:
+        copies = [copied for thing in self.registered.values() for copied in copies_in(thing)]
+        self.analysis, param_map = reconfigure(
+            self.graph,
+            self.analysis,
+            plan,
+            self.optimizer,
+            copies,
+            reset_state=self._reset_state,
+            verify_with=self.example_inputs if self._verify else None,
+        )
+        wrap(self._wrappers, self.graph)
+        for training_pass, memory in self._pairs():
+            training_pass.after_cut(self, memory, param_map)
+            memory.derived.clear()
+            training_pass.prepare(self, memory)
+        return param_map
+
+    def _record(self, values: Mapping[str, float]) -> Epoch:
+        """The record of the epoch that ends now."""
+        reports: dict[str, float] = {}
+        for training_pass, memory in self._pairs():
+            reports |= training_pass.report(self, memory)
+        channels = Channels.of(self.analysis)
+        whole = np.ones(len(channels.group), dtype=bool)
+        size = params(self.graph)
+        step_time = distributed.largest(median(self._step_times) if self._step_times else 0.0)
+        record = Epoch(
+            epoch=self.epoch + 1,
+            steps=len(self._step_times) + 1 if self._last_step else 0,
+            step_time=step_time,
+            samples=self.batch_size,
+            flops=cost_of(self.analysis, "flops", channels)(whole) / examples(self.example_inputs),
+            params=size,
+            memory=self._memory(cost_of(self.analysis, "memory", channels)(whole)),
+            widths=self.analysis.sizes,
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            values={**reports, **{name: float(value) for name, value in values.items()}},
+        )
+        ranks = distributed.ranks()
+        gradients = sum(p.numel() * p.element_size() for p in self.graph.parameters() if p.requires_grad)
+        sent = 2 * (ranks - 1) / ranks * gradients * record.steps  # of a ring
+        return replace(record, sent=sent, saved=self._saved_before() + self._saved_in(record))
+
+    def _saved_before(self) -> float:
+        return self.log[-1].saved if len(self.log) else 0.0
+
+    def _saved_in(self, record: Epoch) -> float:
+        """Seconds that this epoch saved against the step time, for each sample, before the first cut."""
+        dense = [each for each in self.log if sum(each.widths.values()) == sum(self.log[0].widths.values())]
+        if not any(each.removed for each in self.log):
+            return 0.0
+        before = median(each.step_time / (each.samples or 1) for each in dense)
+        return (before * (record.samples or 1) - record.step_time) * record.steps
+
+    def _memory(self, values: float) -> float:
+        """Bytes: the peak of the epoch on a GPU, else an estimate from the weights and the values of a forward pass."""
+        weights = [*self.graph.parameters(), *self.graph.buffers()]
+        device = weights[0].device if weights else torch.device("cpu")
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            return float(peak)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+        gradients = sum(p.numel() * p.element_size() for p in self.graph.parameters() if p.requires_grad)
+        states = [tensor for state in self.optimizer.state.values() for tensor in tensors_in(state)]
+        batch = self.batch_size or examples(self.example_inputs)
+        each = (values - held) / examples(self.example_inputs)
+        return held + gradients + sum(t.numel() * t.element_size() for t in states) + each * batch
+
+
+def examples(example_inputs: Any) -> int:
+    """How many samples the example inputs hold."""
+    first = next((tensor for tensor in tensors_in(bind(example_inputs)) if tensor.ndim), None)
+    return 1 if first is None else max(first.shape[0], 1)
+
+
+def copies_in(thing: object) -> list[TracedModule]:
+    """The traced models in a module."""
+    return [m for m in thing.modules() if isinstance(m, TracedModule)] if isinstance(thing, nn.Module) else []
+
+
+def together(plans: Sequence[Plan | None]) -> Plan | None:
+    """One plan that keeps what all of ``plans`` keep; where that is nothing, what the first keeps."""
+    given = [plan for plan in plans if plan is not None]
+    if not given:
+        return None
+    keep = dict(given[0].keep)
+    for plan in given[1:]:
+        for name, kept in plan.keep.items():
+            both = sorted(set(keep.get(name, kept)) & set(kept))
+            keep[name] = tuple(both) or keep[name]
+    return Plan(keep, given[0].sizes, given[0].options)
