@@ -123,9 +123,9 @@ class Session:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if trained:
-            self._handles.append(trained[-1].register_post_accumulate_grad_hook(self._after_gradient))
+        for parameter in self._held():
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_gradient))
         for training_pass, memory in self._pairs():
             training_pass.prepare(self, memory)
 
@@ -167,7 +167,7 @@ class Session:
             plan = plan if go else None
         if plan is not None and plan.keep:
             distributed.agree("the plan", str(sorted(plan.keep.items())))
-            if self._pending:
+            if self._waits():
                 self._waiting = plan
                 notes += ("gradients wait for a step: the cut follows it",)
             else:
@@ -190,7 +190,7 @@ class Session:
         """
         self._check_open()
         require(plan, Plan, "plan", SessionError)
-        if self._pending:
+        if self._waits():
             raise SessionError(
                 "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, then "
                 "reconfigure"
@@ -245,7 +245,7 @@ class Session:
             SessionError: gradients wait for the optimizer's step; they are not saved.
         """
         self._check_open()
-        if self._pending:
+        if self._waits():
             raise SessionError("gradients wait for the optimizer's step and are not saved: save after optimizer.step()")
         write(self, path)
 
@@ -286,8 +286,16 @@ class Session:
         if not self._handles:
             raise SessionError("this session is closed")
 
+    def _held(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def _after_gradient(self, parameter: Tensor) -> None:
         self._pending = True
+
+    def _waits(self) -> bool:
+        """Whether there are gradients that no step has used yet and that zero_grad has not dropped."""
+        return self._pending and any(p.grad is not None and bool(p.grad.any()) for p in self._held())
 
     def _before_step(self, *_: Any) -> None:
         for training_pass, memory in self._pairs():
