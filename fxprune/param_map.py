@@ -75,6 +75,11 @@ class ParamMap(Mapping[str, Kept]):
         }
         return ParamMap(kept, parameters, norms)
 
+    def in_place(self) -> "ParamMap":
+        """This map for a model that was cut in place: the parameters are the same objects before and after."""
+        parameters = {old: (name, old) for old, (name, _) in self._parameters.items()}
+        return ParamMap(self._kept, parameters, self.norms)
+
     def migrate(self, optimizer: Optimizer, *, reset: bool = False) -> None:
         """Make ``optimizer`` hold the compact model's parameters, its state sliced. The object stays the same.
 
@@ -110,6 +115,11 @@ class ParamMap(Mapping[str, Kept]):
             raise MigrationError(
                 "LBFGS keeps one flat history for all parameters, which can't be sliced. Use another optimizer, or "
                 "make a new one after the cut."
+            )
+        if any(old is new for old, (_, new) in self._parameters.items()):
+            raise MigrationError(
+                "this is the map of a cut in place, whose parameters are smaller already: there is nothing left to "
+                "migrate. A second optimizer goes along with session.register(name=optimizer) before the cut."
             )
         held = [old for group in optimizer.param_groups for old in group["params"]]
         return {old: self._sliced_state(old, optimizer.state.get(old, {}), reset) for old in held}

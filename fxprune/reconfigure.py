@@ -24,22 +24,22 @@ def reconfigure(
     model: TracedModule,
     analysis: Analysis,
     plan: Plan,
-    optimizer: Optimizer,
+    optimizers: Sequence[Optimizer],
     copies: Sequence[TracedModule] = (),
     *,
     reset_state: bool = False,
     verify_with: Any = None,
 ) -> tuple[Analysis, ParamMap]:
-    """Carry out ``plan`` on ``model`` itself, on the optimizer's state and on ``copies`` of the model.
+    """Carry out ``plan`` on ``model`` itself, on the optimizers' state and on ``copies`` of the model.
 
     Args:
         model: the traced model that was analysed.
         analysis: of that model.
         plan: for that analysis.
-        optimizer: of parameters of the model. Momentum and every other state are cut with the parameter, and so are
+        optimizers: of parameters of the model. Momentum and every other state are cut with the parameter, and so are
             gradients.
         copies: other traced models with the same graph and shapes, such as a moving average.
-        reset_state: drop the optimizer's state of a parameter where it can't be sliced.
+        reset_state: drop an optimizer's state of a parameter where it can't be sliced.
         verify_with: example inputs, to prove first, in float64, that the cut changes nothing else.
 
     Returns:
@@ -49,7 +49,7 @@ def reconfigure(
         FxpruneError: the plan, the rewrite, the state or the proof is refused. Nothing is changed then.
     """
     compact, param_map = rewrite(model, analysis, plan)
-    states = param_map.sliced_state(optimizer, reset=reset_state)
+    states = [param_map.sliced_state(each, reset=reset_state) for each in optimizers]
     followers = [rewrite(each, analysis, plan)[0] for each in copies]
     if verify_with is not None:
         verify(model, compact, param_map, verify_with)
@@ -65,11 +65,12 @@ def reconfigure(
         become(each, its_compact)
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
-    for parameter, state in states.items():
-        optimizer.state.pop(parameter, None)
-        if state:
-            optimizer.state[parameter] = state
-    return analysis.after(plan, model), param_map
+    for optimizer, its in zip(optimizers, states, strict=True):
+        for parameter, state in its.items():
+            optimizer.state.pop(parameter, None)
+            if state:
+                optimizer.state[parameter] = state
+    return analysis.after(plan, model), param_map.in_place()
 
 
 def become(model: TracedModule, compact: TracedModule) -> None:

@@ -202,8 +202,9 @@ class Session:
     def register(self, **things: Stateful) -> None:
         """Take along what belongs to the run: ``session.register(ema=ema, scheduler=scheduler, scaler=scaler)``.
 
-        Copies of the model (AveragedModel, any deep copy) are cut with it. Everything with ``state_dict`` and
-        ``load_state_dict`` goes into checkpoints; after ``Session.load``, registering loads its state.
+        Copies of the model (AveragedModel, any deep copy) are cut with it, and so is the state of further optimizers of
+        its parameters. Everything with ``state_dict`` and ``load_state_dict`` goes into checkpoints; after
+        ``Session.load``, registering loads its state.
 
         Raises:
             SessionError: something has no state_dict, or is a copy of another model.
@@ -329,7 +330,7 @@ class Session:
             self.graph,
             self.analysis,
             plan,
-            self.optimizer,
+            self._optimizers(),
             copies,
             reset_state=self._reset_state,
             verify_with=self.example_inputs if self._verify else None,
@@ -340,6 +341,13 @@ class Session:
             memory.derived.clear()
             training_pass.prepare(self, memory)
         return param_map
+
+    def _optimizers(self) -> list[Optimizer]:
+        """The optimizer, and the registered ones of parameters of this model."""
+        own = set(self.graph.parameters())
+        others = [thing for thing in self.registered.values() if isinstance(thing, Optimizer)]
+        held = [each for each in others if any(p in own for group in each.param_groups for p in group["params"])]
+        return [self.optimizer, *held]
 
     def _record(self, values: Mapping[str, float]) -> Epoch:
         """The record of the epoch that ends now."""
