@@ -25,6 +25,7 @@ from fxprune.progress import Progress
 from fxprune.reconfigure import reconfigure
 from fxprune.trace import TracedModule, trace
 from fxprune.training import Memory, TrainingPass
+from fxprune.undo import Undo
 from fxprune.wrappers import wrap, wrappers_of
 
 Decision = Callable[["Session", Plan], tuple[bool, str]]
@@ -326,20 +327,34 @@ class Session:
 
     def _reconfigure(self, plan: Plan) -> ParamMap:
         copies = [copied for thing in self.registered.values() for copied in copies_in(thing)]
-        self.analysis, param_map = reconfigure(
-            self.graph,
-            self.analysis,
-            plan,
-            self._optimizers(),
-            copies,
-            reset_state=self._reset_state,
-            verify_with=self.example_inputs if self._verify else None,
-        )
-        wrap(self._wrappers, self.graph)
-        for training_pass, memory in self._pairs():
-            training_pass.after_cut(self, memory, param_map)
-            memory.derived.clear()
-            training_pass.prepare(self, memory)
+        optimizers = self._optimizers()
+        analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]
+        undo = Undo((self.graph, *copies), optimizers)
+        wrapped = False
+        try:
+            self.analysis, param_map = reconfigure(
+                self.graph,
+                self.analysis,
+                plan,
+                optimizers,
+                copies,
+                reset_state=self._reset_state,
+                verify_with=self.example_inputs if self._verify else None,
+            )
+            wrapped = True
+            wrap(self._wrappers, self.graph)
+            for training_pass, memory in self._pairs():
+                training_pass.after_cut(self, memory, param_map)
+                memory.derived.clear()
+                training_pass.prepare(self, memory)
+        except BaseException:  # a pass that fails, memory that runs out, control-C
+            undo()
+            self.analysis = analysis
+            for memory, (saved, derived) in zip(self.memories, remembered, strict=True):
+                memory.saved, memory.derived = saved, derived
+            if wrapped:
+                wrap(self._wrappers, self.graph)
+            raise
         return param_map
 
     def _optimizers(self) -> list[Optimizer]:

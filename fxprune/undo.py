@@ -1,0 +1,46 @@
+"""Undo: put models and optimizers back as they were before a cut that failed half-way. Keeps references, no copies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fxprune.reconfigure import replace_data
+from fxprune.trace import TracedModule
+
+
+class Undo:
+    """Call it to restore the tensors, modules and graphs of ``models``, and the state of ``optimizers``.
+
+    Every object stays the same object, as in the cut itself. The old data stay in memory as long as this does.
+    """
+
+    def __init__(self, models: Sequence[TracedModule], optimizers: Sequence[Optimizer]) -> None:
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        self._data = [(tensor, tensor.data) for tensor in tensors]
+        self._gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
+        self._graphs = [(model, model.graphs[True], model.graphs[False]) for model in models]
+        held: list[dict[Any, Any]] = [optimizer.state for optimizer in optimizers]
+        for model in models:
+            held.append(model.meta)
+            for module in model.modules():
+                held += [vars(module), module._parameters, module._buffers, module._modules]
+        self._dicts = [(each, dict(each)) for each in held]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._groups = [(group, list(group["params"])) for group in groups]
+
+    def __call__(self) -> None:
+        """Restore everything."""
+        for each, before in self._dicts:
+            each.clear()
+            each.update(before)
+        for group, parameters in self._groups:
+            group["params"] = parameters
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        for tensor, data in self._data:
+            replace_data(tensor, data)
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for model, train, evaluate in self._graphs:
+            model.set_graphs(train, evaluate)
