@@ -161,8 +161,9 @@ def cut(tensor: Tensor, kept: Kept) -> Tensor:
     for axis, index in enumerate(kept):
         if index is not None:
             result = result.index_select(axis, index.to(result.device))
-    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return result.clone(memory_format=torch.channels_last)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
+        return result.clone(memory_format=channels_last)
     return result.clone() if result.data_ptr() == tensor.data_ptr() or result is tensor else result
 
 
