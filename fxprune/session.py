@@ -213,10 +213,7 @@ class Session:
         for name, thing in things.items():
             if not isinstance(thing, Stateful):
                 raise SessionError(f"{name}={thing!r:.60} has no state_dict and load_state_dict")
-            for copied in copies_in(thing):
-                shapes = [{key: tensor.shape for key, tensor in m.state_dict().items()} for m in (self.graph, copied)]
-                if shapes[0] != shapes[1]:
-                    raise SessionError(f"{name} holds a traced model with other shapes; make it from session.model")
+            self._copies(name, thing)
         for name, thing in things.items():
             self.registered[name] = thing
             if name in self._unclaimed:
@@ -326,7 +323,7 @@ class Session:
         return replace(record, removed=removed, cut_time=time.perf_counter() - start)
 
     def _reconfigure(self, plan: Plan) -> ParamMap:
-        copies = [copied for thing in self.registered.values() for copied in copies_in(thing)]
+        copies = [copied for name, thing in self.registered.items() for copied in self._copies(name, thing)]
         optimizers = self._optimizers()
         analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]
         undo = Undo((self.graph, *copies), optimizers)
@@ -341,6 +338,7 @@ class Session:
                 reset_state=self._reset_state,
                 verify_with=self.example_inputs if self._verify else None,
             )
+            torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
             wrapped = True
             wrap(self._wrappers, self.graph)
             for training_pass, memory in self._pairs():
@@ -356,6 +354,20 @@ class Session:
                 wrap(self._wrappers, self.graph)
             raise
         return param_map
+
+    def _copies(self, name: str, thing: object) -> list[TracedModule]:
+        """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""
+        expected = {key: tuple(tensor.shape) for key, tensor in self.graph.state_dict().items()}
+        copies = copies_in(thing)
+        for copied in copies:
+            found = {key: tuple(tensor.shape) for key, tensor in copied.state_dict().items()}
+            for key in dict.fromkeys((*expected, *found)):
+                if found.get(key) != expected.get(key):
+                    raise SessionError(
+                        f"{name} is no copy of the model as it is now: its {key} has shape {found.get(key)}, the "
+                        f"model's {expected.get(key)}. Make it from session.model, and register it before the next cut."
+                    )
+        return copies
 
     def _optimizers(self) -> list[Optimizer]:
         """The optimizer, and the registered ones of parameters of this model."""
