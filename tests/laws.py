@@ -12,7 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 from torch.utils import _pytree as pytree
 
 import fxprune
@@ -32,6 +45,60 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "adam": lambda parameters: Adam(parameters, lr=1e-3, eps=1e-4, amsgrad=True),
     "adamw": lambda parameters: AdamW(parameters, lr=1e-3, eps=1e-4, weight_decay=1e-2),
     "rmsprop": lambda parameters: RMSprop(parameters, lr=1e-3, eps=1e-3, momentum=0.9),
+}
+
+
+class Lion(Optimizer):
+    """Chen et al. 2023, as third parties write it: one moment of its own, under a name of its own."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, decay: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                mean = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+                update = torch.tanh(1e3 * mean.lerp(parameter.grad, 0.1))  # a sign, but not of what is only rounding
+                parameter.mul_(1 - group["lr"] * group["decay"]).sub_(update, alpha=group["lr"])
+                mean.lerp_(parameter.grad, 0.01)
+
+
+def matrices(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """What Muon takes."""
+    return [parameter for parameter in parameters if parameter.ndim == 2]
+
+
+# Every optimizer whose state is shaped like the parameter, and each of its implementations.
+EVERY_OPTIMIZER: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = OPTIMIZERS | {
+    "sgd foreach": lambda parameters: SGD(parameters, lr=1e-2, momentum=0.9, foreach=True),
+    "sgd fused": lambda parameters: SGD(parameters, lr=1e-2, momentum=0.9, nesterov=True, fused=True),
+    "sgd dampened": lambda parameters: SGD(parameters, lr=1e-2, momentum=0.9, dampening=0.3, maximize=True),
+    "adam foreach": lambda parameters: Adam(parameters, lr=1e-3, eps=1e-4, foreach=True),
+    "adam fused": lambda parameters: Adam(parameters, lr=1e-3, eps=1e-4, fused=True),
+    "adamw amsgrad": lambda parameters: AdamW(parameters, lr=1e-3, eps=1e-4, amsgrad=True),
+    "adamw foreach": lambda parameters: AdamW(parameters, lr=1e-3, eps=1e-4, amsgrad=True, foreach=True),
+    "adamw fused": lambda parameters: AdamW(parameters, lr=1e-3, eps=1e-4, amsgrad=True, fused=True),
+    "rmsprop centered": lambda parameters: RMSprop(parameters, lr=1e-3, eps=1e-3, momentum=0.9, centered=True),
+    "rmsprop foreach": lambda parameters: RMSprop(parameters, lr=1e-3, eps=1e-3, foreach=True),
+    "adagrad": lambda parameters: Adagrad(parameters, lr=1e-2, eps=1e-4, lr_decay=0.1),
+    "adagrad foreach": lambda parameters: Adagrad(parameters, lr=1e-2, eps=1e-4, foreach=True),
+    "adagrad fused": lambda parameters: Adagrad(parameters, lr=1e-2, eps=1e-4, fused=True),
+    "adadelta": lambda parameters: Adadelta(parameters, lr=1e-1, eps=1e-4),
+    "adadelta foreach": lambda parameters: Adadelta(parameters, lr=1e-1, eps=1e-4, foreach=True),
+    "nadam": lambda parameters: NAdam(parameters, lr=1e-3, eps=1e-4, decoupled_weight_decay=True),
+    "nadam foreach": lambda parameters: NAdam(parameters, lr=1e-3, eps=1e-4, foreach=True),
+    "radam": lambda parameters: RAdam(parameters, lr=1e-3, eps=1e-4),
+    "radam foreach": lambda parameters: RAdam(parameters, lr=1e-3, eps=1e-4, foreach=True),
+    "adamax": lambda parameters: Adamax(parameters, lr=1e-3, eps=1e-4),
+    "adamax foreach": lambda parameters: Adamax(parameters, lr=1e-3, eps=1e-4, foreach=True),
+    "asgd": lambda parameters: ASGD(parameters, lr=1e-2, t0=2),
+    "asgd foreach": lambda parameters: ASGD(parameters, lr=1e-2, t0=2, foreach=True),
+    "rprop": lambda parameters: Rprop(parameters, lr=1e-3),
+    "rprop foreach": lambda parameters: Rprop(parameters, lr=1e-3, foreach=True),
+    "lion": Lion,
 }
 
 
@@ -123,6 +190,8 @@ def sliced(param_map: ParamMap, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """Each tensor cut as the parameter or buffer of its name is."""
     result = {}
     for name, tensor in tensors.items():
+        if name in param_map.gone:
+            continue
         for axis, kept in enumerate(param_map[name]):
             tensor = tensor if kept is None else tensor.index_select(axis, kept)
         result[name] = tensor
@@ -192,13 +261,68 @@ def slice_commutes_with_a_step(
     outcome(zeroed, inputs, mode, param_map.norms)
     its_optimizer.step()
 
-    found, expected = dict(compact.named_parameters()), dict(zeroed.named_parameters())
+    assert_same_training(compact, optimizer, zeroed, its_optimizer, param_map)
+
+
+def assert_same_training(
+    compact: nn.Module, optimizer: Optimizer, whole: nn.Module, its_optimizer: Optimizer, param_map: ParamMap
+) -> None:
+    """The parameters and the optimizer's state of ``compact`` are those of ``whole``, sliced."""
+    found, expected = dict(compact.named_parameters()), dict(whole.named_parameters())
     assert_all_close("parameter", detached(found), sliced(param_map, detached(expected)))
-    kinds = {key for state in its_optimizer.state.values() for key in state}
-    for kind in kinds:
+    kinds = {key for state in (*optimizer.state.values(), *its_optimizer.state.values()) for key in state}
+    for kind in sorted(kinds):
         mine, theirs = states(found, optimizer, kind), states(expected, its_optimizer, kind)
-        whole = {name: tensor for name, tensor in theirs.items() if tensor.shape == expected[name].shape}
-        assert_all_close(f"state {kind}", mine, theirs | sliced(param_map, whole))
+        theirs = {name: state for name, state in theirs.items() if name not in param_map.gone}
+        shaped = {name: tensor for name, tensor in theirs.items() if tensor.shape == expected[name].shape}
+        assert_all_close(f"state {kind}", mine, theirs | sliced(param_map, shaped))
+
+
+def cuts_commute_with_steps(
+    graph: TracedModule,
+    inputs: Any,
+    make: Callable[[Iterable[nn.Parameter]], Optimizer],
+    *,
+    mode: bool = True,
+    cuts: int = 3,
+    steps: int = 2,
+    seed: int = 0,
+) -> None:
+    """Law 2 in a session: train, cut, train, cut ... is to train a whole twin whose removed slices are held at zero.
+
+    After every step the outputs, gradients, buffers, parameters and the optimizer's state are compared. The twin's
+    optimizer keeps its own state of what was removed, so that state which leaks from there into what stays is seen.
+    """
+    model = copy.deepcopy(graph).requires_grad_()
+    twin = copy.deepcopy(model)
+    optimizer, its_optimizer = make(model.parameters()), make(twin.parameters())
+    with fxprune.Session(model, inputs, optimizer, progress=False) as session:
+        kept = session.reconfigure(Plan({}, session.analysis.sizes, session.analysis.options))
+        for cut in range(cuts + 1):
+            for step in range(steps):
+                found = outcome(session.graph, inputs, mode, {}, 100 * cut + step)
+                optimizer.step()
+                whole = outcome(twin, inputs, mode, kept.norms, 100 * cut + step)
+                its_optimizer.step()
+                zero_removed(twin, kept)
+                expected = Outcome(whole.outputs, sliced(kept, whole.gradients), sliced(kept, whole.buffers))
+                what = f"{cut} cuts, step {step + 1}:"
+                assert_same(what, found, expected)
+                assert_same_training(session.graph, optimizer, twin, its_optimizer, kept)
+            optimizer.zero_grad()
+            if cut < cuts:
+                kept = kept.then(session.reconfigure(thinner(session.analysis, seed + cut)))
+                zero_removed(twin, kept)
+
+
+def thinner(analysis: Analysis, seed: int, part: float = 0.25) -> Plan:
+    """An arbitrary ``part`` of each group goes, at least one channel of every group that has two."""
+    draw = random.Random(seed)
+    keep = {
+        name: sorted(draw.sample(range(size), max(1, size - max(1, round(part * size)))))
+        for name, size in analysis.sizes.items()
+    }
+    return Plan(keep, analysis.sizes, analysis.options)
 
 
 def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
