@@ -126,7 +126,8 @@ class Session:
         ]
         for parameter in self._held():
             if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_gradient))
+                handle = parameter.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
         for training_pass, memory in self._pairs():
             training_pass.prepare(self, memory)
 

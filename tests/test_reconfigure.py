@@ -78,7 +78,7 @@ def test_cuts_commute_with_steps_of_every_optimizer(name: str, optimizer: str) -
     cuts_commute_with_steps(graph, inputs, EVERY_OPTIMIZER[optimizer], steps=2 if name == "residual_projection" else 1)
 
 
-@pytest.mark.parametrize("optimizer", ["gentle momentum", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("gentle momentum", marks=pytest.mark.slow), "adamw"])
 @pytest.mark.parametrize("name", [name for name in PRUNABLE if name not in SHAPES])
 def test_cuts_commute_with_steps_of_every_network(name: str, optimizer: str) -> None:
     graph, inputs = traced(name)
@@ -163,7 +163,7 @@ def test_the_law_can_fail(mutation: str, monkeypatch: pytest.MonkeyPatch) -> Non
             monkeypatch.setattr(RECONFIGURE, "become", roll("parameters"))
         case "buffers of other channels":
             monkeypatch.setattr(RECONFIGURE, "become", roll("buffers"))
-    with pytest.raises(AssertionError, match=r"[01] cuts, step 1: |state momentum_buffer"):
+    with pytest.raises(AssertionError, match=r"[01] cuts, step 1: |^parameter 0\.0\.weight"):
         cuts_commute_with_steps(graph, inputs, EVERY_OPTIMIZER["momentum"])
 
 
