@@ -55,7 +55,7 @@ def keep_numbers(run: Any, node: fx.Node) -> None:
     if not isinstance(run.after[node.name], Value):
         return
     for arg in node.all_input_nodes:
-        before = run.before[arg.name]
+        before = run.before.get(arg.name)
         if isinstance(before, (int, float)) and run.env[arg] != before:
             put_number(node, arg, before)
 

@@ -1,6 +1,6 @@
 """ParamMap: for each parameter and buffer the indices kept on each axis; enough to slice anything shaped like it."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +24,16 @@ class ParamMap(Mapping[str, Kept]):
         kept: Mapping[str, Kept],
         parameters: Mapping[nn.Parameter, tuple[str, nn.Parameter]],
         norms: Mapping[tuple[bool, str], Kept],
+        gone: Collection[str] = (),
     ) -> None:
-        """``parameters``: original -> (name, compact). ``norms``: (mode, graph node) -> what is kept of its input."""
+        """``parameters``: original -> (name, compact). ``norms``: (mode, graph node) -> what is kept of its input.
+
+        ``gone``: names that the compact model does not have, because their whole branch went.
+        """
         self._kept = dict(kept)
         self._parameters = dict(parameters)
         self.norms = dict(norms)
+        self.gone = frozenset(gone)
 
     def __getitem__(self, name: str) -> Kept:
         return self._kept[name]
@@ -60,25 +65,31 @@ class ParamMap(Mapping[str, Kept]):
             MigrationError: ``other`` is not the map of a rewrite of the model that this one led to.
         """
         for name, new in self._parameters.values():
-            if new not in other._parameters:
+            if new not in other._parameters and name not in self.gone:
                 raise MigrationError(
                     f"these maps do not follow each other: the second does not start from the {name} that the first "
                     "led to. Rewrite the compact model itself, not a copy of it."
                 )
-        kept = {name: tuple(map(compose, first, other[name])) for name, first in self._kept.items()}
-        parameters = {old: other._parameters[new] for old, (_, new) in self._parameters.items()}
+        kept = {
+            name: first if name in self.gone else tuple(map(compose, first, other[name]))
+            for name, first in self._kept.items()
+        }
+        parameters = {
+            old: (name, new) if name in self.gone else other._parameters[new]
+            for old, (name, new) in self._parameters.items()
+        }
         norms = {
             key: tuple(map(compose, self.norms[key], other.norms[key]))
             if key in self.norms and key in other.norms
             else (self.norms | other.norms)[key]
             for key in self.norms | other.norms
         }
-        return ParamMap(kept, parameters, norms)
+        return ParamMap(kept, parameters, norms, self.gone | other.gone)
 
     def in_place(self) -> "ParamMap":
         """This map for a model that was cut in place: the parameters are the same objects before and after."""
         parameters = {old: (name, old) for old, (name, _) in self._parameters.items()}
-        return ParamMap(self._kept, parameters, self.norms)
+        return ParamMap(self._kept, parameters, self.norms, self.gone)
 
     def migrate(self, optimizer: Optimizer, *, reset: bool = False) -> None:
         """Make ``optimizer`` hold the compact model's parameters, its state sliced. The object stays the same.
@@ -94,6 +105,7 @@ class ParamMap(Mapping[str, Kept]):
                 is unchanged then.
         """
         moved = self.sliced_state(optimizer, reset=reset)
+        self.drop_gone(optimizer)
         for group in optimizer.param_groups:
             group["params"] = [self._parameters[old][1] for old in group["params"]]
         for old, state in moved.items():
@@ -102,6 +114,13 @@ class ParamMap(Mapping[str, Kept]):
             optimizer.state.pop(old, None)
             if state:
                 optimizer.state[new] = state
+
+    def drop_gone(self, optimizer: Optimizer) -> None:
+        """Take the parameters that the compact model does not have out of ``optimizer``, and their state."""
+        for group in optimizer.param_groups:
+            for old in [old for old in group["params"] if self._parameters[old][0] in self.gone]:
+                optimizer.state.pop(old, None)
+            group["params"] = [old for old in group["params"] if self._parameters[old][0] not in self.gone]
 
     def sliced_state(self, optimizer: Optimizer, *, reset: bool = False) -> dict[nn.Parameter, dict[str, Any]]:
         """The state of ``optimizer``, by its present parameters, cut to what stays. The optimizer is not changed.
@@ -122,7 +141,11 @@ class ParamMap(Mapping[str, Kept]):
                 "migrate. A second optimizer goes along with session.register(name=optimizer) before the cut."
             )
         held = [old for group in optimizer.param_groups for old in group["params"]]
-        return {old: self._sliced_state(old, optimizer.state.get(old, {}), reset) for old in held}
+        return {
+            old: self._sliced_state(old, optimizer.state.get(old, {}), reset)
+            for old in held
+            if self._parameters[old][0] not in self.gone
+        }
 
     def _sliced_state(self, old: nn.Parameter, state: Mapping[str, Any], reset: bool) -> dict[str, Any]:
         name, new = self._parameters[old]

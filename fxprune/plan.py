@@ -17,14 +17,17 @@ class Plan:
     """Which channels stay.
 
     Attributes:
-        keep: group name -> the channels that stay, sorted; a group that is not named stays whole.
+        keep: group name -> the channels that stay, sorted; a group that is not named stays whole. A group inside a
+            residual branch may keep none: then the branch goes, all but its constant (a norm's shift, mostly).
         sizes: the size of every group of the model that the plan was made for.
         options: the options of ``analyze`` under which these groups were found.
+        dropped: the groups that keep none and whose branch takes its constant along.
     """
 
     keep: Mapping[str, Sequence[int]]
     sizes: Mapping[str, int]
     options: Mapping[str, str] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         keep: dict[str, tuple[int, ...]] = {}
@@ -33,10 +36,9 @@ class Plan:
             if size is None:
                 raise PlanError(f"the plan keeps channels of group {name!r}, which the model does not have")
             channels = tuple(kept)
-            if not channels:
-                raise PlanError(f"the plan keeps none of the {size} channels of group {name!r}; keep at least one")
             whole = all(isinstance(channel, Integral) for channel in channels)
-            if not whole or sorted(set(channels)) != [*channels] or channels[0] < 0 or channels[-1] >= size:
+            within = not channels or (channels[0] >= 0 and channels[-1] < size)
+            if not whole or sorted(set(channels)) != [*channels] or not within:
                 raise PlanError(
                     f"the channels kept of group {name!r} must be integers, sorted, distinct and in [0, {size}); "
                     f"got {list(channels[:8])}"
@@ -46,11 +48,16 @@ class Plan:
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "sizes", dict(self.sizes))
         object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "dropped", tuple(sorted(self.dropped)))
+        for name in self.dropped:
+            if keep.get(name) != ():
+                raise PlanError(f"group {name!r} can't be dropped: the plan must keep none of its channels")
 
     @property
     def widths(self) -> dict[str, int]:
-        """The number of channels of each group after the plan."""
-        return {name: len(self.keep.get(name, range(size))) for name, size in self.sizes.items()}
+        """The number of channels of each group after the plan; a group that keeps none is no more."""
+        widths = {name: len(self.keep.get(name, range(size))) for name, size in self.sizes.items()}
+        return {name: width for name, width in widths.items() if width}
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise PlanError unless the plan was made for a model whose groups have these sizes."""
@@ -72,34 +79,43 @@ class Plan:
         for name, kept in other.keep.items():
             mine = self.keep.get(name, range(self.sizes[name]))
             keep[name] = tuple(mine[channel] for channel in kept)
-        return Plan(keep, self.sizes, self.options)
+        return Plan(keep, self.sizes, self.options, (*self.dropped, *other.dropped))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data."""
         keep = {name: list(kept) for name, kept in self.keep.items()}
-        return {"format": FORMAT, "keep": keep, "sizes": dict(self.sizes), "options": dict(self.options)}
+        return {
+            "format": FORMAT,
+            "keep": keep,
+            "sizes": dict(self.sizes),
+            "options": dict(self.options),
+            "dropped": list(self.dropped),
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> "Plan":
         """The opposite of ``to_json``. Raises FileError on anything else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FileError(f"this is not a plan: expected a JSON object with format {FORMAT!r}")
-        parts: list[Any] = [data.get(key) for key in ("keep", "sizes", "options")]
-        keep, sizes, options = parts
+        parts: list[Any] = [data.get(key, []) for key in ("keep", "sizes", "options", "dropped")]
+        keep, sizes, options, dropped = parts
         sound = (
             isinstance(keep, dict)
             and isinstance(sizes, dict)
             and isinstance(options, dict)
+            and isinstance(dropped, list)
+            and all(isinstance(name, str) for name in dropped)
             and all(type(size) is int for size in sizes.values())
             and all(isinstance(option, str) for option in options.values())
             and all(isinstance(kept, list) and all(type(c) is int for c in kept) for kept in keep.values())
         )
         if not sound:
             raise FileError(
-                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers and text"
+                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers and text, "
+                "and dropped a list of text"
             )
         try:
-            return cls(keep, sizes, options)
+            return cls(keep, sizes, options, dropped)
         except PlanError as error:
             raise FileError(f"this plan is damaged: {error}") from error
 
@@ -122,5 +138,6 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"plan for {len(self.sizes)} groups, {len(self.keep)} of them cut"]
         width = max((len(name) for name in self.sizes), default=0)
-        lines += [f"  {name:{width}}  {self.sizes[name]:6} -> {after:6}" for name, after in self.widths.items()]
+        widths = self.widths
+        lines += [f"  {name:{width}}  {size:6} -> {widths.get(name, 0):6}" for name, size in self.sizes.items()]
         return "\n".join(lines)

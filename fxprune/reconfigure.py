@@ -56,7 +56,7 @@ def reconfigure(
     gradients = {
         parameter: cut(parameter.grad, param_map[name])
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None
+        if parameter.grad is not None and name not in param_map.gone
     }
     # From here on nothing can fail.
     for parameter in model.parameters():
@@ -66,6 +66,7 @@ def reconfigure(
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
     for optimizer, its in zip(optimizers, states, strict=True):
+        param_map.drop_gone(optimizer)
         for parameter, state in its.items():
             optimizer.state.pop(parameter, None)
             if state:

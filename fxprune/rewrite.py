@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.branches import remove_branches
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import cause, interpret, on_meta, where
 from fxprune.channels.names import Bools
@@ -63,6 +64,13 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
             parameters[tensor] = name, new
         memo[id(tensor)] = new
     compact = copy_onto(graph, memo)
+    gone: set[str] = set()
+    if any(not channels for channels in plan.keep.values()):
+        dropped = {member.parameter for name in plan.dropped for member in analysis.groups[name].members}
+        remove_branches(compact, predicted.values, frozenset(name.rpartition(".")[0] for name in dropped))
+        gone = state.keys() - {*compact.state_dict().keys(), *dict(compact.named_buffers())}
+        nothing = torch.zeros(0, dtype=torch.int64)
+        kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
     for mode, nodes in compact.distinct_graphs().items():
         set_attributes(compact, nodes, predicted.values[mode])
     for mode in compact.distinct_graphs():
@@ -70,7 +78,7 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
     if not all(same(graph.graphs[mode], compact.graphs[mode]) for mode in (False, True)):
         compact.recompile()
     record(compact, analysis, plan)
-    return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays))
+    return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
 
 
 def copy_onto(graph: TracedModule, tensors: dict[int, Any]) -> TracedModule:
@@ -136,7 +144,7 @@ def set_attributes(compact: nn.Module, graph: fx.Graph, values: Any) -> None:
             continue
         module = compact.get_submodule(node.target)
         source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        shape, out = (shape_of(values[n.name]) if isinstance(n, fx.Node) else () for n in (source, node))
+        shape, out = (shape_of(values.get(n.name)) if isinstance(n, fx.Node) else () for n in (source, node))
         for name, attribute in attributes(module, shape, out).items():
             if getattr(module, name) != attribute:
                 setattr(module, name, attribute)
@@ -208,7 +216,7 @@ class Fitter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Fit, run and check one node."""
         self.node = n.name
-        if n.op in ("call_function", "call_method"):
+        if n.op in ("call_function", "call_method") and n.name in self.after:
             fit(self, n)
         try:
             result = super().run_node(n)
@@ -229,13 +237,15 @@ class Fitter(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A layer whose attributes were set from its weights gives the predicted shape; others are run to see."""
         module = self.fetch_attr(target)
-        source, expected = args[0] if args else None, self.after[self.node]
+        source, expected = args[0] if args else None, self.after.get(self.node)
         if isinstance(expected, Value) and isinstance(source, Tensor) and fits(module, source.shape):
             return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
         return super().call_module(target, args, kwargs)
 
     def checked(self, node: fx.Node, result: Any) -> Any:
         """Compare shapes with the prediction; a float that was computed from sizes keeps its original value."""
+        if node.name not in self.after:  # not of the original: what is left of a branch
+            return result
         expected = self.after[node.name]
         if isinstance(expected, float) and result != expected:
             bake(node, expected)
@@ -264,7 +274,7 @@ def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: 
     graph = compact.graphs[mode]
     state = dict(compact.named_parameters(remove_duplicate=False)) | dict(compact.named_buffers(remove_duplicate=False))
     on = {name: on_meta(tensor) for name, tensor in state.items()}
-    once = {name: on[analysis.aliases[name]] for name in on}
+    once = {name: on[analysis.aliases.get(name, name)] for name in on}
     fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
     with torch.device("meta"):
         interpret(fitter, compact, mode, analysis.inputs[mode], once)

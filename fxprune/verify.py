@@ -81,6 +81,8 @@ def check_maps(graph: TracedModule, compact: TracedModule, param_map: ParamMap) 
     for name, parameter in graph.named_parameters():
         kept = param_map.get(name, ())
         sizes = [size if index is None else len(index) for size, index in zip(parameter.shape, kept, strict=False)]
+        if name in param_map.gone and name not in after:
+            continue
         if len(kept) != parameter.ndim or name not in after or list(after[name].shape) != sizes:
             found = list(after[name].shape) if name in after else "missing"
             raise VerificationError(
@@ -140,6 +142,8 @@ def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterato
     # Rounding in a gradient is that of the whole backward pass: it is measured against the largest gradient of all.
     largest = max((gradient.abs().max().item() for gradient in expected[1].values() if gradient.numel()), default=0.0)
     for name, gradient in expected[1].items():
+        if name in param_map.gone:
+            continue
         yield "gradient", name, difference(param_map.slice(name, gradient), found[1][name], floor=largest)
 
 
@@ -263,6 +267,8 @@ class NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in DROPOUTS:
             return args[0]
+        if func is Tensor.bernoulli_:  # of stochastic depth: a branch that is gone draws no number
+            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if func is F.scaled_dot_product_attention:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)

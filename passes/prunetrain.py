@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.branches import emptied
 from fxprune.channels.groups import Member
 from fxprune.cost import Floats
 from fxprune.distributed import mean
@@ -35,7 +36,10 @@ class PruneTrain(TrainingPass):
         threshold: the largest absolute weight of a channel that goes.
         proximal: take the penalty out of the loss and shrink each channel after each step instead, by
             max(0, 1 - lr lambda / norm): gives exact zeros at any learning rate.
-        minimum: channels that each group keeps at least.
+        branches: what becomes of a residual branch with a group all below the threshold: "remove" it, with the
+            constant that it still adds (as the paper does); "fold" it into that constant, which changes nothing; or
+            "keep" one channel. A group that is not inside a residual branch always keeps one.
+        minimum: channels that each group keeps at least otherwise.
         round_to: keep so many more that widths are multiples of this.
     """
 
@@ -43,6 +47,7 @@ class PruneTrain(TrainingPass):
     interval: int = 10
     threshold: float = 1e-4
     proximal: bool = False
+    branches: str = "remove"
     minimum: int = 1
     round_to: int = 1
 
@@ -53,6 +58,8 @@ class PruneTrain(TrainingPass):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name}={value!r} must be a positive integer")
+        if self.branches not in ("remove", "fold", "keep"):
+            raise PlanError(f"branches={self.branches!r} is not known; use 'remove', 'fold' or 'keep'")
         if not self.threshold >= 0:
             raise PlanError(f"threshold={self.threshold!r} must not be negative")
 
@@ -105,11 +112,14 @@ class PruneTrain(TrainingPass):
         peaks: dict[str, list[Tensor]] = {}
         for each in memory.derived["slices"]:
             peaks.setdefault(each.group, []).append(each.peak())
-        keep = {}
-        for name, its in peaks.items():
-            peak = torch.stack(its).amax(0).double().cpu().numpy()
-            keep[name] = self._kept(peak)
-        return Plan(keep, session.analysis.sizes, session.analysis.options)
+        highest = {name: torch.stack(its).amax(0).double().cpu().numpy() for name, its in peaks.items()}
+        gone: set[str] = set()
+        if self.branches != "keep":
+            dead = {name for name, peak in highest.items() if (peak < self.threshold).all()}
+            gone = emptied(session.analysis, dead, constants=self.branches == "fold")
+        keep = {name: () if name in gone else self._kept(peak) for name, peak in highest.items()}
+        dropped = sorted(gone) if self.branches == "remove" else ()
+        return Plan(keep, session.analysis.sizes, session.analysis.options, dropped)
 
     def _kept(self, peak: Floats) -> tuple[int, ...]:
         """Channels of one group: those above the threshold, filled up with the largest of the others."""

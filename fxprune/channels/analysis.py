@@ -67,19 +67,27 @@ class Analysis:
             return first.after(before.then(plan), graph or self.graph)
         stays = self.stays(plan)
         cut = Cutter(stays)
+        graph = graph or self.graph
+        there = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}  # a branch may be gone
         groups = {}
         for group in self.groups.values():
             kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
             new_channel = np.full(group.size, -1)
             new_channel[kept] = np.arange(len(kept))
+            if not len(kept):
+                continue
             members = []
             for member in group.members:
+                if member.parameter not in there:
+                    continue
                 mine = new_channel[member.channel] >= 0
                 at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
                 members.append(replace(member, index=at[member.index[mine]], channel=new_channel[member.channel[mine]]))
             groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
         frozen = []
         for item in self.frozen:
+            if item.parameter not in there:
+                continue
             at = np.cumsum(stays[self.axes[item.parameter, item.axis].names]) - 1
             frozen.append(replace(item, index=at[item.index]))
         axes = {key: replace(axis, names=axis.names[stays[axis.names]]) for key, axis in self.axes.items()}
@@ -89,10 +97,11 @@ class Analysis:
                 for at, size in enumerate(shape)
             )
             for name, shape in self.shapes.items()
+            if self.aliases[name] in there
         }
         return replace(
             self,
-            graph=graph or self.graph,
+            graph=graph,
             groups=groups,
             frozen=tuple(frozen),
             values={mode: map_values(cut.value, values) for mode, values in self.values.items()},
