@@ -34,7 +34,7 @@ class Factor:
     def pin(self, call: Call, letters: str, why: str) -> None:
         """No pruning may change the size of ``letters``."""
         axes = [self.letters.index(letter) for letter in letters if letter in self.letters]
-        self.labels = tuple(pin(call.names, label, axes, why) for label in self.labels)
+        self.labels = settle(call.names, (pin(call.names, label, axes, why) for label in self.labels))
 
 
 def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], policy: str, extra: int = 1) -> Labels:
@@ -161,11 +161,12 @@ def convolution(call: Call) -> Labels:
     for letter in space:
         window *= sizes[letter]
     labels = contract(call, a, b, "bgo", sizes, call.run.groups, window)
-    if groups > 1 and any(label.shape[1] > 1 for label in labels):
-        labels = tuple(
-            pin(call.names, label, [2], "shared by all groups") if label.shape[1] == 1 else label for label in labels
+    if any(label.shape[1] > 1 for label in labels):
+        shared = (label for label in labels if label.shape[1] == 1)
+        labels = (
+            *(label for label in labels if label.shape[1] > 1),
+            *(pin(call.names, label, [2], "shared by all groups") for label in shared),
         )
-        labels = tuple(label for label in labels if label.shape[1] > 1 or label.shape[2] == 1)
     merged = (*call.shape[:2],)
     labels = settle(call.names, (reshape(label, (call.shape[0], groups, sizes["o"]), merged) for label in labels))
     labels = tuple(label.reshape(*label.shape, *[1] * len(space)) for label in labels)
@@ -179,11 +180,9 @@ def split(value: Operand, axis: int, letters: str, groups: int) -> Factor:
 
 
 def without(side: Factor, letters: str) -> Factor:
-    """Drop pinned ``letters`` from an operand, with the labels that vary along them."""
-    axes = [side.letters.index(letter) for letter in letters]
-    labels = [label for label in side.labels if all(label.shape[axis] == 1 for axis in axes)]
-    kept = "".join(letter for letter in side.letters if letter not in letters)
-    return Factor(kept, tuple(label.reshape(label.shape[: len(kept)]) for label in labels), side.source)
+    """Drop pinned ``letters``, the last ones, from an operand."""
+    kept = side.letters.removesuffix(letters)
+    return Factor(kept, tuple(label.reshape(label.shape[: len(kept)]) for label in side.labels), side.source)
 
 
 ATTENTION = (

@@ -91,20 +91,20 @@ def settle(names: Names, labels: Iterable[Label]) -> Labels:
 
 
 def pin(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
-    """No pruning may change the size of ``axes``.
+    """No pruning may change the size of ``axes``. Returns the label without its names along them.
 
     A label that varies along other axes too has its names merged along ``axes``; one that varies only there is frozen.
     """
     pinned = [axis for axis in axes if label.shape[axis] > 1]
     if not pinned:
         return label
-    if len(pinned) == len(varying(label)):
-        names.freeze(label.numpy(), why)
-        return label
     first = label
     for axis in pinned:
         first = first.narrow(axis, 0, 1)
-    names.merge(label.numpy(), first.numpy())
+    if len(pinned) == len(varying(label)):
+        names.freeze(label.numpy(), why)
+    else:
+        names.merge(label.numpy(), first.numpy())
     return first
 
 

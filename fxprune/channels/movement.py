@@ -76,8 +76,8 @@ def select(call: Call) -> Any:
     """One position of an axis is addressed: the axis keeps its size."""
     value, axis = call.args[0], call.arg("dim", 0)
     axis %= value.ndim
-    labels = tuple(pin(call.names, label, [axis], "addressed by index") for label in operand(value).labels)
-    moved = settle(call.names, (label.squeeze(axis) for label in labels if label.shape[axis] == 1))
+    labels = (pin(call.names, label, [axis], "addressed by index") for label in operand(value).labels)
+    moved = settle(call.names, (label.squeeze(axis) for label in labels))
     return moved if isinstance(call.out, Tensor) else [moved] * len(call.out)
 
 
@@ -87,7 +87,7 @@ def slice_(call: Call) -> Labels:
     axis %= value.ndim
     labels = operand(value).labels
     if call.arg("step", 1) != 1:
-        labels = tuple(pin(call.names, label, [axis], "sliced with a step") for label in labels)
+        labels = settle(call.names, (pin(call.names, label, [axis], "sliced with a step") for label in labels))
     moved = [call.func(spread(label, value.shape), *call.args[1:], **call.kwargs) for label in labels]
     return settle(call.names, (cut_from(call, *pair, axis) for pair in zip(labels, moved, strict=True)))
 
@@ -101,7 +101,7 @@ def flip(call: Call) -> Labels:
 def roll(call: Call) -> Labels:
     value = operand(call.args[0])
     axes = [axis % len(value.shape) for axis in call.arg("dims") or range(len(value.shape))]
-    return tuple(pin(call.names, label, axes, "rolled") for label in value.labels)
+    return settle(call.names, (pin(call.names, label, axes, "rolled") for label in value.labels))
 
 
 @rule("repeat")
@@ -118,7 +118,7 @@ def repeat(call: Call) -> Labels:
 def unfold(call: Call) -> Labels:
     value, axis = call.args[0], call.args[1] % call.args[0].ndim
     labels = (pin(call.names, label, [axis], "unfolded") for label in operand(value).labels)
-    return settle(call.names, (label.unsqueeze(-1) for label in labels if label.shape[axis] == 1))
+    return settle(call.names, (label.unsqueeze(-1) for label in labels))
 
 
 @rule("cat", "concat", "concatenate")
@@ -219,8 +219,6 @@ def index(call: Call) -> Labels:
     labels = []
     for label in operand(value).labels:
         label = pin(call.names, label, addressed, "addressed by index")
-        if any(label.shape[axis] > 1 for axis in addressed):
-            continue
         zeros = [None if each is None else torch.zeros([1] * each.ndim, dtype=torch.int64) for each in indices]
         if kind == "index_select":
             labels.append(label)
@@ -237,7 +235,7 @@ def pixel_shuffle(call: Call) -> Labels:
     split = (*batch, channels // factor**2, factor**2, height, width)
     labels = (reshape(label, value.shape, split) for label in value.labels)
     merged = (pin(call.names, label, [len(batch) + 1], "pixel shuffle") for label in labels)
-    return settle(call.names, (label.squeeze(len(batch) + 1) for label in merged if label.shape[len(batch) + 1] == 1))
+    return settle(call.names, (label.squeeze(len(batch) + 1) for label in merged))
 
 
 @rule("pixel_unshuffle")
@@ -247,8 +245,7 @@ def pixel_unshuffle(call: Call) -> Labels:
     labels = []
     for label in value.labels:
         label = pin(call.names, label, [len(batch) + 1, len(batch) + 2], "pixel unshuffle")
-        if label.shape[-1] == 1 and label.shape[-2] == 1:
-            labels.append(label.repeat_interleave(factor**2, len(batch)) if label.shape[-3] > 1 else label)
+        labels.append(label.repeat_interleave(factor**2, len(batch)) if label.shape[-3] > 1 else label)
     return settle(call.names, labels)
 
 
@@ -258,7 +255,7 @@ def im2col(call: Call) -> Labels:
     value, window = operand(call.args[0]), math.prod(call.args[1])
     axis = len(value.shape) - 3
     labels = [pin(call.names, label, [axis + 1, axis + 2], "a spatial axis") for label in value.labels]
-    labels = [label.squeeze(-1) for label in labels if label.shape[-1] == label.shape[-2] == 1]
+    labels = [label.squeeze(-1) for label in labels]
     return settle(
         call.names,
         (label.repeat_interleave(window, axis) if label.shape[axis] > 1 else label for label in labels),
@@ -273,7 +270,7 @@ def col2im(call: Call) -> Labels:
     split = (*batch, columns // window, window, positions)
     labels = [reshape(label, value.shape, split) for label in value.labels]
     labels = [pin(call.names, label, [len(batch) + 1, len(batch) + 2], "a window's position") for label in labels]
-    return settle(call.names, (label for label in labels if label.shape[-1] == label.shape[-2] == 1))
+    return settle(call.names, labels)
 
 
 @rule("channel_shuffle", "native_channel_shuffle")

@@ -35,7 +35,6 @@ def reduce(call: Call) -> Any:
     axes = range(ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = sorted({axis % ndim for axis in axes})
     labels = [pin(call.names, label, axes, "reduced") for label in operand(value).labels]
-    labels = [label for label in labels if all(label.shape[axis] == 1 for axis in axes)]
     if len(call.shape) < ndim:
         kept = [axis for axis in range(ndim) if axis not in axes]
         labels = [label.reshape([label.shape[axis] for axis in kept]) for label in labels]
@@ -47,7 +46,7 @@ def along_an_axis(call: Call) -> Any:
     value = call.args[0]
     axis = call.arg("dim", -1) % value.ndim
     labels = (pin(call.names, label, [axis], "normalized or ordered along") for label in operand(value).labels)
-    return several(call, settle(call.names, (label for label in labels if label.shape[axis] == 1)))
+    return several(call, settle(call.names, labels))
 
 
 @rule(*POOLS.split())
@@ -55,8 +54,8 @@ def pool(call: Call) -> Any:
     """Pooling and resizing mix positions of the trailing, spatial axes."""
     value = operand(call.args[0])
     moved = [axis for axis, size in enumerate(value.shape) if axis >= 2 or size != call.shape[axis]]
-    labels = [pin(call.names, label, moved, "a spatial axis") for label in value.labels]
-    return several(call, tuple(label for label in labels if all(label.shape[axis] == 1 for axis in moved)))
+    labels = (pin(call.names, label, moved, "a spatial axis") for label in value.labels)
+    return several(call, settle(call.names, labels))
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
@@ -69,8 +68,7 @@ def batch_norm(call: Call) -> Any:
         for label in labels:
             mark(call, label, tuple(axis for axis in batch_and_space if label.shape[axis] > 1))
     else:
-        labels = tuple(pin(call.names, label, batch_and_space, "normalized") for label in value.labels)
-        labels = settle(call.names, labels)
+        labels = settle(call.names, (pin(call.names, label, batch_and_space, "normalized") for label in value.labels))
     for vector in call.args[1:5]:
         if hasattr(vector, "shape"):
             labels = add_bias(call, labels, value.shape, vector, 1)
@@ -100,7 +98,7 @@ def group_norm(call: Call) -> Any:
     labels = value.labels
     for vector in (call.arg("weight"), call.arg("bias")):
         labels = add_bias(call, labels, value.shape, vector, 1)
-    labels = tuple(pin(call.names, label, range(2, len(value.shape)), "normalized") for label in labels)
+    labels = settle(call.names, (pin(call.names, label, range(2, len(value.shape)), "normalized") for label in labels))
     for label in labels:
         if groups == 1:
             mark(call, label, (1,))
