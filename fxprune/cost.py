@@ -31,8 +31,8 @@ Floats = npt.NDArray[np.float64]
 def flops(model: nn.Module, example_inputs: Any) -> int:
     """FLOPs of one forward pass in the model's mode, counted by ``FlopCounterMode`` on meta tensors."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    # Integers are counters and indices: the model may read their values.
-    state = {name: on_meta(each) if each.is_floating_point() else each.clone() for name, each in tensors}
+    # A single integer is a counter, whose value batch norm reads.
+    state = {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}
     args, kwargs = map_tensors(on_meta, bind(example_inputs))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(model, state, args, kwargs)

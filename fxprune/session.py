@@ -220,6 +220,18 @@ class Session:
             if name in self._unclaimed:
                 thing.load_state_dict(self._unclaimed.pop(name))
 
+    def memory(self) -> tuple[float, float]:
+        """Estimated bytes that a step takes on this rank: fixed, and for each sample.
+
+        Fixed are weights, gradients and the optimizer's state; a sample takes all values of a forward pass.
+        """
+        channels = Channels.of(self.analysis)
+        values = cost_of(self.analysis, "memory", channels)(np.ones(len(channels.group), dtype=bool))
+        held = sum(map(size_of, (*self.graph.parameters(), *self.graph.buffers())))
+        gradients = sum(size_of(parameter) for parameter in self.graph.parameters() if parameter.requires_grad)
+        states = sum(size_of(each) for state in self.optimizer.state.values() for each in tensors_in(state))
+        return float(held + gradients + states), (values - held) / examples(self.example_inputs)
+
     def close(self) -> None:
         """Take the hooks off. The model and the optimizer go on without the session."""
         for handle in self._handles:
@@ -245,7 +257,7 @@ class Session:
             SessionError: gradients wait for the optimizer's step; they are not saved.
         """
         self._check_open()
-        if self._waits():
+        if self._waits() or self._waiting is not None:
             raise SessionError("gradients wait for the optimizer's step and are not saved: save after optimizer.step()")
         write(self, path)
 
@@ -354,6 +366,7 @@ class Session:
             if wrapped:
                 wrap(self._wrappers, self.graph)
             raise
+        self._waiting = None  # a plan that waited was for the model before
         return param_map
 
     def _copies(self, name: str, thing: object) -> list[TracedModule]:
@@ -393,7 +406,7 @@ class Session:
             samples=self.batch_size,
             flops=cost_of(self.analysis, "flops", channels)(whole) / examples(self.example_inputs),
             params=size,
-            memory=self._memory(cost_of(self.analysis, "memory", channels)(whole)),
+            memory=self._peak(),
             widths=self.analysis.sizes,
             lr=float(self.optimizer.param_groups[0]["lr"]),
             values={**reports, **{name: float(value) for name, value in values.items()}},
@@ -414,20 +427,20 @@ class Session:
         before = median(each.step_time / (each.samples or 1) for each in dense)
         return (before * (record.samples or 1) - record.step_time) * record.steps
 
-    def _memory(self, values: float) -> float:
-        """Bytes: the peak of the epoch on a GPU, else an estimate from the weights and the values of a forward pass."""
-        weights = [*self.graph.parameters(), *self.graph.buffers()]
-        device = weights[0].device if weights else torch.device("cpu")
+    def _peak(self) -> float:
+        """Bytes: the peak of the epoch on a GPU, else an estimate."""
+        device = next((parameter.device for parameter in self.graph.parameters()), torch.device("cpu"))
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             return float(peak)
-        held = sum(tensor.numel() * tensor.element_size() for tensor in weights)
-        gradients = sum(p.numel() * p.element_size() for p in self.graph.parameters() if p.requires_grad)
-        states = [tensor for state in self.optimizer.state.values() for tensor in tensors_in(state)]
-        batch = self.batch_size or examples(self.example_inputs)
-        each = (values - held) / examples(self.example_inputs)
-        return held + gradients + sum(t.numel() * t.element_size() for t in states) + each * batch
+        fixed, each = self.memory()
+        return fixed + each * (self.batch_size or examples(self.example_inputs))
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes."""
+    return tensor.numel() * tensor.element_size()
 
 
 def examples(example_inputs: Any) -> int:

@@ -2,9 +2,10 @@
 
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
+from .grow_batch import GrowBatch
 from .magnitude import Magnitude
 from .prunetrain import PruneTrain
 from .random import Random
 from .taylor import Taylor
 
-__all__ = ["BatchNormScale", "Criterion", "Magnitude", "PruneTrain", "Random", "Taylor"]
+__all__ = ["BatchNormScale", "Criterion", "GrowBatch", "Magnitude", "PruneTrain", "Random", "Taylor"]
