@@ -15,6 +15,7 @@ from fxprune.session import Session
 from fxprune.trace import TracedModule, trace
 from fxprune.training import TrainingPass
 from fxprune.verify import verify
+from fxprune.when import WhenItPays
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Session",
     "TracedModule",
     "TrainingPass",
+    "WhenItPays",
     "analyze",
     "cost",
     "export_onnx",

@@ -23,6 +23,8 @@ class Epoch:
             values of a forward pass take.
         widths: channels of each group.
         lr: learning rate of the first parameter group.
+        first_step: seconds from the end of the last epoch to the first step; compilation falls into it.
+        predicted: seconds that a step was expected to take after the cut, where someone predicted it.
         sent: bytes of gradients that one rank gave to others in the epoch (0 for one rank).
         saved: seconds saved since the start, against going on at the step time before the first cut.
         removed: channels removed at the end of this epoch.
@@ -40,6 +42,8 @@ class Epoch:
     memory: float
     widths: Mapping[str, int]
     lr: float
+    first_step: float = 0.0
+    predicted: float | None = None
     sent: float = 0.0
     saved: float = 0.0
     removed: int = 0

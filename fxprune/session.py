@@ -26,9 +26,10 @@ from fxprune.reconfigure import reconfigure
 from fxprune.trace import TracedModule, trace
 from fxprune.training import Memory, TrainingPass
 from fxprune.undo import Undo
+from fxprune.when import Decision
 from fxprune.wrappers import wrap, wrappers_of
 
-Decision = Callable[["Session", Plan], tuple[bool, str]]
+Policy = Callable[["Session", Plan, float, int], Decision]
 
 
 class Session:
@@ -57,7 +58,7 @@ class Session:
         passes: Sequence[TrainingPass] = (),
         *,
         batch_size: int | None = None,
-        when: Decision | None = None,
+        when: Policy | None = None,
         writer: Writer | None = None,
         reset_state: bool = False,
         verify: bool = False,
@@ -74,7 +75,7 @@ class Session:
             optimizer: of parameters of ``model``.
             passes: training passes, such as ``passes.PruneTrain()``.
             batch_size: samples a step on this rank; lets the log compare runs whose batches grow.
-            when: asked before each cut, with the session and the plan, whether to make it and why; default, always.
+            when: asked before each cut whether to make it, such as ``WhenItPays(epochs)``; default, always.
             writer: gets the scalars of each epoch, for example torch.utils.tensorboard.SummaryWriter().
             reset_state: where the optimizer's state of a parameter can't be sliced, drop it instead of refusing.
             verify: prove each cut in float64 on the example inputs before it is made.
@@ -119,7 +120,8 @@ class Session:
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
         self._step_times: list[float] = []
-        self._last_step = 0.0
+        self._last_step = self._first_step = 0.0
+        self._epoch_start = time.perf_counter()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -161,12 +163,13 @@ class Session:
         """
         self._check_open()
         plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
-        notes: tuple[str, ...] = ()
         record = self._record(values)
+        notes = self._outcome(record)
         if plan is not None and plan.keep and self._when is not None:
-            go, why = self._when(self, plan)
-            notes = (why,)
-            plan = plan if go else None
+            decision = distributed.gather(self._when(self, plan, record.step_time, record.steps))[0]
+            notes += (decision.why,)
+            plan = plan if decision.go else None
+            record = replace(record, predicted=decision.step_time if decision.go else None)
         if plan is not None and plan.keep:
             distributed.agree("the plan", str(sorted(plan.keep.items())))
             if self._waits():
@@ -178,6 +181,7 @@ class Session:
         self.log.epochs.append(replace(record, notes=notes))
         self._step_times = []
         self._last_step = 0.0
+        self._epoch_start = time.perf_counter()
         if self._writer is not None:
             self.log.write(self._writer)
         self._progress.epoch_ended(self.log[-1])
@@ -324,8 +328,18 @@ class Session:
         now = time.perf_counter()
         if self._last_step:
             self._step_times.append(now - self._last_step)
+        else:
+            self._first_step = now - self._epoch_start
         self._last_step = now
         self._progress.advance(self)
+
+    def _outcome(self, record: Epoch) -> tuple[str, ...]:
+        """What became of the prediction for the last cut."""
+        last = self.log[-1] if len(self.log) else None
+        if last is None or last.predicted is None or not last.removed or last.samples != record.samples:
+            return ()
+        expected, found = last.predicted * 1e3, record.step_time * 1e3
+        return (f"the last cut: a step was expected to take {expected:.1f} ms, it takes {found:.1f} ms",)
 
     def _cut(self, plan: Plan, record: Epoch) -> Epoch:
         """Reconfigure, and the record of it."""
@@ -403,6 +417,7 @@ class Session:
             epoch=self.epoch + 1,
             steps=len(self._step_times) + 1 if self._last_step else 0,
             step_time=step_time,
+            first_step=self._first_step,
             samples=self.batch_size,
             flops=cost_of(self.analysis, "flops", channels)(whole) / examples(self.example_inputs),
             params=size,
