@@ -130,8 +130,12 @@ class Session:
             if parameter.requires_grad:
                 handle = parameter.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        for training_pass, memory in self._pairs():
-            training_pass.prepare(self, memory)
+        try:
+            for training_pass, memory in self._pairs():
+                training_pass.prepare(self, memory)
+        except BaseException:
+            self.close()
+            raise
 
     # -------------------------------------------------------------------------------------- in the loop
 
