@@ -104,7 +104,20 @@ class Log:
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for epoch in self for name in epoch.values))
-        heads = ["epoch", "step ms", "batch", "MFLOPs", "params", "channels", "lr", *names, "saved s", "cut"]
+        heads = [
+            "epoch",
+            "step ms",
+            "batch",
+            "MFLOPs",
+            "params",
+            "channels",
+            "lr",
+            *names,
+            "saved s",
+            "first s",
+            "cut",
+            "cut s",
+        ]
         rows = [
             [
                 str(each.epoch),
@@ -115,8 +128,10 @@ class Log:
                 str(sum(each.widths.values())),
                 f"{each.lr:.3g}",
                 *(f"{each.values[name]:.4g}" if name in each.values else "" for name in names),
-                f"{each.saved:.0f}",
+                f"{each.saved:.1f}",
+                f"{each.first_step:.2f}",
                 f"-{each.removed}" if each.removed else "",
+                f"{each.cut_time:.2f}" if each.removed else "",
             ]
             for each in self
         ]
