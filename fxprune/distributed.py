@@ -1,9 +1,11 @@
 """What the ranks of a distributed run tell each other. Without torch.distributed there is one rank."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,13 +37,36 @@ def largest(number: float) -> float:
     return max(numbers)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What a rank that failed sends in place of a value."""
+
+    error: str
+
+
+class ElsewhereError(SessionError):
+    """Another rank failed where this one did not."""
+
+
 def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, in the order of the ranks, on every rank."""
+    """``value`` of every rank, in the order of the ranks, on every rank.
+
+    Raises:
+        ElsewhereError: another rank has left a block of ``all_or_none`` with an error.
+    """
     if ranks() == 1:
         return [value]
     values: list[Any] = [None] * ranks()
     dist.all_gather_object(values, value)
+    failed = [f"rank {number}: {its.error}" for number, its in enumerate(values) if isinstance(its, Failure)]
+    if failed:
+        raise ElsewhereError(f"taken back on every rank, because it failed on some: {'; '.join(failed)}")
     return values
+
+
+def some(truth: bool) -> bool:
+    """Whether ``truth`` holds on any rank."""
+    return any(gather(truth))
 
 
 def agree(what: str, text: str) -> None:
@@ -61,7 +86,19 @@ def agree(what: str, text: str) -> None:
         )
 
 
-def wait() -> None:
-    """Wait until every rank is here."""
-    if ranks() > 1:
-        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A block that every rank runs. Where it fails on one, it fails on all.
+
+    Raises:
+        ElsewhereError: on the ranks where the block itself did not fail; names the others, and their errors.
+    """
+    try:
+        yield
+        gather(None)
+    except ElsewhereError:
+        raise
+    except BaseException as error:
+        with suppress(ElsewhereError):
+            gather(Failure(f"{type(error).__name__}: {error}"))
+        raise

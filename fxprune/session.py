@@ -163,10 +163,12 @@ class Session:
             The record of the epoch; ``removed`` says how many channels went.
 
         Raises:
+            SessionError: the ranks have different plans, or the cut failed on another rank.
             FxpruneError: a cut was refused. Model, optimizer and log are as they were.
         """
         self._check_open()
         plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
+        distributed.agree("the plan", str(plan))
         record = self._record(values)
         notes = self._outcome(record)
         if plan is not None and plan.keep and self._when is not None:
@@ -175,7 +177,6 @@ class Session:
             plan = plan if decision.go else None
             record = replace(record, predicted=decision.step_time if decision.go else None)
         if plan is not None and plan.keep:
-            distributed.agree("the plan", str(sorted(plan.keep.items())))
             if self._waits():
                 self._waiting = plan
                 notes += ("gradients wait for a step: the cut follows it",)
@@ -195,7 +196,8 @@ class Session:
         """Carry out ``plan``, made from ``session.analysis``, now.
 
         Raises:
-            SessionError: gradients wait for the optimizer's step, or the ranks have different plans.
+            SessionError: gradients wait for the optimizer's step, the ranks have different plans, or the cut failed on
+                another rank. Nothing is changed.
             FxpruneError: the cut is refused. Nothing is changed.
         """
         self._check_open()
@@ -205,8 +207,8 @@ class Session:
                 "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, then "
                 "reconfigure"
             )
+        distributed.agree("the plan", str(plan))
         plan.check(self.analysis.sizes)
-        distributed.agree("the plan", str(sorted(plan.keep.items())))
         return self._reconfigure(plan)
 
     def register(self, **things: Stateful) -> None:
@@ -292,7 +294,8 @@ class Session:
         Raises:
             FileError: the file is truncated, is none, or belongs to another model. Nothing is changed.
         """
-        saved = read(path, model, example_inputs, optimizer, passes)
+        with distributed.all_or_none():
+            saved = read(path, model, example_inputs, optimizer, passes)
         session = cls(model, example_inputs, optimizer, saved.passes, **{**saved.options, **options})
         restore(session, saved)
         return session
@@ -314,8 +317,9 @@ class Session:
         self._pending = True
 
     def _waits(self) -> bool:
-        """Whether there are gradients that no step has used yet and that zero_grad has not dropped."""
-        return self._pending and any(p.grad is not None and bool(p.grad.any()) for p in self._held())
+        """Whether some rank has gradients that no step has used yet and that zero_grad has not dropped."""
+        waits = self._pending and any(p.grad is not None and bool(p.grad.any()) for p in self._held())
+        return distributed.some(waits)
 
     def _before_step(self, *_: Any) -> None:
         for training_pass, memory in self._pairs():
@@ -360,22 +364,23 @@ class Session:
         undo = Undo((self.graph, *copies), optimizers)
         wrapped = False
         try:
-            self.analysis, param_map = reconfigure(
-                self.graph,
-                self.analysis,
-                plan,
-                optimizers,
-                copies,
-                reset_state=self._reset_state,
-                verify_with=self.example_inputs if self._verify else None,
-            )
-            torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
-            wrapped = True
-            wrap(self._wrappers, self.graph)
-            for training_pass, memory in self._pairs():
-                training_pass.after_cut(self, memory, param_map)
-                memory.derived.clear()
-                training_pass.prepare(self, memory)
+            with distributed.all_or_none():
+                self.analysis, param_map = reconfigure(
+                    self.graph,
+                    self.analysis,
+                    plan,
+                    optimizers,
+                    copies,
+                    reset_state=self._reset_state,
+                    verify_with=self.example_inputs if self._verify else None,
+                )
+                torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
+                wrapped = True
+                wrap(self._wrappers, self.graph)
+                for training_pass, memory in self._pairs():
+                    training_pass.after_cut(self, memory, param_map)
+                    memory.derived.clear()
+                    training_pass.prepare(self, memory)
         except BaseException:  # a pass that fails, memory that runs out, control-C
             undo()
             self.analysis = analysis

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.errors import SessionError
 
+# Arguments that DistributedDataParallel keeps under their own names, in one version of torch or another.
 KEPT = set(
     """device_ids output_device dim process_group broadcast_buffers forward_sync_buffers find_unused_parameters
     gradient_as_bucket_view static_graph skip_all_reduce_unused_params batched_grad_copy
@@ -23,7 +25,8 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
     """The wrappers around ``model``, the outermost first.
 
     Raises:
-        SessionError: DataParallel or FSDP, whose parameters can't be cut in place.
+        SessionError: DataParallel or FSDP, whose parameters can't be cut in place, or an argument of
+            DistributedDataParallel that can't be given again.
     """
     found: list[nn.Module] = []
     while True:
@@ -32,16 +35,32 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
                 f"{type(model).__name__} splits the model in a way that can't be cut while it trains. Use "
                 "DistributedDataParallel, or give the model without the wrapper."
             )
-        if not isinstance(model, (DistributedDataParallel, OptimizedModule)):
+        if isinstance(model, DistributedDataParallel):
+            check_distributed(model)
+            found.append(model)
+            model = model.module
+        elif isinstance(model, OptimizedModule):
+            found.append(model)
+            model = model._orig_mod
+        else:
             return found
-        if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
-            raise SessionError("DistributedDataParallel with mixed_precision= can't be made anew; use torch.autocast")
-        found.append(model)
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+
+
+def check_distributed(wrapper: DistributedDataParallel) -> None:
+    """Raise SessionError where a wrapper can't be made anew as it was."""
+    if wrapper.mixed_precision is not None:
+        raise SessionError("DistributedDataParallel with mixed_precision= can't be made anew; use torch.autocast")
+    if getattr(wrapper, "_delay_all_reduce_params", None):
+        raise SessionError(
+            "DistributedDataParallel with delay_all_reduce_named_params= can't be made anew; leave that argument out"
+        )
 
 
 def wrap(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
-    """Put ``wrappers`` (the outermost first) around ``model``. They stay the same objects, with their arguments."""
+    """Put ``wrappers`` (the outermost first) around ``model``. They stay the same objects, with their arguments.
+
+    Nothing is sent to other ranks: their models must be cut alike.
+    """
     for wrapper in reversed(wrappers):
         hooks = {name: vars(wrapper)[name] for name in HOOKS}
         if isinstance(wrapper, DistributedDataParallel):
@@ -58,18 +77,31 @@ def wrap(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
 def distribute(wrapper: DistributedDataParallel, model: nn.Module) -> None:
     """Make ``wrapper`` anew around ``model`` with the arguments it was made with: its buckets fit the old shapes."""
     hooks = list(getattr(wrapper, "_comm_hooks", []))
-    arguments = arguments_of(wrapper)
+    for handle in getattr(wrapper, "_accum_grad_hooks", ()):  # of the reducer in Python
+        handle.remove()
+    synchronize = wrapper.require_backward_grad_sync  # False within no_sync()
     training = wrapper.training
-    wrapper.__init__(model, **arguments)  # type: ignore[misc]
+    if wrapper.parameters_to_ignore:
+        model._ddp_params_and_buffers_to_ignore = list(wrapper.parameters_to_ignore)  # type: ignore[assignment]
+    DistributedDataParallel.__init__(wrapper, model, **arguments_of(wrapper))
+    wrapper.require_backward_grad_sync = synchronize
     wrapper.train(training)  # type: ignore[no-untyped-call]
     for hook, state in hooks:
+        if isinstance(state, PowerSGDState):  # its errors and factors are shaped like the old buckets
+            for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+                memory.clear()
+            state.iter = 0
         wrapper.register_comm_hook(state, hook)
 
 
 def arguments_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
-    """The arguments that ``wrapper`` was made with: those that it keeps under their own names, and its bucket size."""
+    """The arguments that ``wrapper`` was made with. The ranks need no check and no broadcast: they are alike."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     found = {name: getattr(wrapper, name) for name in known if name in KEPT and hasattr(wrapper, name)}
-    if not wrapper.bucket_bytes_cap_default:
+    if "forward_sync_buffers" in found:  # the new name of broadcast_buffers, which warns
+        del found["broadcast_buffers"]
+    if wrapper.bucket_bytes_cap_list:
+        found["bucket_cap_mb_list"] = [cap / 2**20 for cap in wrapper.bucket_bytes_cap_list]
+    elif not wrapper.bucket_bytes_cap_default:
         found["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
-    return found
+    return found | {"init_sync": False}
