@@ -488,4 +488,5 @@ def together(plans: Sequence[Plan | None]) -> Plan | None:
         for name, kept in plan.keep.items():
             both = sorted(set(keep.get(name, kept)) & set(kept))
             keep[name] = tuple(both) or keep[name]
-    return Plan(keep, given[0].sizes, given[0].options)
+    dropped = {name for plan in given for name in plan.dropped if not keep[name]}
+    return Plan(keep, given[0].sizes, given[0].options, sorted(dropped))
