@@ -286,7 +286,7 @@ def cuts_commute_with_steps(
     mode: bool = True,
     cuts: int = 3,
     steps: int = 2,
-    seed: int = 0,
+    plan: Callable[[Analysis, int], Plan] | None = None,
 ) -> None:
     """Law 2 in a session: train, cut, train, cut ... is to train a whole twin whose removed slices are held at zero.
 
@@ -311,7 +311,7 @@ def cuts_commute_with_steps(
                 assert_same_training(session.graph, optimizer, twin, its_optimizer, kept)
             optimizer.zero_grad()
             if cut < cuts:
-                kept = kept.then(session.reconfigure(thinner(session.analysis, seed + cut)))
+                kept = kept.then(session.reconfigure((plan or thinner)(session.analysis, cut)))
                 zero_removed(twin, kept)
 
 

@@ -3,9 +3,7 @@
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,47 +21,19 @@ from laws import (
     zero_removed,
 )
 from models import MODELS, prepare
+from runs import Thin, begin, nothing_changes, objects, traced, train
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, Adam, AdamW, Muon, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxprune
-from fxprune import Plan, Session, TracedModule
+from fxprune import Analysis, Plan, Session
+from fxprune.branches import emptied
 from fxprune.errors import FxpruneError, MigrationError, PlanError, SessionError, VerificationError
 from fxprune.training import Memory, TrainingPass
 
 RECONFIGURE, REWRITE = (sys.modules[f"fxprune.{name}"] for name in ("reconfigure", "rewrite"))
 PRUNABLE = [name for name, case in MODELS.items() if case.prunable]
-
-
-@cache
-def traced(name: str) -> tuple[TracedModule, Any]:
-    """A case's trace and inputs, made once: nothing may change them."""
-    model, inputs = prepare(MODELS[name])
-    return fxprune.trace(model, inputs), inputs
-
-
-def begin(name: str = "residual", make: Any = None, steps: int = 2, **options: Any) -> tuple[Session, Any]:
-    """A session over a copy of a case, after a few steps."""
-    graph, inputs = traced(name)
-    model = copy.deepcopy(graph).requires_grad_().train()
-    optimizer = (make or EVERY_OPTIMIZER["momentum"])(model.parameters())
-    session = Session(model, inputs, optimizer, progress=False, **options)
-    train(session, inputs, steps)
-    return session, inputs
-
-
-def train(session: Session, inputs: Any, steps: int = 1) -> list[float]:
-    """A few steps; the loss of each, exactly."""
-    losses = []
-    for _ in range(steps):
-        loss = session.model(*inputs).square().mean()
-        session.optimizer.zero_grad()
-        loss.backward()
-        session.optimizer.step()
-        losses.append(loss.item())
-    session.optimizer.zero_grad()
-    return losses
 
 
 # ---------------------------------------------------------------------------------------------- law 2
@@ -84,6 +54,38 @@ def test_cuts_commute_with_steps_of_every_network(name: str, optimizer: str) -> 
     graph, inputs = traced(name)
     makers = EVERY_OPTIMIZER | {"gentle momentum": lambda p: SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-2)}
     cuts_commute_with_steps(graph, inputs, makers[optimizer], mode=not MODELS[name].random, steps=1)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["residual", "residual_projection"])
+def test_whole_branches_go_between_steps(name: str, optimizer: str, dropped: bool) -> None:
+    """The first cut empties a residual branch, with its constant or all but it; two ordinary ones follow."""
+
+    def plan(analysis: Analysis, cut: int) -> Plan:
+        if cut:
+            return thinner(analysis, cut)
+        able = next(gone for group in analysis.groups if (gone := emptied(analysis, {group}, constants=not dropped)))
+        gone = sorted(able)
+        return Plan(dict.fromkeys(gone, ()), analysis.sizes, analysis.options, gone if dropped else ())
+
+    graph, inputs = traced(name)
+    cuts_commute_with_steps(graph, inputs, EVERY_OPTIMIZER[optimizer], plan=plan)
+
+
+def test_a_constant_that_stays_is_the_same_parameter() -> None:
+    session, inputs = begin()
+    session.model(*inputs).square().mean().backward()
+    session.optimizer.step()
+    shift = session.graph.get_parameter("1.bn.bias")
+    sizes = session.analysis.sizes
+    session.reconfigure(Plan({"1.conv1.0": ()}, sizes, session.analysis.options))
+    assert session.graph.get_parameter("1.bn.bias") is shift
+    before = shift.detach().clone()
+    train(session, inputs)
+    assert not torch.equal(shift, before)
+    held = [p for group in session.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in session.graph.parameters()}
 
 
 def test_muon_beside_adamw_goes_on() -> None:
@@ -227,22 +229,6 @@ def test_the_map_of_a_cut_in_place_moves_no_optimizer() -> None:
 
 
 # ---------------------------------------------------------------------------------------- same objects
-
-
-def objects(session: Session) -> dict[str, Any]:
-    """Everything that a loop may hold on to."""
-    graph, optimizer = session.graph, session.optimizer
-    return {
-        "model": session.model,
-        "graph": graph,
-        "optimizer": optimizer,
-        **{f"module {name}": module for name, module in graph.named_modules(remove_duplicate=False)},
-        **{f"parameter {name}": p for name, p in graph.named_parameters(remove_duplicate=False)},
-        **{f"buffer {name}": b for name, b in graph.named_buffers(remove_duplicate=False)},
-        "groups": optimizer.param_groups,
-        **{f"group {at}": group for at, group in enumerate(optimizer.param_groups)},
-        **{f"held {at}": p for at, p in enumerate(p for g in optimizer.param_groups for p in g["params"])},
-    }
 
 
 @pytest.mark.parametrize("name", ["residual_projection", "shared_conv", "tied_parameter", "vit", "auxiliary_head"])
@@ -458,58 +444,6 @@ def test_a_cut_inside_autocast_drops_the_casts_it_keeps() -> None:
 # -------------------------------------------------------------------------------------- all or nothing
 
 
-def snapshot(session: Session) -> dict[str, Any]:
-    """Everything of a run, copied."""
-    models = {"model": session.graph} | {
-        name: thing for name, thing in session.registered.items() if isinstance(thing, nn.Module)
-    }
-    return copy.deepcopy(
-        {
-            "state": {name: model.state_dict() for name, model in models.items()},
-            "text": {name: str(model) for name, model in models.items()},
-            "code": [graph.python_code("self").src for graph in session.graph.distinct_graphs().values()],
-            "modes": [module.training for module in session.graph.modules()],
-            "meta": session.graph.meta,
-            "gradients": [p.grad for p in session.graph.parameters()],
-            "optimizer": session.optimizer.state_dict(),
-            "analysis": str(session.analysis),
-            "memories": [(memory.saved, sorted(memory.derived)) for memory in session.memories],
-            "counters": (session.epoch, session.step, session.batch_size, session._pending, session._waiting),
-            "log": session.log.to_json(),
-        }
-    )
-
-
-def assert_equal(what: str, found: Any, expected: Any) -> None:
-    """Two trees hold the same, tensors bit for bit and in the same memory format."""
-    assert type(found) is type(expected), what
-    if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype, what
-        assert found.stride() == expected.stride(), what
-        assert torch.equal(found, expected), what
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected), what
-        for key, value in expected.items():
-            assert_equal(f"{what} {key}", found[key], value)
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), what
-        for at, (mine, its) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(f"{what} {at}", mine, its)
-    else:
-        assert found == expected, what
-
-
-@contextmanager
-def nothing_changes(session: Session) -> Iterator[None]:
-    """The block leaves the whole run as it was, bit for bit, and the same objects."""
-    before, held = snapshot(session), objects(session)
-    yield
-    assert_equal("run", snapshot(session), before)
-    after = objects(session)
-    assert list(after) == list(held)
-    assert all(after[key] is held[key] for key in held)
-
-
 class Unlucky(TrainingPass):
     """A pass whose hook of this name raises, but for the first time."""
 
@@ -540,9 +474,9 @@ class Unlucky(TrainingPass):
 
 @pytest.mark.parametrize("hook", ["prepare", "after_epoch", "after_cut", "report"])
 def test_a_pass_that_fails_changes_nothing(hook: str) -> None:
-    twin, inputs = begin(passes=[Unlucky("none")])
+    twin, inputs = begin(passes=[Thin()])
     twin.register(ema=copy.deepcopy(twin.model))
-    session, _ = begin(passes=[Unlucky("none"), Unlucky(hook)])
+    session, _ = begin(passes=[Thin(), Unlucky(hook)])
     session.register(ema=copy.deepcopy(session.model))
     for each in (session, twin):
         each.optimizer.zero_grad(set_to_none=False)
@@ -578,7 +512,7 @@ FAILURES: dict[str, tuple[Callable[[Session], None], type[Exception], str]] = {
 @pytest.mark.parametrize("how", ["reconfigure", "epoch_end"])
 def test_a_cut_that_is_refused_changes_nothing(how: str, failure: str) -> None:
     break_it, error, message = FAILURES[failure]
-    session, inputs = begin(passes=[Unlucky("none")])
+    session, inputs = begin(passes=[Thin()])
     twin, _ = begin()
     break_it(session)
     plan = thinner(session.analysis, 0)
@@ -588,7 +522,7 @@ def test_a_cut_that_is_refused_changes_nothing(how: str, failure: str) -> None:
 
 
 def test_a_proof_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    session, inputs = begin(passes=[Unlucky("none")], verify=True)
+    session, inputs = begin(passes=[Thin()], verify=True)
     twin, _ = begin()
     rewrite = RECONFIGURE.rewrite
 
@@ -612,7 +546,7 @@ def test_a_proof_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("module", ["rewrite.cut", "reconfigure.replace_data", "reconfigure.become"])
 @pytest.mark.parametrize("at", [0, 1, 9, 25])
 def test_memory_that_runs_out_anywhere_changes_nothing(module: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, inputs = begin(passes=[Unlucky("none")])
+    session, inputs = begin(passes=[Thin()])
     session.register(ema=copy.deepcopy(session.model))
     twin, _ = begin()
     where, name = {"rewrite": REWRITE, "reconfigure": RECONFIGURE}[module.partition(".")[0]], module.partition(".")[2]
