@@ -85,27 +85,39 @@ def become(model: TracedModule, compact: TracedModule) -> None:
 
 def take_over(module: nn.Module, other: nn.Module) -> None:
     """Give ``module`` the tensors, children and plain attributes of ``other``."""
-    kinds: Any = ((module._parameters, other._parameters), (module._buffers, other._buffers))
-    for mine, theirs in kinds:
-        for name in mine.keys() - theirs.keys():
-            del mine[name]
-        for name, tensor in theirs.items():
-            held = mine.get(name)
-            if held is None or tensor is None:
-                mine[name] = tensor
-            else:
-                replace_data(held, tensor)
+    take_over_tensors(module, other)
+    for mine, theirs in tensors_of(module, other):
+        mine.clear()
+        mine.update(theirs)
     for name in module._modules.keys() - other._modules.keys():
         del module._modules[name]
     for name, child in other._modules.items():
-        held_child = module._modules.get(name)
-        if child is None or type(held_child) is not type(child):
+        held = module._modules.get(name)
+        if held is None or child is None:
+            module._modules[name] = child
+        elif type(held) is not type(child):  # what is left of a branch
+            take_over_tensors(held, child)
             module._modules[name] = child
         else:
-            take_over(held_child, child)
-    plain = {key: value for key, value in vars(other).items() if not key.startswith("_") and key != "training"}
+            take_over(held, child)
     if not isinstance(module, TracedModule):
-        vars(module).update(plain)
+        public = {key: value for key, value in vars(other).items() if not key.startswith("_") and key != "training"}
+        vars(module).update(public)
+
+
+def take_over_tensors(module: nn.Module, other: nn.Module) -> None:
+    """Make ``other`` hold the tensors of ``module``, with its own values in them."""
+    for mine, theirs in tensors_of(module, other):
+        for name, tensor in theirs.items():
+            held = mine.get(name)
+            if held is not None and tensor is not None and held is not tensor:
+                replace_data(held, tensor)
+                theirs[name] = held
+
+
+def tensors_of(module: nn.Module, other: nn.Module) -> Any:
+    """The parameters of both, and the buffers of both."""
+    return (module._parameters, other._parameters), (module._buffers, other._buffers)
 
 
 def replace_data(tensor: Tensor, new: Tensor) -> None:

@@ -361,6 +361,7 @@ class Session:
         copies = [copied for name, thing in self.registered.items() for copied in self._copies(name, thing)]
         optimizers = self._optimizers()
         analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]
+        batch_size = self.batch_size
         undo = Undo((self.graph, *copies), optimizers)
         wrapped = False
         try:
@@ -383,7 +384,7 @@ class Session:
                     training_pass.prepare(self, memory)
         except BaseException:  # a pass that fails, memory that runs out, control-C
             undo()
-            self.analysis = analysis
+            self.analysis, self.batch_size = analysis, batch_size
             for memory, (saved, derived) in zip(self.memories, remembered, strict=True):
                 memory.saved, memory.derived = saved, derived
             if wrapped:

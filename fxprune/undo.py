@@ -27,15 +27,15 @@ class Undo:
                 held += [vars(module), module._parameters, module._buffers, module._modules]
         self._dicts = [(each, dict(each)) for each in held]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._groups = [(group, list(group["params"])) for group in groups]
+        self._groups = [(group, {**group, "params": list(group["params"])}) for group in groups]
 
     def __call__(self) -> None:
         """Restore everything."""
         for each, before in self._dicts:
             each.clear()
             each.update(before)
-        for group, parameters in self._groups:
-            group["params"] = parameters
+        for group, settings in self._groups:
+            group.update(settings)
         for parameter, _ in self._gradients:
             parameter.grad = None
         for tensor, data in self._data:

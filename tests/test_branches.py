@@ -15,6 +15,7 @@ import fxprune
 from fxprune import Analysis, Plan, TracedModule
 from fxprune.branches import ConstantNorm, emptied
 from fxprune.errors import PlanError
+from fxprune.passes import PruneTrain
 
 
 class Block(nn.Module):
@@ -181,3 +182,36 @@ def test_transformers_lose_their_mlps() -> None:
     gone = ["encoder.layers.encoder_layer_3.mlp.0"]
     compact, param_map = fxprune.rewrite(graph, analysis, Plan({gone[0]: ()}, analysis.sizes, analysis.options, gone))
     fxprune.verify(graph, compact, param_map, inputs)
+
+
+@pytest.mark.parametrize("branches", ["remove", "fold"])
+def test_a_session_takes_branches_out(branches: str) -> None:
+    torch.manual_seed(0)
+    model = plain()
+    sgd = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    session = fxprune.Session(
+        model,
+        torch.randn(2, 3, 8, 8),
+        sgd,
+        [PruneTrain(interval=1, ratio=0.01, branches=branches)],
+        verify=True,
+        batch_size=4,
+    )
+    dead = model[3].conv1.weight, model[3].conv2.weight
+    bias = model[3].bn2.bias
+    for epoch in range(3):
+        for _ in range(2):
+            task = session.model(torch.randn(4, 3, 8, 8)).square().mean()
+            (task + session.penalty(task)).backward()
+            sgd.step()
+            sgd.zero_grad()
+        with torch.no_grad():
+            for weight in dead:
+                weight.zero_()
+        session.epoch_end()
+        held = {id(p) for group in sgd.param_groups for p in group["params"]}
+        assert held == {id(p) for p in session.model.parameters()}
+        assert set(map(id, sgd.state)) <= held
+        assert epoch > 0 or session.log[0].removed >= 6
+    assert (id(bias) in held) == (branches == "fold")
+    assert all(id(weight) not in held for weight in dead)
