@@ -1,18 +1,22 @@
 """PruneTrain: group lasso from the first step, and cuts of the channels that it brings to zero."""
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim import SGD, Optimizer
 
 from fxprune.branches import emptied
 from fxprune.channels.groups import Member
 from fxprune.cost import Floats
 from fxprune.distributed import mean
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, SessionError
 from fxprune.plan import Plan
 from fxprune.session import Session
 from fxprune.training import Memory, TrainingPass
@@ -26,7 +30,8 @@ class PruneTrain(TrainingPass):
 
     The loss is ``task + lambda * P`` with P = sum over weights and channels of sqrt(sum w^2 + 1e-8): each weight counts
     in its input channel and in its output channel. Depthwise weights, biases and norms are left out, and so are
-    channels that can't be pruned. lambda is set once, from the first batch, so that P is ``ratio`` of the whole loss.
+    channels that can't be pruned: those that the analysis froze, and those with a weight that does not train. lambda is
+    set once, from the first batch, so that lambda P is ``ratio`` of the whole loss.
     Every ``interval`` epochs the channels go whose weights are all below ``threshold``, on every layer that writes or
     reads them (the channel union).
 
@@ -35,7 +40,7 @@ class PruneTrain(TrainingPass):
         interval: epochs between cuts.
         threshold: the largest absolute weight of a channel that goes.
         proximal: take the penalty out of the loss and shrink each channel after each step instead, by
-            max(0, 1 - lr lambda / norm): gives exact zeros at any learning rate.
+            max(0, 1 - lr lambda / norm), with the plain norm: gives exact zeros at any learning rate.
         branches: what becomes of a residual branch with a group all below the threshold: "remove" it, with the
             constant that it still adds (as the paper does); "fold" it into that constant, which changes nothing; or
             "keep" one channel. A group that is not inside a residual branch always keeps one.
@@ -64,47 +69,72 @@ class PruneTrain(TrainingPass):
             raise PlanError(f"threshold={self.threshold!r} must not be negative")
 
     def prepare(self, session: Session, memory: Memory) -> None:
-        """Find the weights and the channels on each of their axes."""
+        """Find the weights and the channels on each of their axes.
+
+        Raises:
+            PlanError: at the start, where no channel can ever go; says why.
+        """
         parameters = dict(session.graph.named_parameters())
         depthwise = depthwise_weights(session.graph)
         memory.derived["slices"] = [
             Slices(parameters[member.parameter], member, group.name, group.size)
             for group in session.analysis.groups.values()
             for member in group.members
-            if member.parameter in parameters.keys() - depthwise
-            and parameters[member.parameter].ndim > 1
-            and parameters[member.parameter].requires_grad
+            if member.parameter in parameters.keys() - depthwise and parameters[member.parameter].ndim > 1
         ]
+        still = {each.group for each in memory.derived["slices"] if not each.weight.requires_grad}
+        lasso = [each for each in memory.derived["slices"] if each.group not in still]
+        memory.derived["lasso"] = {
+            weight: [each for each in lasso if each.weight is weight]
+            for weight in {each.weight: None for each in lasso}
+        }
+        if not lasso and not memory.saved:  # later, cuts may have left nothing
+            raise PlanError(nothing_to_prune(session, still))
+        memory.saved.setdefault("groups", len({each.group for each in lasso}))
 
     def penalty(self, session: Session, memory: Memory, task: Tensor) -> Tensor | None:
-        """Lambda P, a scalar; None with ``proximal``. Sets lambda at the first call."""
-        slices: list[Slices] = memory.derived["slices"]
-        if not slices:
+        """Lambda P, a scalar; None with ``proximal``. Sets lambda at the first call.
+
+        Raises:
+            SessionError: the first loss is not a positive number.
+        """
+        weights: dict[nn.Parameter, list[Slices]] = memory.derived["lasso"]
+        if not weights:
             return None
         if "lambda" not in memory.saved:
             with torch.no_grad():
-                initial = float(sum(each.lasso() for each in slices))
+                initial = float(lasso(weights))
             loss = float(mean(task.detach().float()))
+            if not (math.isfinite(loss) and loss > 0):
+                raise SessionError(
+                    f"PruneTrain sets lambda from the first task loss, which must be a positive number; it is {loss!r}"
+                )
             memory.saved["lambda"] = self.ratio * loss / ((1 - self.ratio) * initial)
             self._warn(session, memory.saved["lambda"])
         if self.proximal:
             return None
         coefficient: float = memory.saved["lambda"]
-        return torch.stack([each.lasso() for each in slices]).sum() * coefficient
+        return lasso(weights) * coefficient
 
     def after_step(self, session: Session, memory: Memory) -> None:
         """The proximal step, for each weight once along each of its axes."""
         if not self.proximal or "lambda" not in memory.saved:
             return
-        rates = {p: float(group["lr"]) for group in session.optimizer.param_groups for p in group["params"]}
-        for each in memory.derived["slices"]:
-            if each.weight in rates:
-                each.shrink(rates[each.weight] * memory.saved["lambda"])
+        rates = {p: float(group["lr"]) for group in param_groups(session) for p in group["params"]}
+        for weight, slices in memory.derived["lasso"].items():
+            for each in slices if weight in rates else ():
+                each.shrink(rates[weight] * memory.saved["lambda"])
 
     def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
         """Every ``interval`` epochs, the plan that keeps what some layer still uses."""
         if (session.epoch + 1) % self.interval:
             return None
+        if "lambda" not in memory.saved and memory.derived["lasso"]:
+            warnings.warn(
+                "PruneTrain: session.penalty(task) has not been called yet, so nothing brings channels to zero. Add it "
+                "to the loss: (task + session.penalty(task)).backward()",
+                stacklevel=3,
+            )
         return self.plan(session, memory)
 
     def plan(self, session: Session, memory: Memory) -> Plan:
@@ -113,6 +143,7 @@ class PruneTrain(TrainingPass):
         for each in memory.derived["slices"]:
             peaks.setdefault(each.group, []).append(each.peak())
         highest = {name: torch.stack(its).amax(0).double().cpu().numpy() for name, its in peaks.items()}
+        highest = {name: np.nan_to_num(peak, nan=np.inf, posinf=np.inf) for name, peak in highest.items()}
         gone: set[str] = set()
         if self.branches != "keep":
             dead = {name for name, peak in highest.items() if (peak < self.threshold).all()}
@@ -133,18 +164,78 @@ class PruneTrain(TrainingPass):
 
     def _warn(self, session: Session, coefficient: float) -> None:
         """Say so where momentum SGD can't bring a channel below the threshold: the smoothed lasso is unstable there."""
-        for group in session.optimizer.param_groups:
-            if self.proximal or "momentum" not in group:
-                continue
-            limit = EPSILON**0.5 * (1 + group["momentum"]) / coefficient
-            if group["lr"] > limit:
-                warnings.warn(
-                    f"PruneTrain: with lambda {coefficient:.2g}, learning rates above {limit:.2g} keep dead channels "
-                    f"swinging above the threshold, so little is cut until the rate falls from {group['lr']:.2g} "
-                    "below that. Lower it on the way, or use PruneTrain(proximal=True).",
-                    stacklevel=2,
-                )
-                return
+        for optimizer in () if self.proximal else optimizers(session):
+            for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+                limit = EPSILON**0.5 * (1 + group["momentum"]) / coefficient
+                if group["lr"] > limit:
+                    warnings.warn(
+                        f"PruneTrain: with lambda {coefficient:.2g}, learning rates above {limit:.2g} keep dead "
+                        "channels swinging above the threshold, so little is cut until the rate falls from "
+                        f"{group['lr']:.2g} below that. Lower it on the way, or use PruneTrain(proximal=True).",
+                        stacklevel=4,
+                    )
+                    return
+
+
+def optimizers(session: Session) -> Iterator[Optimizer]:
+    """The session's optimizer, and those that were registered."""
+    yield session.optimizer
+    yield from (thing for thing in session.registered.values() if isinstance(thing, Optimizer))
+
+
+def param_groups(session: Session) -> Iterator[dict[str, Any]]:
+    """The parameter groups of all of them."""
+    for optimizer in optimizers(session):
+        yield from optimizer.param_groups
+
+
+def nothing_to_prune(session: Session, still: set[str]) -> str:
+    """Why PruneTrain can't do anything with this model."""
+    analysis = session.analysis
+    if still:
+        return (
+            f"PruneTrain finds nothing to prune: each of the {len(analysis.groups)} groups of channels has a weight "
+            f"that does not train, as {min(still)!r} has. Set requires_grad before the session is made."
+        )
+    reasons = sorted({each.reason.text for each in analysis.frozen})
+    why = f"; every channel is frozen: {', '.join(reasons[:5])}" if not analysis.groups else " among its weights"
+    return f"PruneTrain finds nothing to prune in this model{why}. print(fxprune.analyze(...)) shows each axis."
+
+
+def lasso(weights: Mapping[nn.Parameter, "Sequence[Slices]"]) -> Tensor:
+    """P, a scalar: the sum of the norms of all channels of ``weights``."""
+    result: Tensor = Lasso.apply(list(weights.values()), *weights)
+    return result
+
+
+class Lasso(torch.autograd.Function):
+    """P, and its gradient w * sum over axes of 1 / norm: one pass over each weight, where autograd takes a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, slices: "list[list[Slices]]", *weights: Tensor) -> Tensor:
+        """Sum the norms; they are kept for the gradient, and so are the weights."""
+        norms = []
+        for weight, axes in zip(weights, slices, strict=True):
+            squares = at_least_float32(weight).square()
+            norms += [each.norms(squares) for each in axes]
+            del squares  # the next ones take its memory: half the time
+        ctx.slices = slices
+        ctx.save_for_backward(*weights, *norms)
+        return torch.stack([each.sum() for each in norms]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of each weight, in its dtype."""
+        count = len(ctx.slices)
+        norms = iter(ctx.saved_tensors[count:])
+        gradients: list[Tensor | None] = [None]
+        for weight, axes in zip(ctx.saved_tensors[:count], ctx.slices, strict=True):
+            factor = sum(each.spread(gradient / next(norms)) for each in axes)
+            # In place where that saves memory as large as the weight.
+            product = factor.mul_(weight) if factor.shape == weight.shape else weight * factor
+            gradients.append(product.to(weight.dtype))
+        return tuple(gradients)
 
 
 class Slices:
@@ -158,17 +249,22 @@ class Slices:
         each = len(member.channel) == size and (member.channel == np.arange(size)).all()
         self.channel = None if each else torch.from_numpy(member.channel).to(weight.device)
 
-    def norms(self) -> Tensor:
-        """float32[channels]: sqrt(sum w^2 + 1e-8) of each."""
-        squares = self.weight.float().square().sum(self.others)
-        squares = squares if self.index is None else squares[self.index]
+    def norms(self, squares: Tensor, epsilon: float = EPSILON) -> Tensor:
+        """float[channels]: sqrt(sum + epsilon) of each, from the squares of the weight."""
+        sums = squares.sum(list(range(self.axis))) if self.axis else squares  # first what vectorizes
+        sums = sums.flatten(1).sum(1) if sums.ndim > 1 else sums
+        sums = sums if self.index is None else sums[self.index]
         if self.channel is not None:
-            squares = squares.new_zeros(self.size).index_add(0, self.channel, squares)
-        return (squares + EPSILON).sqrt()
+            sums = sums.new_zeros(self.size).index_add(0, self.channel, sums)
+        return (sums + epsilon).sqrt()
 
-    def lasso(self) -> Tensor:
-        """The sum of the norms, a scalar."""
-        return self.norms().sum()
+    def spread(self, values: Tensor, default: float = 0.0) -> Tensor:
+        """``values``, one a channel, where the channels are on the axis; broadcasts against the weight."""
+        values = values if self.channel is None else values[self.channel]
+        if self.index is not None:
+            whole = values.new_full((self.weight.shape[self.axis],), default)
+            values = whole.index_copy(0, self.index, values)
+        return values.reshape([-1 if axis == self.axis else 1 for axis in range(self.weight.ndim)])
 
     @torch.no_grad()
     def peak(self) -> Tensor:
@@ -182,12 +278,14 @@ class Slices:
     @torch.no_grad()
     def shrink(self, by: float) -> None:
         """Multiply each channel by max(0, 1 - by / norm)."""
-        factors = (1 - by / self.norms()).clamp(min=0)
-        factors = factors if self.channel is None else factors[self.channel]
-        if self.index is not None:
-            factors = factors.new_ones(self.weight.shape[self.axis]).index_copy(0, self.index, factors)
-        shape = [-1 if axis == self.axis else 1 for axis in range(self.weight.ndim)]
-        self.weight.mul_(factors.reshape(shape).to(self.weight.dtype))
+        if by:
+            factors = (1 - by / self.norms(at_least_float32(self.weight).square(), epsilon=0.0)).clamp(min=0)
+            self.weight.mul_(self.spread(factors, default=1.0).to(self.weight.dtype))
+
+
+def at_least_float32(weight: Tensor) -> Tensor:
+    """The weight, in float32 where its dtype is a smaller one."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def depthwise_weights(model: nn.Module) -> set[str]:
