@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fxprune.channels.analysis import analyze
 from fxprune.errors import FileError, FxpruneError, require
 from fxprune.files import check_state
 from fxprune.log import Log
+from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
 from fxprune.trace import trace
@@ -76,7 +78,7 @@ def contents(session: "Session", random_states: list[Any]) -> dict[str, Any]:
         "format": FORMAT,
         "plan": plan.to_json(),
         "model": dict(session.graph.state_dict()),
-        "optimizer": session.optimizer.state_dict(),
+        "optimizer": {"kind": type(session.optimizer).__name__, **session.optimizer.state_dict()},
         "passes": [
             {"name": type(each).__name__, "options": options_of(each), "saved": memory.saved}
             for each, memory in zip(session.passes, session.memories, strict=True)
@@ -128,11 +130,14 @@ def read(
     """
     require(path, (str, Path), "path", FileError)
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in any of a dozen ways
+        line = next(iter(str(error).splitlines()), "")
         raise FileError(
-            f"can't read a checkpoint from {path}: {type(error).__name__}: {str(error).splitlines()[0]}. Is it "
-            "truncated, or another kind of file?"
+            f"can't read a checkpoint from {path}: {type(error).__name__}: {line}. Is it truncated, or another kind of "
+            "file?"
         ) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileError(f"{path} is not a checkpoint that Session.save wrote ({FORMAT!r})")
@@ -140,25 +145,51 @@ def read(
         plan = Plan.from_json(data["plan"])
         options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
         graph = trace(model, example_inputs)
-        compact, _ = rewrite(graph, analyze(graph, example_inputs, **options), plan)
+        compact, param_map = rewrite(graph, analyze(graph, example_inputs, **options), plan)
         check_state(compact, data["model"])
-        check_optimizer(optimizer, data["optimizer"])
-        Log.from_json(data["log"])
+        check_owned(optimizer, set(graph.parameters()))
+        check_optimizer(optimizer, data["optimizer"], param_map)
+        check_rest(data)
         found = tuple(passes) if passes is not None else tuple(map(pass_of, data["passes"]))
         names = [each["name"] for each in data["passes"]]
         if [type(each).__name__ for each in found] != names:
             raise FileError(f"it has the passes {names}, not those that were given")
-    except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {error}") from error
+    except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
+        raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
     return Saved(data, plan, found, options | {"batch_size": data["batch_size"]})
 
 
-def check_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Raise FileError unless the saved state has the parameter groups of ``optimizer``."""
-    mine = [len(group["params"]) for group in optimizer.param_groups]
+def check_optimizer(optimizer: Optimizer, state: dict[str, Any], param_map: ParamMap) -> None:
+    """Raise FileError unless the saved state is of an optimizer like ``optimizer``, cut as ``param_map`` says."""
+    kind = type(optimizer).__name__
+    if state["kind"] != kind:
+        raise FileError(f"the optimizer is {kind}, the file's {state['kind']}")
+    mine = [sum(not param_map.is_gone(p) for p in group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in state["param_groups"]]
     if mine != theirs:
         raise FileError(f"the optimizer has {mine} parameters in its groups, the file {theirs}")
+    if not all(isinstance(its, dict) for its in state["state"].values()):
+        raise FileError("the optimizer's state in the file is damaged")
+
+
+def check_rest(data: dict[str, Any]) -> None:
+    """Raise an error unless log, counters, random states and what was registered can be taken over."""
+    Log.from_json(data["log"])
+    numbers = [data["epoch"], data["step"], *[data["batch_size"]] * (data["batch_size"] is not None)]
+    kinds = [(numbers, int), (data["passes"], dict), (data["registered"].values(), dict), (data["random"], dict)]
+    for values, kind in kinds:
+        for value in values:
+            if not isinstance(value, kind):
+                raise FileError(f"it is damaged: {value!r:.60} stands where a {kind.__name__} should be")
+    if not all(isinstance(each["saved"], dict) for each in data["passes"]):
+        raise FileError("it is damaged: what a pass remembers is no dictionary")
+    before = random_state()
+    try:
+        for state in data["random"]:
+            set_random_state(state)
+    finally:
+        set_random_state(before)
 
 
 def pass_of(saved: dict[str, Any]) -> TrainingPass:
@@ -175,7 +206,7 @@ def restore(session: "Session", saved: Saved) -> None:
     if saved.plan.keep:
         session._reconfigure(saved.plan)
     session.graph.load_state_dict(data["model"])
-    session.optimizer.load_state_dict(data["optimizer"])
+    session.optimizer.load_state_dict({key: data["optimizer"][key] for key in ("state", "param_groups")})
     for training_pass, memory, its in zip(session.passes, session.memories, data["passes"], strict=True):
         memory.saved = its["saved"]
         training_pass.prepare(session, memory)

@@ -115,12 +115,16 @@ class ParamMap(Mapping[str, Kept]):
             if state:
                 optimizer.state[new] = state
 
+    def is_gone(self, parameter: nn.Parameter) -> bool:
+        """Whether ``parameter``, of the original, went with its whole branch."""
+        return self._parameters[parameter][0] in self.gone
+
     def drop_gone(self, optimizer: Optimizer) -> None:
         """Take the parameters that the compact model does not have out of ``optimizer``, and their state."""
         for group in optimizer.param_groups:
-            for old in [old for old in group["params"] if self._parameters[old][0] in self.gone]:
+            for old in filter(self.is_gone, group["params"]):
                 optimizer.state.pop(old, None)
-            group["params"] = [old for old in group["params"] if self._parameters[old][0] not in self.gone]
+            group["params"] = [old for old in group["params"] if not self.is_gone(old)]
 
     def sliced_state(self, optimizer: Optimizer, *, reset: bool = False) -> dict[nn.Parameter, dict[str, Any]]:
         """The state of ``optimizer``, by its present parameters, cut to what stays. The optimizer is not changed.
@@ -142,9 +146,7 @@ class ParamMap(Mapping[str, Kept]):
             )
         held = [old for group in optimizer.param_groups for old in group["params"]]
         return {
-            old: self._sliced_state(old, optimizer.state.get(old, {}), reset)
-            for old in held
-            if self._parameters[old][0] not in self.gone
+            old: self._sliced_state(old, optimizer.state.get(old, {}), reset) for old in held if not self.is_gone(old)
         }
 
     def _sliced_state(self, old: nn.Parameter, state: Mapping[str, Any], reset: bool) -> dict[str, Any]:

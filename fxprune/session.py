@@ -226,9 +226,10 @@ class Session:
                 raise SessionError(f"{name}={thing!r:.60} has no state_dict and load_state_dict")
             self._copies(name, thing)
         for name, thing in things.items():
-            self.registered[name] = thing
             if name in self._unclaimed:
-                thing.load_state_dict(self._unclaimed.pop(name))
+                thing.load_state_dict(self._unclaimed[name])
+                del self._unclaimed[name]
+            self.registered[name] = thing
 
     def memory(self) -> tuple[float, float]:
         """Estimated bytes that a step takes on this rank: fixed, and for each sample.
