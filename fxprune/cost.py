@@ -143,6 +143,30 @@ def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
     return Cost(analysis, channels, [(1, (every,))] if len(every) else [])
 
 
+def marginal(analysis: Analysis, kind: str) -> dict[str, Floats]:
+    """What the model would cost less without each single channel: float64[channels] for each group.
+
+    ``kind`` as for ``cost_of``. A channel takes along its part of every layer that writes or reads it.
+    """
+    if not analysis.groups:
+        return {}
+    channels = Channels.of(analysis)
+    cost = cost_of(analysis, kind, channels)
+    kept = np.ones(len(channels.group), dtype=bool)
+    whole = cost(kept)
+    # Channels of a group that have as many positions on every label cost the same: one of them is enough.
+    rows = np.stack([channels.group, *cost.uneven.values()], axis=1)
+    _, first, same = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    found = np.zeros(len(first))
+    for number, channel in enumerate(first):
+        kept[channel] = False
+        found[number] = whole - cost(kept)
+        kept[channel] = True
+    each = found[same.ravel()]
+    sizes = list(analysis.sizes.values())
+    return dict(zip(analysis.groups, np.split(each, np.cumsum(sizes)[:-1]), strict=True))
+
+
 def stored(analysis: Analysis, tensors: dict[str, Any], in_bytes: bool) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The elements (or bytes) of parameters and buffers."""
     for name, tensor in tensors.items():

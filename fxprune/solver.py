@@ -122,6 +122,10 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         if not now:
             raise BudgetError(f"{kind} is 0 for these example_inputs: there is nothing to save")
 
+    # A count of channels can't be met closer than to the whole channel below it.
+    counted = [limit for (kind, _, _), limit in zip(costs, allowed, strict=True) if kind == "channels"]
+    tolerance = max([tolerance, *(1 / limit for limit in counted)])
+
     def used(widths: Ints) -> float:
         kept = solver.kept(widths)
         return max(cost(kept) / limit for (_, cost, _), limit in zip(costs, allowed, strict=True))

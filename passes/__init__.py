@@ -6,6 +6,7 @@ from .grow_batch import GrowBatch
 from .magnitude import Magnitude
 from .prunetrain import PruneTrain
 from .random import Random
+from .single_shot import SingleShot
 from .taylor import Taylor
 
-__all__ = ["BatchNormScale", "Criterion", "GrowBatch", "Magnitude", "PruneTrain", "Random", "Taylor"]
+__all__ = ["BatchNormScale", "Criterion", "GrowBatch", "Magnitude", "PruneTrain", "Random", "SingleShot", "Taylor"]

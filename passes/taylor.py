@@ -37,35 +37,45 @@ class Taylor(Criterion):
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
-        weights_of(analysis)  # raises where they have no values
-        model = copy.deepcopy(analysis.graph)
-        device, _ = device_of(model)
-        parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
         totals = {name: np.zeros(group.size) for name, group in analysis.groups.items()}
         count = 0
-        with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(0)
-            for x, y in batches(self.data):
-                (args, kwargs), y = map_tensors(lambda tensor: tensor.to(device), (bind(x), y))
-                try:
-                    value = self.loss(model(*args, **kwargs), y)
-                except Exception as error:
-                    raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
-                if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                    raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
-                grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-                products = {
-                    name: detached(parameter) * detached(grad)
-                    for (name, parameter), grad in zip(parameters.items(), grads, strict=True)
-                    if grad is not None
-                }
-                sums = Sums(analysis, products)
-                for name, group in analysis.groups.items():
-                    totals[name] += np.abs(sums(group))
-                count += 1
+        for products in weights_times_gradients(analysis, batches(self.data), self.loss):
+            sums = Sums(analysis, products)
+            for name, group in analysis.groups.items():
+                totals[name] += np.abs(sums(group))
+            count += 1
         if not count:
             raise PlanError("Taylor got no batches: data must be one batch (x, y) or an iterable of batches")
         return {name: normalized(total) for name, total in totals.items()}
+
+
+def weights_times_gradients(
+    analysis: Analysis, data: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """For each batch w * dL/dw of every parameter, in float32 at least, by its name.
+
+    The model runs in the mode it is in, on a copy: its parameters, buffers and random numbers stay as they are.
+    """
+    weights_of(analysis)  # raises where they have no values
+    model = copy.deepcopy(analysis.graph)
+    device, _ = device_of(model)
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        for x, y in data:
+            (args, kwargs), y = map_tensors(lambda tensor: tensor.to(device), (bind(x), y))
+            try:
+                value = loss(model(*args, **kwargs), y)
+            except Exception as error:
+                raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
+            grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            yield {
+                name: detached(parameter) * detached(grad)
+                for (name, parameter), grad in zip(parameters.items(), grads, strict=True)
+                if grad is not None
+            }
 
 
 def batches(data: Any) -> Iterator[tuple[Any, Any]]:
