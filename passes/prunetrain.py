@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim import SGD, Optimizer
 
 from fxprune.branches import emptied
@@ -57,6 +56,9 @@ class PruneTrain(TrainingPass):
     round_to: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("ratio", "threshold"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise PlanError(f"{name}={getattr(self, name)!r} must be a number")
         if not 0 < self.ratio < 1:
             raise PlanError(f"ratio={self.ratio!r} must lie between 0 and 1: the share of the penalty in the loss")
         for name in ("interval", "minimum", "round_to"):
@@ -104,7 +106,7 @@ class PruneTrain(TrainingPass):
         if "lambda" not in memory.saved:
             with torch.no_grad():
                 initial = float(lasso(weights))
-            loss = float(mean(task.detach().float()))
+            loss = float(mean(at_least_float32(task.detach())))
             if not (math.isfinite(loss) and loss > 0):
                 raise SessionError(
                     f"PruneTrain sets lambda from the first task loss, which must be a positive number; it is {loss!r}"
@@ -214,28 +216,35 @@ class Lasso(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, slices: "list[list[Slices]]", *weights: Tensor) -> Tensor:
         """Sum the norms; they are kept for the gradient, and so are the weights."""
-        norms = []
-        for weight, axes in zip(weights, slices, strict=True):
-            squares = at_least_float32(weight).square()
-            norms += [each.norms(squares) for each in axes]
-            del squares  # the next ones take its memory: half the time
+        norms = all_norms(slices, weights)
         ctx.slices = slices
         ctx.save_for_backward(*weights, *norms)
         return torch.stack([each.sum() for each in norms]).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of each weight, in its dtype."""
-        count = len(ctx.slices)
-        norms = iter(ctx.saved_tensors[count:])
+        weights, norms = ctx.saved_tensors[: len(ctx.slices)], ctx.saved_tensors[len(ctx.slices) :]
+        if torch.is_grad_enabled():  # create_graph=True: as a function of the weights, to be differentiated again
+            norms = all_norms(ctx.slices, weights)
+        remaining = iter(norms)
         gradients: list[Tensor | None] = [None]
-        for weight, axes in zip(ctx.saved_tensors[:count], ctx.slices, strict=True):
-            factor = sum(each.spread(gradient / next(norms)) for each in axes)
+        for weight, axes in zip(weights, ctx.slices, strict=True):
+            factor = sum(each.spread(gradient / next(remaining)) for each in axes)
             # In place where that saves memory as large as the weight.
             product = factor.mul_(weight) if factor.shape == weight.shape else weight * factor
             gradients.append(product.to(weight.dtype))
         return tuple(gradients)
+
+
+def all_norms(slices: "Sequence[Sequence[Slices]]", weights: Sequence[Tensor]) -> list[Tensor]:
+    """For each weight and each of its axes, the norms of the channels."""
+    norms = []
+    for weight, axes in zip(weights, slices, strict=True):
+        squares = at_least_float32(weight).square()
+        norms += [each.norms(squares) for each in axes]
+        del squares  # the next ones take its memory: half the time
+    return norms
 
 
 class Slices:
@@ -283,9 +292,9 @@ class Slices:
             self.weight.mul_(self.spread(factors, default=1.0).to(self.weight.dtype))
 
 
-def at_least_float32(weight: Tensor) -> Tensor:
-    """The weight, in float32 where its dtype is a smaller one."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where its dtype is a smaller one."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def depthwise_weights(model: nn.Module) -> set[str]:
