@@ -206,7 +206,7 @@ def restore(session: "Session", saved: Saved) -> None:
     if saved.plan.keep:
         session._reconfigure(saved.plan)
     session.graph.load_state_dict(data["model"])
-    session.optimizer.load_state_dict({key: data["optimizer"][key] for key in ("state", "param_groups")})
+    load_optimizer(session.optimizer, data["optimizer"])
     for training_pass, memory, its in zip(session.passes, session.memories, data["passes"], strict=True):
         memory.saved = its["saved"]
         training_pass.prepare(session, memory)
@@ -215,6 +215,17 @@ def restore(session: "Session", saved: Saved) -> None:
     session._unclaimed = data["registered"]
     if distributed.rank() < len(data["random"]):  # of more ranks than before, the new ones keep their own
         set_random_state(data["random"][distributed.rank()])
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load a state into ``optimizer``; numbers keep their dtype, which torch would make that of the parameter."""
+    optimizer.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for at, state in saved["state"].items():
+        mine = optimizer.state[held[at]]
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and mine[key].dtype != value.dtype:
+                mine[key] = value.to(mine[key].device)
 
 
 def random_state() -> dict[str, Any]:
