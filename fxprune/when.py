@@ -45,10 +45,13 @@ class WhenItPays:
     cost: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epochs, int) or self.epochs < 1:
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
             raise SessionError(f"epochs={self.epochs!r} must be the number of epochs of the run")
-        if not (self.margin > 0 and self.efficiency > 0 and (self.cost is None or self.cost >= 0)):
-            raise SessionError(f"margin and efficiency must be positive and cost not negative: {self}")
+        for name, value in (("margin", self.margin), ("efficiency", self.efficiency), ("cost", self.cost)):
+            if name == "cost" and value is None:
+                continue
+            if not isinstance(value, (int, float)) or not (value > 0 or (value == 0 and name == "cost")):
+                raise SessionError(f"{name}={value!r} must be a positive number")
 
     def __call__(self, session: "Session", plan: Plan, step_time: float, steps: int) -> Decision:
         """Decide on ``plan`` at the end of an epoch of ``steps`` steps of ``step_time`` seconds."""
