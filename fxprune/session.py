@@ -150,13 +150,14 @@ class Session:
         terms = [training_pass.penalty(self, memory, task) for training_pass, memory in self._pairs()]
         return sum((term for term in terms if term is not None), start=torch.zeros((), device=task.device))
 
-    def epoch_end(self, **values: float) -> Epoch:
+    def epoch_end(self, *, step_time: float | None = None, **values: float) -> Epoch:
         """Close an epoch: ask the passes for plans, cut, and log.
 
         Where gradients wait for the optimizer's next step (accumulation across the end of the epoch), the cut is made
         right after that step.
 
         Args:
+            step_time: seconds that a step took, where you know better than the median time from step to step.
             values: your own numbers for the log, such as ``accuracy=0.93``.
 
         Returns:
@@ -169,7 +170,7 @@ class Session:
         self._check_open()
         plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
         distributed.agree("the plan", str(plan))
-        record = self._record(values)
+        record = self._record(step_time, values)
         notes = self._outcome(record)
         if plan is not None and plan.keep and self._when is not None:
             decision = distributed.gather(self._when(self, plan, record.step_time, record.steps))[0]
@@ -415,7 +416,7 @@ class Session:
         held = [each for each in others if any(p in own for group in each.param_groups for p in group["params"])]
         return [self.optimizer, *held]
 
-    def _record(self, values: Mapping[str, float]) -> Epoch:
+    def _record(self, step_time: float | None, values: Mapping[str, float]) -> Epoch:
         """The record of the epoch that ends now."""
         reports: dict[str, float] = {}
         for training_pass, memory in self._pairs():
@@ -423,11 +424,12 @@ class Session:
         channels = Channels.of(self.analysis)
         whole = np.ones(len(channels.group), dtype=bool)
         size = params(self.graph)
-        step_time = distributed.largest(median(self._step_times) if self._step_times else 0.0)
+        if step_time is None:
+            step_time = median(self._step_times) if self._step_times else 0.0
         record = Epoch(
             epoch=self.epoch + 1,
             steps=len(self._step_times) + 1 if self._last_step else 0,
-            step_time=step_time,
+            step_time=distributed.largest(step_time),
             first_step=self._first_step,
             samples=self.batch_size,
             flops=cost_of(self.analysis, "flops", channels)(whole) / examples(self.example_inputs),

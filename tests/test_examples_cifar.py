@@ -56,17 +56,17 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_run(
     for name in ("results.md", "prunetrain.png", "prunetrain.onnx", "dense.ckpt", "log.jsonl"):
         assert (whole / name).stat().st_size > 0
 
-    epoch = example.Run.epoch
+    epoch_end = example.Run.epoch_end
 
     def interrupted(run: Any, *sets: Any) -> None:
         if run.name == "prunetrain" and run.session.epoch == 1:
             raise KeyboardInterrupt
-        epoch(run, *sets)
+        epoch_end(run, *sets)
 
-    monkeypatch.setattr(example.Run, "epoch", interrupted)
+    monkeypatch.setattr(example.Run, "epoch_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
         example.main(["--data", str(data), "--out", str(parts), *OPTIONS])
-    monkeypatch.setattr(example.Run, "epoch", epoch)
+    monkeypatch.setattr(example.Run, "epoch_end", epoch_end)
     example.main(["--data", str(data), "--out", str(parts), *OPTIONS])
 
     for name in ("dense", "prunetrain"):
