@@ -45,8 +45,9 @@ class Pipeline:
 
     After each pass the graph is linted and recompiled, a pass that says it changed nothing is held to it, and with
     ``example_inputs`` the shapes and values of the outputs are compared with those before, in float64, in every mode
-    that the pass keeps (one with ``inference_only = True`` answers for eval mode only). Where the environment variable
-    FXPRUNE_DUMP names a folder, graph and groups are written there after each pass.
+    that the pass keeps (one with ``inference_only = True`` answers for eval mode only). A pass that means to change
+    what the model computes has a method ``reference(graph)``, and the comparison is with the module that this returns.
+    Where the environment variable FXPRUNE_DUMP names a folder, graph and groups are written there after each pass.
 
     Attributes:
         steps: what each pass of the last call did.
@@ -80,6 +81,7 @@ class Pipeline:
         before = copy.deepcopy(module)
         start = time.perf_counter()
         try:
+            expected = each.reference(before) if hasattr(each, "reference") else before
             after, modified = apply(each, module)
             for graph in after.distinct_graphs().values():
                 graph.lint()
@@ -91,7 +93,7 @@ class Pipeline:
             raise PassError(f"{self.place(name)} says it changed nothing, but the graph is another one")
         gap = None
         if self.example_inputs is not None:
-            gap = self.compare(name, before, after, getattr(each, "inference_only", False))
+            gap = self.compare(name, expected, after, getattr(each, "inference_only", False))
         self.steps.append(Step(name, modified, seconds, gap))
         return after
 

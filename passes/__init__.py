@@ -2,6 +2,7 @@
 
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
+from .gate_channels import GateChannels
 from .grow_batch import GrowBatch
 from .magnitude import Magnitude
 from .prunetrain import PruneTrain
@@ -9,4 +10,14 @@ from .random import Random
 from .single_shot import SingleShot
 from .taylor import Taylor
 
-__all__ = ["BatchNormScale", "Criterion", "GrowBatch", "Magnitude", "PruneTrain", "Random", "SingleShot", "Taylor"]
+__all__ = [
+    "BatchNormScale",
+    "Criterion",
+    "GateChannels",
+    "GrowBatch",
+    "Magnitude",
+    "PruneTrain",
+    "Random",
+    "SingleShot",
+    "Taylor",
+]
