@@ -180,5 +180,5 @@ class Log:
         figure.suptitle(f"{self.epochs[-1].saved:,.0f} s of training saved; dotted lines are cuts", fontsize=10)
         try:
             figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise FileError(f"can't write a picture to {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a folder that is not there, or a kind of picture that nobody knows
+            raise FileError(f"can't write a picture to {path}: {getattr(error, 'strerror', None) or error}") from error
