@@ -1,0 +1,562 @@
+"""Sessions on several ranks, in real processes over gloo; and torch.compile around the model, alone and with them."""
+
+import copy
+import hashlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import Ranks
+from runs import assert_equal, nothing_changes
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fxprune import Plan, Session, TrainingPass, distributed
+from fxprune.errors import FileError, SessionError
+from fxprune.passes import PruneTrain
+from fxprune.training import Memory
+from fxprune.when import Decision
+from fxprune.wrappers import arguments_of
+
+SHRINK = PruneTrain(ratio=0.8, interval=1, threshold=0.02, proximal=True)
+STEPS, SAMPLES = 3, 8
+PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.stop()
+
+
+class Net(nn.Module):
+    """A residual network in float64. Without batch norm, ranks that share a batch train as one that has it all."""
+
+    def __init__(self, norm: bool = False, spare: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.a = nn.Conv2d(16, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12) if norm else nn.Identity()
+        self.b = nn.Conv2d(12, 16, 3, padding=1)
+        self.c = nn.Conv2d(16, 20, 3, padding=1)
+        self.head = nn.Linear(20, 4)
+        if spare:
+            self.spare = nn.Linear(2, 2)
+        self.double()
+        with torch.no_grad():  # channels of all strengths, so that some fall below the threshold every few steps
+            for writer, reader in ((self.a, self.b), (self.c, self.head)):
+                scale = torch.linspace(0.03, 1, writer.out_channels).double()
+                writer.weight.mul_(scale[:, None, None, None])
+                reader.weight.mul_(scale[:, None, None] if reader.weight.ndim == 4 else scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.b(self.norm(self.a(x)).relu())
+        return self.head(self.c(x).relu().mean((2, 3)))
+
+
+def batch(epoch: int, step: int, share: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * epoch + step)
+    x = torch.randn(SAMPLES, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return x[share], torch.randint(0, 4, (SAMPLES,), generator=generator)[share]
+
+
+def mine() -> slice:
+    """This rank's share of a batch."""
+    return slice(distributed.rank(), None, distributed.ranks())
+
+
+def begin(
+    passes: Any = (SHRINK,), model: nn.Module | None = None, wrap: Callable[[nn.Module], nn.Module] | None = None
+) -> Session:
+    model = Net() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    wrap = wrap or (DistributedDataParallel if distributed.ranks() > 1 else lambda inner: inner)
+    return Session(wrap(model), batch(0, 0)[0], optimizer, passes, progress=False)
+
+
+def train(session: Session, steps: int = STEPS) -> None:
+    """A few steps, each rank on its share; the last loss lives on while epoch_end cuts."""
+    model = session.model
+    for step in range(steps):
+        x, y = batch(session.epoch, step, mine())
+        task = F.cross_entropy(model(x), y)
+        loss = task + session.penalty(task)
+        loss.backward()
+        session.optimizer.step()
+        session.optimizer.zero_grad()
+    session.last_loss = loss  # type: ignore[attr-defined]
+
+
+def digest(session: Session) -> str:
+    """Of every parameter and the optimizer's state, bit for bit."""
+    state = session.optimizer.state
+    tensors = [(p, *(v for v in state[p].values() if isinstance(v, Tensor))) for p in session.graph.parameters()]
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for its in tensors for t in its)).hexdigest()
+
+
+def assert_alike(session: Session) -> None:
+    assert len(set(distributed.gather(digest(session)))) == 1
+
+
+def whole(session: Session) -> dict[str, Any]:
+    """What a run came to."""
+    return {
+        "state": copy.deepcopy(dict(session.graph.state_dict())),
+        "widths": [dict(each.widths) for each in session.log],
+        "removed": [each.removed for each in session.log],
+        "lambda": [each.values.get("lambda") for each in session.log],
+        "sent": [each.sent for each in session.log],
+        "params": [each.params for each in session.log],
+    }
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape, name
+        assert (found[name] - tensor).abs().max() <= 1e-10 * tensor.abs().max(), name
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+def whole_run(rank: int, proximal: bool = True, epochs: int = 4) -> dict[str, Any]:
+    session = begin([replace(SHRINK, proximal=proximal)])
+    model = session.model
+    x, y = batch(0, 0, mine())
+    first = F.cross_entropy(model(x), y).item()
+    assert len(set(distributed.gather(first))) == distributed.ranks()
+    for _ in range(epochs):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PruneTrain: with lambda")
+            train(session)
+        assert_alike(session)
+        session.epoch_end()
+        assert_alike(session)
+        assert session.model is model
+    return whole(session)
+
+
+@pytest.mark.parametrize(("world", "proximal"), [(2, True), (2, False), pytest.param(4, True, marks=pytest.mark.slow)])
+def test_ranks_train_as_one(ranks: Ranks, tmp_path: Path, world: int, proximal: bool) -> None:
+    alone = whole_run(0, proximal)
+    assert sum(removed > 0 for removed in alone["removed"]) >= 3
+    assert alone["sent"] == [0, 0, 0, 0]
+    for found in ranks(world, tmp_path / "store", whole_run, proximal):
+        for name in ("widths", "removed", "params"):
+            assert found[name] == alone[name]
+        assert_near(found["state"], alone["state"])
+        assert found["lambda"] == pytest.approx(alone["lambda"], rel=1e-12)
+        assert found["sent"] == [2 * (world - 1) / world * 8 * count * STEPS for count in alone["params"]]
+        assert found["sent"][-1] < found["sent"][0]
+
+
+def with_batch_norm(rank: int) -> None:
+    session = begin(model=Net(norm=True))
+    for _ in range(4):
+        train(session)
+        session.epoch_end()
+        assert_alike(session)
+    assert sum(each.removed > 0 for each in session.log) >= 3
+    buffers = [buffer.tolist() for buffer in session.graph.buffers()]
+    train(session, 1)
+    assert [buffer.tolist() for buffer in session.graph.buffers()] != buffers
+    session.model(batch(9, 9)[0])  # the first rank's go to the others, and all see the same samples
+    assert len({str(each) for each in distributed.gather([b.tolist() for b in session.graph.buffers()])}) == 1
+
+
+def test_batch_norm_keeps_statistics_of_the_first_rank(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", with_batch_norm)
+
+
+def accumulating(rank: int) -> None:
+    """Gradients of two batches, and an epoch that ends between them."""
+    session = begin()
+    train(session)
+    x, y = batch(0, 7, mine())
+    with session.model.no_sync():
+        F.cross_entropy(session.model(x), y).backward()
+    record = session.epoch_end()
+    assert record.removed == 0
+    assert "the cut follows" in record.notes[-1]
+    F.cross_entropy(session.model(x), y).backward()
+    session.optimizer.step()
+    session.optimizer.zero_grad()
+    assert session.log[-1].removed > 0
+    assert_alike(session)
+    train(session)
+    assert_alike(session)
+
+
+def test_a_cut_waits_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", accumulating)
+
+
+def inside_no_sync(rank: int) -> None:
+    """A cut within no_sync leaves it in force."""
+    session = begin()
+    train(session)
+    with session.model.no_sync():
+        session.epoch_end()
+        assert not session.model.require_backward_grad_sync
+        x, y = batch(0, 7, mine())
+        F.cross_entropy(session.model(x), y).backward()
+        weight = session.graph.get_parameter("stem.weight")
+        assert len({str(its) for its in distributed.gather(weight.grad.tolist())}) == 2
+    assert session.model.require_backward_grad_sync
+
+
+def test_a_cut_within_no_sync(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", inside_no_sync)
+
+
+# ----------------------------------------------------------------------------------------- disagreement
+
+
+class Own(TrainingPass):
+    """Plans that differ by rank: other channels, or none."""
+
+    plans: list[Plan | None]
+
+    def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
+        return self.plans[distributed.rank()]
+
+
+class Failing(TrainingPass):
+    """A hook that fails on the second rank, once."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook, self.count = hook, 0
+
+    def fail(self, hook: str) -> None:
+        self.count += hook == self.hook
+        if hook == self.hook and self.count == 1 + (hook == "prepare") and distributed.rank() == 1:
+            raise MemoryError("no room for it")
+
+    def after_cut(self, *_: Any) -> None:
+        self.fail("after_cut")
+
+    def prepare(self, *_: Any) -> None:
+        self.fail("prepare")
+
+
+def disagreeing(rank: int) -> None:
+    session = begin()
+    train(session)
+    sizes = session.analysis.sizes
+    weights = [session.graph.get_parameter(name) for name in ("a.weight", "b.weight")]
+    held = [weight.detach().clone() for weight in weights]
+    if rank == 1:
+        for weight in weights:
+            weight.data.zero_()
+    differ = r"the ranks disagree on the plan: \w+ on \[0\], \w+ on \[1\]"
+    with nothing_changes(session), pytest.raises(SessionError, match=differ):
+        session.epoch_end()
+    with nothing_changes(session), pytest.raises(SessionError, match=differ):
+        session.reconfigure(Plan({"a": range(3 + rank)}, sizes))
+    for weight, its in zip(weights, held, strict=True):
+        weight.data.copy_(its)
+    assert session.epoch_end().removed > 0
+    train(session)
+    assert_alike(session)
+
+    own = Own()
+    other = begin([own])
+    for theirs in (None, Plan({}, sizes), Plan({"c": range(4)}, sizes)):
+        own.plans = [Plan({"c": range(5)}, sizes), theirs]
+        with nothing_changes(other), pytest.raises(SessionError, match=differ):
+            other.epoch_end()
+
+
+def test_ranks_that_disagree_raise_and_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", disagreeing)
+
+
+def failing(rank: int, hook: str) -> None:
+    session = begin([SHRINK, Failing(hook)])
+    train(session)
+    error, message = (MemoryError, "no room") if rank == 1 else (SessionError, "rank 1: MemoryError: no room for it")
+    with nothing_changes(session), pytest.raises(error, match=message):
+        session.epoch_end()
+    assert session.epoch_end().removed > 0
+    train(session)
+    assert_alike(session)
+
+
+@pytest.mark.parametrize("hook", ["after_cut", "prepare"])
+def test_a_cut_that_fails_on_one_rank_is_taken_back_on_all(ranks: Ranks, tmp_path: Path, hook: str) -> None:
+    ranks(2, tmp_path / "store", failing, hook)
+
+
+def deciding(rank: int) -> None:
+    """Somebody decides by the clock of each rank: the first one's counts."""
+    asked = []
+
+    def when(*_: Any) -> Decision:
+        asked.append(rank)
+        return Decision(rank == 0, f"says rank {rank}", 1.0)
+
+    model = Net()
+    session = Session(
+        DistributedDataParallel(model), batch(0, 0)[0], torch.optim.SGD(model.parameters(), 0.05), [SHRINK], when=when
+    )
+    train(session)
+    record = session.epoch_end()
+    assert asked == [rank]
+    assert record.notes == ("says rank 0",)
+    assert record.removed > 0
+
+
+def test_the_first_rank_decides_when(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", deciding)
+
+
+# ---------------------------------------------------------------------------------------- the wrapper
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bucket_cap_mb": {"bucket_cap_mb": 0.01},
+    "bucket_cap_mb_list": {"bucket_cap_mb_list": [0.01, 0.02]},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+    "static_graph": {"static_graph": True},
+    "buffers": {"forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers": False},
+    "process_group": {"process_group": ...},
+}
+
+
+def keeps_arguments(rank: int, name: str) -> None:
+    given = dict(ARGUMENTS[name])
+    if "process_group" in given:
+        given["process_group"] = dist.new_group([0, 1])
+    ddp = DistributedDataParallel(Net(spare=name == "find_unused_parameters", norm=True), **given)
+    data = ("bucket_cap_bytes", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+    logged = {key: ddp._get_ddp_logging_data().get(key) for key in data}
+    expected = arguments_of(ddp)
+    session = begin(model=ddp, wrap=lambda model: model)
+    ddp.eval().train()
+    for _ in range(3):
+        train(session)
+        assert session.epoch_end().removed > 0
+        found = arguments_of(ddp)
+        assert found.pop("process_group") is given.get("process_group", dist.group.WORLD)
+        assert found == {key: value for key, value in expected.items() if key != "process_group"}
+        assert {key: ddp._get_ddp_logging_data().get(key) for key in data} == logged
+    train(session)
+    for key, value in given.items():
+        if hasattr(ddp, key):
+            assert getattr(ddp, key) is value
+    assert session.model is ddp
+    assert_alike(session)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_wrapper_keeps_its_arguments(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    ranks(2, tmp_path / "store", keeps_arguments, name)
+
+
+def counting_hook(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The default hook, that counts the numbers it sends."""
+    state.append(bucket.buffer().numel())
+    return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+def keeps_hooks(rank: int) -> dict[str, Any]:
+    alone: list[int] = []
+    fired: list[int] = []
+    session = begin()
+    session.model.register_comm_hook(alone, counting_hook)
+    session.model.register_forward_pre_hook(lambda *_: fired.append(1))
+    for _ in range(4):
+        del alone[:], fired[:]
+        train(session, 2)
+        assert sum(alone) == 2 * sum(p.numel() for p in session.graph.parameters())
+        assert len(fired) == 2
+        session.epoch_end()
+    assert len({tuple(each.widths.items()) for each in session.log}) >= 3
+    assert_alike(session)
+    return whole(session)["state"]
+
+
+def test_the_wrapper_keeps_its_hooks(ranks: Ranks, tmp_path: Path) -> None:
+    found, other = ranks(2, tmp_path / "store", keeps_hooks)
+    assert_equal("state", found, other)
+
+
+def compressing(rank: int) -> None:
+    """PowerSGD remembers errors and factors in the shapes of the buckets."""
+    session = begin()
+    state = PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=1)
+    session.model.register_comm_hook(state, powerSGD_hook)
+    for _ in range(4):
+        train(session, 5)
+        assert state.error_dict
+        session.epoch_end()
+        assert_alike(session)
+    assert sum(each.removed > 0 for each in session.log) >= 3
+
+
+def test_compressed_gradients_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", compressing)
+
+
+def test_without_ranks_nothing_is_sent() -> None:
+    assert (distributed.ranks(), distributed.rank()) == (1, 0)
+    assert distributed.gather("x") == ["x"]
+    assert distributed.largest(2.0) == 2.0
+    distributed.agree("the plan", "x")
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+def refusals(rank: int) -> None:
+    x = batch(0, 0)[0]
+
+    def of(wrapped: nn.Module) -> Session:
+        return Session(wrapped, x, torch.optim.SGD(wrapped.parameters(), 0.1))
+
+    model = Net()
+    fully_shard(model)
+    with pytest.raises(SessionError, match="FSDPNet"):
+        of(model)
+    model = Net()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if name == "head.bias"]
+    ddp = DistributedDataParallel(
+        model, delay_all_reduce_named_params=named, param_to_hook_all_reduce=model.stem.weight
+    )
+    with pytest.raises(SessionError, match="delay_all_reduce_named_params"):
+        of(ddp)
+    ddp = DistributedDataParallel(Net())
+    ddp.mixed_precision = object()
+    with pytest.raises(SessionError, match="mixed_precision="):
+        of(ddp)
+
+
+def test_wrappers_that_are_refused(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", refusals)
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def saving(rank: int, path: Path) -> dict[str, Any]:
+    session = begin()
+    for _ in range(2):
+        train(session)
+        session.epoch_end()
+    session.save(path)
+    train(session)
+    session.epoch_end()
+    assert session.log[-1].removed
+    return whole(session)
+
+
+def resuming(rank: int, path: Path) -> dict[str, Any]:
+    model = Net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)  # its weights do not matter
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    wrapped = DistributedDataParallel(model) if distributed.ranks() > 1 else model
+    session = Session.load(path, wrapped, batch(0, 0)[0], optimizer, progress=False)
+    assert session.model is wrapped or distributed.ranks() == 1
+    train(session)
+    session.epoch_end()
+    assert_alike(session)
+    return whole(session)
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_any_number_of_ranks(ranks: Ranks, tmp_path: Path, world: int) -> None:
+    path = tmp_path / "run.pt"
+    expected, _ = ranks(2, tmp_path / "store", saving, path)
+    found = [resuming(0, path)] if world == 1 else ranks(world, tmp_path / "other", resuming, path)
+    for each in found:
+        assert each["removed"] == expected["removed"]
+        assert each["widths"] == expected["widths"]
+        if world == 2:
+            assert_equal("state", each["state"], expected["state"])
+        assert_near(each["state"], expected["state"])
+
+
+def reading(rank: int, path: Path) -> None:
+    """Each rank has a disk of its own, and on one of them the file is broken."""
+    own = path / f"{rank}.pt"
+    session = begin()
+    path.mkdir(exist_ok=True)
+    session.save(path / "run.pt")
+    whole_file = (path / "run.pt").read_bytes()
+    own.write_bytes(whole_file[: len(whole_file) // 2] if rank else whole_file)
+    error, message = (FileError, "truncated") if rank else (SessionError, "rank 1: FileError: .*truncated")
+    with pytest.raises(error, match=message):
+        resuming(rank, own)
+    with pytest.raises(FileError, match="can't write a checkpoint"):
+        session.save(path / "no" / "folder" / "run.pt")
+
+
+def test_a_checkpoint_that_one_rank_can_not_read(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", reading, tmp_path / "own")
+
+
+# ------------------------------------------------------------------------------------------- compilation
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
+    "compiled": compiled,
+    "DDP in compiled": lambda model: compiled(DistributedDataParallel(model)),
+    "compiled in DDP": lambda model: DistributedDataParallel(compiled(model)),
+}
+
+
+def compiled_run(rank: int, how: str | None = None) -> dict[str, Any]:
+    session = begin(wrap=WRAPPED.get(how) if how else None)
+    model = session.model
+    for _ in range(4):
+        train(session)
+        session.epoch_end()
+        assert session.model is model
+        assert_alike(session)
+    return whole(session)
+
+
+@pytest.mark.parametrize("how", [None, *WRAPPED])
+def test_a_compiled_model_goes_on_compiled(ranks: Ranks, tmp_path: Path, how: str | None) -> None:
+    alone = whole_run(0)
+    alone_too = how == "compiled"
+    found = [compiled_run(0, how)] if alone_too else ranks(2, tmp_path / "store", compiled_run, how)
+    for each in found:
+        assert each["removed"] == alone["removed"]
+        assert_near(each["state"], alone["state"])
+
+
+def test_what_is_compiled_is_the_smaller_model() -> None:
+    seen: list[list[tuple[int, ...]]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.append([tuple(each.shape) for each in inputs])
+        return graph.forward
+
+    session = begin([], wrap=lambda model: torch.compile(model, backend=backend, dynamic=False))
+    for cut in range(12):  # more often than torch recompiles one function
+        train(session, 2)
+        assert len(seen) == cut + 1
+        sizes = session.analysis.sizes
+        session.reconfigure(Plan({"c": range(sizes["c"] - 1)}, sizes))
+    assert len({str(shapes) for shapes in seen}) == 12
