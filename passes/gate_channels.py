@@ -74,10 +74,12 @@ class GateChannels(PassBase):
     def gates(self, model: fx.GraphModule) -> Mapping[str, Gate]:
         """The convolutions that do not use everything, and what they use. ``model`` is not changed."""
         calls: dict[str, list[fx.Node]] = {}
+        twice: set[str] = set()  # called more than once in one graph
         for graph in graphs_of(model):
-            for node in graph.nodes:
-                if node.op == "call_module":
-                    calls.setdefault(str(node.target), []).append(node)
+            nodes = [node for node in graph.nodes if node.op == "call_module"]
+            for node in nodes:
+                calls.setdefault(str(node.target), []).append(node)
+            twice |= {path for path, count in Counter(str(node.target) for node in nodes).items() if count > 1}
         owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         result = {}
         for path, nodes in calls.items():
@@ -87,7 +89,7 @@ class GateChannels(PassBase):
             if owners[id(conv.weight)] > 1 or any(len(node.args) != 1 for node in nodes):
                 continue
             used = (conv.weight.detach().abs() >= self.threshold).flatten(2).any(2)
-            norms = {norm_after(model, node, calls) for node in nodes}
+            norms = {norm_after(model, node, twice) for node in nodes}
             norm = norms.pop() if len(norms) == 1 else ""
             whole = torch.ones_like(used[:, 0])
             gate = Gate(at_least_one(used.any(0)), at_least_one(used.any(1) if norm else whole), norm)
@@ -106,12 +108,11 @@ def at_least_one(used: Tensor) -> Tensor:
     return used.nonzero().flatten() if used.any() else torch.zeros(1, dtype=torch.int64, device=used.device)
 
 
-def norm_after(model: fx.GraphModule, node: fx.Node, calls: Mapping[str, list[fx.Node]]) -> str:
+def norm_after(model: nn.Module, node: fx.Node, twice: set[str]) -> str:
     """The batch norm that alone uses what ``node`` gives, and that only a sum uses; "" if there is none."""
     norm = next(iter(node.users)) if len(node.users) == 1 else node
     layer = model.get_submodule(str(norm.target)) if norm.op == "call_module" else None
-    alone = isinstance(layer, NORMS) and layer.affine and len(calls[str(norm.target)]) <= len(graphs_of(model))
-    alone = alone and len(calls[str(node.target)]) <= len(graphs_of(model))
+    alone = isinstance(layer, NORMS) and layer.affine and str(norm.target) not in twice
     sums = len(norm.users) == 1 and is_sum(next(iter(norm.users)))
     return str(norm.target) if alone and sums else ""
 

@@ -160,7 +160,7 @@ class Sums(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(5))
         self.norms = nn.ModuleList(nn.BatchNorm2d(4, affine=at != 2) for at in range(4))
         self.stem = nn.Conv2d(3, 4, 1)
 
@@ -170,14 +170,14 @@ class Sums(nn.Module):
         x = x + twice
         x = x * twice
         x = x + self.norms[1](self.convs[1](x))
-        x = x + self.norms[1](self.convs[1](x))
+        x = x + self.norms[1](self.convs[4](x))
         x = x + self.norms[2](self.convs[2](x))
         return x * self.norms[3](self.convs[3](x))
 
 
 def test_norms_that_others_use_stay_whole() -> None:
     graph, compact, _ = gated(Sums)
-    for at in range(4):
+    for at in range(5):
         assert compact.get_parameter(f"convs.{at}.weight").shape[0] == 4
         assert compact.get_parameter(f"convs.{at}.weight").shape[1] == 3
     assert "position" not in compact.code

@@ -330,6 +330,8 @@ def test_what_is_dead_on_both_sides_goes_and_nothing_else() -> None:
     kill(model, "2.0.weight", 1, [6])  # read by nobody
     kill(model, "2.0.weight", 0, [0], -0.9 * TAU)
     kill(model, "5.weight", 1, [0], 0.9 * TAU)
+    kill(model, "2.0.weight", 0, [3])
+    kill(model, "5.weight", 1, [3], 1.2 * TAU)  # hardly read, but read
     session = session_of(model, inputs, verify=True)
     assert plan_of(session).keep == {"0.0": (0, 2, 3, 5), "2.0": (1, 2, 3, 4)}
 
