@@ -19,9 +19,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import on_meta
 from fxprune.channels.labels import Label, varying
 from fxprune.channels.names import Bools, Ints
+from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import Value
 from fxprune.inputs import bind, map_tensors
 
@@ -84,7 +84,7 @@ class Cost:
         self, analysis: Analysis, channels: Channels, terms: Iterable[tuple[float, tuple[Label, ...]]]
     ) -> None:
         """Each term is a number and the labels whose kept positions it is multiplied by."""
-        one = torch.zeros(1, dtype=torch.int64)
+        one = np.zeros(1, dtype=np.int64)
         numbers: dict[int, int] = {id(one): 0}
         labels = [one]
         rows: list[list[int]] = []
@@ -106,7 +106,7 @@ class Cost:
         self.uneven: dict[int, Ints] = {}  # labels whose channels have unlike numbers of positions
         sizes = np.bincount(channels.group, minlength=count)
         for number, label in enumerate(labels[1:], 1):
-            mine = channels.of_root[analysis.names.find(label.numpy()).ravel()]
+            mine = channels.of_root[analysis.names.find(label).ravel()]
             self.fixed[number] = (mine < 0).sum()
             mine = mine[mine >= 0]
             positions = np.bincount(mine, minlength=len(channels.group))
@@ -139,7 +139,7 @@ def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
         case "memory":
             tensors = dict(analysis.graph.named_parameters()) | dict(analysis.graph.named_buffers())
             return Cost(analysis, channels, [*stored(analysis, tensors, True), *computed(analysis)])
-    every = torch.from_numpy(np.flatnonzero(channels.of_root >= 0))
+    every = np.flatnonzero(channels.of_root >= 0)
     return Cost(analysis, channels, [(1, (every,))] if len(every) else [])
 
 
@@ -171,7 +171,7 @@ def stored(analysis: Analysis, tensors: dict[str, Any], in_bytes: bool) -> Itera
     """The elements (or bytes) of parameters and buffers."""
     for name, tensor in tensors.items():
         axes = [analysis.axes.get((name, at)) for at in range(tensor.ndim)]
-        named = tuple(torch.from_numpy(axis.names) for axis in axes if axis is not None)
+        named = tuple(axis.names for axis in axes if axis is not None)
         rest = math.prod(size for size, axis in zip(analysis.shapes[name], axes, strict=True) if axis is None)
         yield rest * (tensor.element_size() if in_bytes else 1), named
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels.labels import Labels, along
+from fxprune.channels.labels import Labels, along, left
+from fxprune.channels.names import Bools
 from fxprune.channels.values import Value
 
 FITTERS: dict[str, Callable[[Any, fx.Node], None]] = {}
@@ -165,13 +166,12 @@ def moved_bound(run: Any, before: Value, axis: int, bound: int | None) -> int | 
     return int(kept[:bound].sum())
 
 
-def kept_along(run: Any, labels: Labels, axis: int) -> Tensor | None:
+def kept_along(run: Any, labels: Labels, axis: int) -> Bools | None:
     """bool[size]: what stays along an axis, or None where nothing varies."""
     label = along(labels, axis)
     if label is None:
         return None
-    mask = torch.from_numpy(run.stays[label.numpy()])
-    return mask.movedim(axis, 0).flatten(1).any(1) if mask.ndim > 1 else mask
+    return left(run.stays[label], axis)
 
 
 @fitter("narrow")

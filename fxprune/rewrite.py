@@ -5,6 +5,7 @@ baked into it are replaced where they no longer fit, and every value is compared
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from fxprune.branches import remove_branches
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import cause, interpret, on_meta, where
+from fxprune.channels.interpret import Runner, cause, where
+from fxprune.channels.labels import left
 from fxprune.channels.names import Bools
+from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import FxpruneError, RewriteError, require
 from fxprune.fit import fit
@@ -120,10 +123,10 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
     """For each (mode, node) with a norm whose statistics change: what is kept on each axis of the normalized value."""
     kept: dict[tuple[bool, str], Kept] = {}
     for norm in analysis.norms:
-        mask = torch.from_numpy(stays[norm.label.numpy()])
+        mask = stays[norm.label]
         if not mask.all():
             kept[norm.mode, norm.node] = tuple(
-                mask.movedim(axis, 0).flatten(1).any(1).nonzero().flatten() if size > 1 else None
+                torch.from_numpy(left(mask, axis).nonzero()[0]) if size > 1 else None
                 for axis, size in enumerate(mask.shape)
             )
     return kept
@@ -205,11 +208,13 @@ def fits(module: nn.Module, shape: tuple[int, ...]) -> bool:
     return isinstance(module, ELEMENTWISE)
 
 
-class Fitter(fx.Interpreter):
+class Fitter(Runner):
     """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
 
-    def __init__(self, module: TracedModule, graph: fx.Graph, before: Any, after: Any, stays: Any) -> None:
-        super().__init__(module, graph=graph, garbage_collect_values=False)
+    def __init__(
+        self, module: TracedModule, mode: bool, state: Mapping[str, Tensor], before: Any, after: Any, stays: Bools
+    ) -> None:
+        super().__init__(module, mode, state)
         self.before, self.after, self.stays = before, after, stays
         self.node = ""
 
@@ -271,10 +276,9 @@ def bake(node: fx.Node, value: Any) -> None:
 
 def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: Analysis, stays: Bools) -> None:
     """Fit the sizes in the graph of one mode."""
-    graph = compact.graphs[mode]
-    state = dict(compact.named_parameters(remove_duplicate=False)) | dict(compact.named_buffers(remove_duplicate=False))
-    on = {name: on_meta(tensor) for name, tensor in state.items()}
-    once = {name: on[analysis.aliases.get(name, name)] for name in on}
-    fitter = Fitter(compact, graph, analysis.values[mode], predicted.values[mode], stays)
+    tensors = (*compact.named_parameters(remove_duplicate=False), *compact.named_buffers(remove_duplicate=False))
+    on = {name: on_meta(tensor) for name, tensor in tensors}
+    state = {name: on[analysis.aliases.get(name, name)] for name in on}
+    fitter = Fitter(compact, mode, state, analysis.values[mode], predicted.values[mode], stays)
     with torch.device("meta"):
-        interpret(fitter, compact, mode, analysis.inputs[mode], once)
+        fitter.start(analysis.inputs[mode])

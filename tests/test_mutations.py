@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import fit
 from fxprune.channels import contraction, movement, pointwise, reduction, tensor
-from fxprune.channels.labels import Labels, Operand, align, settle
+from fxprune.channels.labels import Labels, Operand, align, narrow, settle
 from fxprune.channels.tensor import Call, operand
 from fxprune.fit import FITTERS
 
@@ -64,7 +64,7 @@ def cat_reversed(patch: Patch) -> None:
     """The names of a concatenation come out in the order of its parts reversed."""
 
     def broken(call: Call) -> Labels:
-        return tuple(label.flip(1) if label.shape[1] > 1 else label for label in movement.cat(call))
+        return tuple(label[:, ::-1].copy() for label in movement.cat(call))
 
     replace_rule(patch, "cat", broken)
 
@@ -83,7 +83,7 @@ def convolution_reverses(patch: Patch) -> None:
     """The names of a convolution's output come out in reversed order."""
 
     def broken(call: Call) -> Labels:
-        return tuple(label.flip(1) for label in contraction.convolution(call))
+        return tuple(label[:, ::-1].copy() for label in contraction.convolution(call))
 
     replace_rule(patch, "convolution", broken)
 
@@ -109,9 +109,7 @@ def split_takes_the_first(patch: Patch) -> None:
 
     def broken(call: Call) -> Any:
         axis, labels = call.arg("dim", 0) % call.args[0].ndim, operand(call.args[0]).labels
-        return [
-            tuple(x.narrow(axis, 0, part.shape[axis]) if x.shape[axis] > 1 else x for x in labels) for part in call.out
-        ]
+        return [tuple(narrow(x, axis, 0, part.shape[axis]) for x in labels) for part in call.out]
 
     for operator in ("split", "split_with_sizes"):
         replace_rule(patch, operator, broken)

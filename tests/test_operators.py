@@ -1,6 +1,7 @@
-"""Every line of cases.py."""
+"""Every line of cases.py, and the shapes that are found without torch."""
 
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from cases import CASES, SIZES, Case
 
 import fxprune  # noqa: F401  (registers the rules)
-from fxprune.channels.labels import along, varying
-from fxprune.channels.tensor import ChannelTensor, Run
+from fxprune.channels.labels import along, on_axis, varying
+from fxprune.channels.shapes import shape_of_result
+from fxprune.channels.tensor import ChannelTensor, Run, name_of
 
 
 def describe(case: Case) -> str:
@@ -24,7 +26,7 @@ def describe(case: Case) -> str:
                 continue
             key = letter if letter not in axes else next(x for x in ascii_lowercase.upper() if x not in axes)
             axes[key] = run.names.fresh(SIZES[letter])
-            labels.append(torch.from_numpy(axes[key]).reshape([-1 if i == at else 1 for i in range(len(operand))]))
+            labels.append(on_axis(axes[key], at, len(operand)))
         data = torch.empty([SIZES.get(letter, 7) for letter in operand], device="meta")
         tensors.append(ChannelTensor(data, tuple(labels), run))
     with torch.no_grad():
@@ -83,3 +85,60 @@ def describe(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_operator(case: Case) -> None:
     assert describe(case) == case.expected
+
+
+aten = torch.ops.aten
+PLAIN = [
+    (aten.relu.default, "nchw"),
+    (aten.add.Tensor, "nchw nchw"),
+    (aten.mul.Tensor, "nchw nc11"),
+    (aten.mul.Tensor, "n1hw 1c11"),
+    (aten.sub.Tensor, "nchw", 2.5),
+    (aten.mean.dim, "nchw", [2, 3], True),
+    (aten.mean.dim, "nchw", [-1, 1]),
+    (aten.linear.default, "c oc o"),
+    (aten.linear.default, "nhwc oc"),
+    (aten.layer_norm.default, "nhwc", [7, 4], "wc", "wc", 1e-5, False),
+    (aten.batch_norm.default, "nchw", "c", None, "c", "c", True, 0.1, 1e-5, False),
+    (aten.convolution.default, "nchw ockl o", [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+    (aten.convolution.default, "nchw ockl", None, [2, 3], [1, 2], [2, 1], False, [0, 0], 1),
+    (aten.convolution.default, "nzhw z2kl z", [2], [1], [1], False, [0], 8),
+    (aten.convolution.default, "nch ock", None, [3], [1], [2], False, [0], 1),
+]
+ODD = [
+    (aten.mul.Tensor, "nchw nchk"),
+    (aten.linear.default, "nchw oc"),
+    (aten.layer_norm.default, "nhwc", [7, 4], "c", None, 1e-5, False),
+    (aten.batch_norm.default, "nchw", "o", None, "c", "c", True, 0.1, 1e-5, False),
+    (aten.convolution.default, "nohw ockl", None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+    (aten.convolution.default, "nckl ochw", None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+]
+
+
+def on_meta(call: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+    """An operator and its arguments, tensors given by the letters of their axes."""
+    func, *args = call
+    words = [arg.split() if isinstance(arg, str) else [arg] for arg in args]
+    sizes = SIZES | {"1": 1, "2": 2}
+    return func, [
+        torch.empty([sizes[letter] for letter in arg], device="meta") if isinstance(arg, str) else arg
+        for some in words
+        for arg in some
+    ]
+
+
+@pytest.mark.parametrize("call", PLAIN, ids=str)
+def test_a_plain_shape_is_that_of_torch(call: tuple[Any, ...]) -> None:
+    func, args = on_meta(call)
+    out = func(*args)
+    assert shape_of_result(name_of(func), args) == out.shape
+    assert out.is_contiguous()
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("call", ODD, ids=str)
+def test_torch_refuses_what_has_no_shape(call: tuple[Any, ...]) -> None:
+    func, args = on_meta(call)
+    assert shape_of_result(name_of(func), args) is None
+    with pytest.raises(RuntimeError):
+        func(*args)

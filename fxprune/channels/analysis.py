@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
-from fxprune.channels.interpret import name_parameters, on_meta, run_on_names, where
+from fxprune.channels.interpret import name_parameters, run_on_names, where
 from fxprune.channels.names import Bools, Names, Reason
-from fxprune.channels.tensor import Norm, Run, Term
+from fxprune.channels.tensor import Norm, Run, Term, on_meta
 from fxprune.channels.values import Cutter, Value, map_values
 from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors

@@ -5,12 +5,13 @@ operand vary along a batch letter and the contracted one, a policy chooses what 
 with all that belongs to it (a head, a group), or the same contracted index in every head or group.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.channels.labels import Label, Labels, Operand, join, pin, reshape, settle
-from fxprune.channels.pointwise import add_bias
+from fxprune.channels.labels import Label, Labels, Operand, along, join, pin, reshape, settle, varying
+from fxprune.channels.pointwise import with_vectors
 from fxprune.channels.tensor import Call, Term, operand, rule
 
 
@@ -24,12 +25,11 @@ class Factor:
 
     def along(self, letter: str) -> Label | None:
         """The label that varies along ``letter``."""
-        axis = self.letters.find(letter)
-        return next((label for label in self.labels if axis >= 0 and label.shape[axis] > 1), None)
+        return along(self.labels, self.letters.index(letter)) if letter in self.letters else None
 
     def varies(self, label: Label) -> set[str]:
         """The letters along which ``label`` varies."""
-        return {letter for letter, size in zip(self.letters, label.shape, strict=True) if size > 1}
+        return {self.letters[axis] for axis in varying(label)}
 
     def pin(self, call: Call, letters: str, why: str) -> None:
         """No pruning may change the size of ``letters``."""
@@ -49,22 +49,17 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     for letter in batch:
         agree(call, a, b, letter)
 
-    letters = a.letters + "".join(letter for letter in b.letters if letter not in a.letters)
-    everywhere = settle(call.names, [over(letters, side, label) for side in (a, b) for label in side.labels])
-    constant = extra
-    for axis, letter in enumerate(letters):
-        if all(label.shape[axis] == 1 for label in everywhere):
-            constant *= sizes[letter]
+    # Along a letter of both, their labels have the same names now, and vary along nothing else: one stands for both.
+    factors = [(a, label) for label in a.labels]
+    factors += [(b, label) for label in b.labels if b.varies(label).isdisjoint(a.letters)]
     if not call.run.mode:
-        call.run.flops.append(Term(2 * constant, everywhere))
-
-    results = []
-    for side in (a, b):
-        for label in side.labels:
-            if side.varies(label) <= set(out):
-                call.names.produce(label.numpy())
-                results.append(over(out, side, label))
-    return settle(call.names, results)
+        named = {letter for side, label in factors for letter in side.varies(label)}
+        constant = math.prod(sizes[letter] for letter in {*a.letters, *b.letters} - named)
+        call.run.flops.append(Term(2 * constant * extra, tuple(label for _, label in factors)))
+    results = [(side, label) for side, label in factors if side.varies(label) <= set(out)]
+    for _, label in results:
+        call.names.produce(label)
+    return tuple(over(out, side, label) for side, label in results)
 
 
 def choose(call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str) -> None:
@@ -84,23 +79,22 @@ def agree(call: Call, a: Factor, b: Factor, letter: str) -> None:
     """Both operands vary along ``letter``, by the same names alone, or neither may."""
     for mine, other in ((a, b), (b, a)):
         label = mine.along(letter)
-        if label is None or (
-            fixed(call, mine, letter) and (theirs := other.along(letter)) is not None and len(other.varies(theirs)) > 1
-        ):
+        theirs = other.along(letter)
+        if theirs is not None and (label is None or (len(varying(theirs)) > 1 and fixed(call, mine, letter))):
             other.pin(call, letter, f"meets {mine.source}")
     for side in (a, b):
         label = side.along(letter)
-        if label is not None and len(side.varies(label)) > 1:
+        if label is not None and len(varying(label)) > 1:
             side.pin(call, "".join(side.varies(label) - {letter}), "shared by all groups")
     one, two = a.along(letter), b.along(letter)
     if one is not None and two is not None:
-        call.names.merge(one.numpy().ravel(), two.numpy().ravel())
+        call.names.merge(one.ravel(), two.ravel())
 
 
 def fixed(call: Call, side: Factor, letter: str) -> bool:
     """Whether ``side`` can't be pruned along ``letter`` whatever is decided here."""
     label = side.along(letter)
-    return label is None or bool(call.names.frozen(label.numpy()).all())
+    return label is None or bool(call.names.frozen(label).all())
 
 
 def over(letters: str, side: Factor, label: Label) -> Label:
@@ -108,7 +102,7 @@ def over(letters: str, side: Factor, label: Label) -> Label:
     order = [side.letters.index(letter) for letter in letters if letter in side.letters]
     dropped = [axis for axis in range(label.ndim) if axis not in order]
     shape = [label.shape[side.letters.index(letter)] if letter in side.letters else 1 for letter in letters]
-    return label.permute([*order, *dropped]).reshape(shape)
+    return label.transpose([*order, *dropped]).reshape(shape)
 
 
 @rule("mm")
@@ -129,6 +123,14 @@ def addmm(call: Call) -> Labels:
     return join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
 
 
+@rule("linear")
+def linear(call: Call) -> Labels:
+    x, w = operand(call.args[0]), operand(call.args[1])
+    rest = "abdefghijl"[: len(x.shape) - 1]
+    labels = matmul(call, x, w, f"{rest}k", "ok"[-len(w.shape) :], f"{rest}o"[: len(call.shape)])
+    return with_vectors(call, Operand(labels, call.shape), [call.arg("bias")], len(call.shape) - 1)
+
+
 @rule("mv", "dot")
 def mv(call: Call) -> Labels:
     a, b = (operand(value) for value in call.args[:2])
@@ -143,34 +145,25 @@ def matmul(call: Call, a: Operand, b: Operand, left: str, right: str, out: str) 
 
 @rule("convolution", "_convolution")
 def convolution(call: Call) -> Labels:
-    x, w, bias = operand(call.args[0]), operand(call.args[1]), call.args[2]
+    x, w = operand(call.args[0]), operand(call.args[1])
     transposed, groups = call.arg("transposed"), call.arg("groups")
     space = "xyz"[: len(w.shape) - 2]
     kernel = space.upper()
-    sizes = {"b": x.shape[0], "g": groups, "c": x.shape[1] // groups, "o": call.shape[1] // groups}
-    sizes |= dict(zip(space, call.shape[2:], strict=True)) | dict(zip(kernel, w.shape[2:], strict=True))
     a = split(x, 1, "bgc" + space, groups)
     b = split(w, 0, ("gco" if transposed else "goc") + kernel, groups)
     a.pin(call, space, "a spatial axis")
     b.pin(call, kernel, "a kernel's axis")
-    window = 1
-    for small, big, size in zip(space, kernel, x.shape[2:], strict=True):
-        window *= sizes.pop(big)
-        sizes[small] = size if transposed else sizes[small]
     a, b = without(a, space), without(b, kernel)
-    for letter in space:
-        window *= sizes[letter]
+    sizes = {"b": x.shape[0], "g": groups, "c": x.shape[1] // groups, "o": call.shape[1] // groups}
+    window = math.prod(w.shape[2:]) * math.prod((x if transposed else call).shape[2:])
     labels = contract(call, a, b, "bgo", sizes, call.run.groups, window)
-    if any(label.shape[1] > 1 for label in labels):
-        shared = (label for label in labels if label.shape[1] == 1)
-        labels = (
-            *(label for label in labels if label.shape[1] > 1),
-            *(pin(call.names, label, [2], "shared by all groups") for label in shared),
-        )
-    merged = (*call.shape[:2],)
-    labels = settle(call.names, (reshape(label, (call.shape[0], groups, sizes["o"]), merged) for label in labels))
+    across = [label for label in labels if label.shape[1] > 1]
+    if across:
+        shared = (pin(call.names, label, [2], "shared by all groups") for label in labels if label.shape[1] == 1)
+        labels = settle(call.names, (*across, *shared))
+    labels = tuple(reshape(label, (x.shape[0], groups, sizes["o"]), call.shape[:2]) for label in labels)
     labels = tuple(label.reshape(*label.shape, *[1] * len(space)) for label in labels)
-    return add_bias(call, labels, call.shape, bias, 1)
+    return with_vectors(call, Operand(labels, call.shape), [call.args[2]], 1)
 
 
 def split(value: Operand, axis: int, letters: str, groups: int) -> Factor:

@@ -76,7 +76,7 @@ def settle_grids(run: Run) -> None:
     while changed:
         changed = False
         for grid in grids:
-            roots = run.names.find(grid.numpy())
+            roots = run.names.find(grid)
             if any(uniform(roots, axis).all() for axis in range(roots.ndim)):
                 continue
             best = max(range(roots.ndim), key=lambda axis: classes_after(roots, axis))
@@ -107,7 +107,7 @@ def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Ite
     names = run.names
     names.node = ""
     for label in {id(label): label for value in values for label in value.labels}.values():
-        roots = names.find(label.numpy().ravel())
+        roots = names.find(label.ravel())
         if (roots == roots[0]).all():
             names.freeze(roots[:1], "it is all of a value")
     for axis in axes.values():
@@ -180,7 +180,7 @@ def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Froze
 def norm_classes(run: Run) -> Ints:
     """The classes over which some norm runs."""
     touched = [
-        run.names.find(norm.label.numpy()).ravel()
+        run.names.find(norm.label).ravel()
         for norm in run.norms
         if any(norm.label.shape[axis] > 1 for axis in norm.axes)
     ]

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +11,13 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxprune.channels.groups import Axis
-from fxprune.channels.labels import Label, freeze
-from fxprune.channels.tensor import ChannelTensor, Run
+from fxprune.channels.labels import Label, freeze, on_axis
+from fxprune.channels.layers import lower
+from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, map_tensors
 from fxprune.trace import TracedModule, is_users
-
-
-def on_meta(tensor: Tensor) -> Tensor:
-    """A tensor like ``tensor`` without data."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def name_parameters(
@@ -52,18 +48,54 @@ def name_parameters(
                 if size > 1:
                     names = run.names.fresh(size)
                     axes[name, axis] = Axis(name, axis, names, weak)
-                    labels.append(
-                        torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(tensor.ndim)])
-                    )
+                    labels.append(on_axis(names, axis, tensor.ndim))
             state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
     return state, axes, aliases
 
 
-class Recorder(fx.Interpreter):
+class Runner(fx.Interpreter):
+    """Runs the graph of one mode, with the tensors of ``state`` for the parameters and buffers of those names."""
+
+    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor]) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=module.graphs[mode])
+        self.mode, self.state = mode, state
+
+    def start(self, inputs: Bound) -> None:
+        """Run on ``inputs``."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.run(*placeholders(self.graph, inputs), enable_io_processing=False)
+
+    def fetch_attr(self, target: str) -> Any:
+        """Parameters and buffers come from the state."""
+        return self.state[target] if target in self.state else super().fetch_attr(target)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a layer in this mode, with its tensors swapped.
+
+        A part that has several names is swapped under its first: ``functional_call`` would not restore it otherwise.
+        """
+        layer = self.module.get_submodule(target)
+        swapped = {}
+        for path, part in layer.named_modules():
+            for leaf in (*part._parameters, *part._buffers):
+                name = f"{path}.{leaf}".removeprefix(".")
+                if f"{target}.{name}" in self.state:
+                    swapped[name] = self.state[f"{target}.{name}"]
+        modes = [(part, part.training) for part in layer.modules() if part.training != self.mode]
+        try:
+            for part, training in modes:
+                part.training = not training
+            return functional_call(layer, swapped, args, kwargs, tie_weights=False)
+        finally:
+            for part, training in modes:
+                part.training = training
+
+
+class Recorder(Runner):
     """Runs a graph on ChannelTensors and keeps the shape and labels of every value."""
 
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph, run: Run) -> None:
-        super().__init__(module, graph=graph)
+    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor], run: Run) -> None:
+        super().__init__(module, mode, state)
         self.run_, self.values = run, dict[str, Any]()
         self._storages: dict[int, Any] = {}
 
@@ -86,16 +118,26 @@ class Recorder(fx.Interpreter):
         if kwargs or not all(isinstance(arg, ChannelTensor) for arg in args):
             return super().call_module(target, args, kwargs)
         run = self.run_
-        given = tuple((tuple(map(place, arg.labels)), arg.shape, arg.stride(), arg.dtype, arg.source) for arg in args)
+        given = tuple((tuple(map(place, arg.labels)), arg.data_.shape, arg.data_.stride(), arg.source) for arg in args)
         if (target, given) in run.calls:
             _, result, norms = run.calls[target, given]
             run.norms += [replace(norm, mode=run.mode, node=run.names.node) for norm in norms]
             return result
         before = len(run.norms)
         labels = [arg.labels for arg in args]  # kept, so that their memory is not used again
-        result = super().call_module(target, args, kwargs)
+        result = self.call_layer(target, *args)
         run.calls[target, given] = labels, result, run.norms[before:]
         return result
+
+    def call_layer(self, target: str, *args: ChannelTensor) -> Any:
+        """A layer of torch.nn goes straight to the rule of its operator."""
+        if len(args) == 1:
+            layer = self.module.get_submodule(target)
+            with torch._C.DisableTorchFunctionSubclass():
+                operator = lower(layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode)
+                if operator is not None:
+                    return apply(*operator, {})
+        return super().call_module(target, args, {})
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Inputs have no names, and say so."""
@@ -115,7 +157,7 @@ class Recorder(fx.Interpreter):
         storage = data.untyped_storage()
         owner = storage._cdata not in self._storages
         self._storages[storage._cdata] = storage  # kept alive, so that its address is not used again
-        return Value(tuple(tensor.shape), labels, tensor.dtype, owner)
+        return Value(tuple(data.shape), labels, data.dtype, owner)
 
     def freeze_output(self, tensor: Tensor) -> None:
         """Freeze the names of one returned tensor."""
@@ -125,7 +167,7 @@ class Recorder(fx.Interpreter):
 
 def place(label: Label) -> Any:
     """Where the names of a label stand in memory: labels of the same place are the same."""
-    return label.data_ptr(), label.shape, label.stride()
+    return label.__array_interface__["data"][0], label.shape, label.strides
 
 
 def cause(error: Exception) -> str:
@@ -140,47 +182,12 @@ def where(node: fx.Node) -> str:
     return "{} ({}:{}: `{}`)".format(node.name, *users[-1]) if users else node.name
 
 
-class _Runner(nn.Module):
-    """A module whose forward interprets a graph, so that ``functional_call`` can swap its parameters."""
-
-    def __init__(self, interpreter: fx.Interpreter, module: nn.Module) -> None:
-        super().__init__()
-        self.interpreter, self.module = [interpreter], module
-
-    def forward(self, *args: Any) -> Any:
-        return self.interpreter[0].run(*args, enable_io_processing=False)
-
-
 def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
     run.mode = mode
-    recorder = Recorder(graph, graph.graphs[mode], run)
-    interpret(recorder, graph, mode, inputs, state)
+    recorder = Recorder(graph, mode, state, run)
+    recorder.start(inputs)
     return recorder.values
-
-
-def interpret(
-    interpreter: fx.Interpreter, module: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor]
-) -> None:
-    """Run ``interpreter`` on ``module`` in one mode, with the tensors of ``state`` for its parameters and buffers.
-
-    A module that has several names is swapped under its first: ``functional_call`` would not restore it otherwise.
-    """
-    swapped = {}
-    for path, part in module.named_modules():
-        for leaf in (*part._parameters, *part._buffers):
-            name = f"{path}.{leaf}".removeprefix(".")
-            if name in state:
-                swapped[f"module.{name}"] = state[name]
-    modes = {part: part.training for part in module.modules()}
-    arguments = tuple(placeholders(module.graphs[mode], inputs))
-    try:
-        module.train(mode)
-        with torch.inference_mode(False), torch.no_grad():
-            functional_call(_Runner(interpreter, module), swapped, arguments, tie_weights=False)
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:

@@ -1,30 +1,36 @@
 """Labels: which channel each position of a value belongs to.
 
-A label is an int64 tensor of names with as many axes as the value; an axis along which names do not vary has size 1, so
+A label is an int64 array of names with as many axes as the value; an axis along which names do not vary has size 1, so
 a label costs O(channels) whatever the size of the image. A value carries a few labels, one for each independent
 family of names, and no two of them vary along the same axis. Here stands what every operator family does with labels.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from fxprune.channels.names import Names
+from fxprune.channels.names import Bools, Ints, Names
 
-Label = Tensor
+Label = Ints
 Labels = tuple[Label, ...]
 Shape = Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Operand:
     """A value as an operator meets it: its labels, its shape, and what to call it where it has no names."""
 
     labels: Labels
     shape: Shape
     source: str = "a constant"
+
+
+def on_axis(names: Ints, axis: int, ndim: int) -> Label:
+    """The label of a value with ``ndim`` axes whose positions along ``axis`` have these names."""
+    return names.reshape([-1 if at == axis else 1 for at in range(ndim)])
 
 
 def varying(label: Label) -> list[int]:
@@ -37,23 +43,31 @@ def along(labels: Labels, axis: int) -> Label | None:
     return next((label for label in labels if label.shape[axis] > 1), None)
 
 
-def spread(label: Label, shape: Shape) -> Label:
+def left(stays: Bools, axis: int) -> Bools:
+    """bool[size]: along an axis, the positions of which something stays. ``stays`` is shaped like a label."""
+    return np.asarray(np.moveaxis(stays, axis, 0).reshape(stays.shape[axis], -1).any(1))
+
+
+def narrow(label: Label, axis: int, start: int, length: int) -> Label:
+    """A stretch of the positions along ``axis``."""
+    return label[(slice(None),) * axis + (slice(start, start + length),)]
+
+
+def spread(label: Label, shape: Shape) -> torch.Tensor:
     """The label over the full shape of its value, as a view with stride 0 where the names do not vary."""
-    return label.expand(*shape) if len(shape) else label
+    return torch.from_numpy(label).expand(*shape) if len(shape) else torch.from_numpy(label)
 
 
-def squash(label: Label) -> Label:
+def squash(names: torch.Tensor) -> Label:
     """The opposite of ``spread``: axes of stride 0 shrink to size 1."""
-    stride = label.stride()
-    shape = [1 if step == 0 else size for size, step in zip(label.shape, stride, strict=True)]
-    return label.as_strided(shape, stride)
+    return names.numpy()[tuple(slice(0, 1 if step == 0 else None) for step in names.stride())]
 
 
 def condense(label: Label) -> Label:
     """Shrink to size 1 every axis along which all names are equal, whatever its stride."""
     for axis in varying(label):
-        first = label.narrow(axis, 0, 1)
-        if torch.equal(first.expand_as(label), label):
+        first = narrow(label, axis, 0, 1)
+        if (first == label).all():
             label = first
     return label
 
@@ -63,31 +77,26 @@ def align(label: Label, ndim: int) -> Label:
     return label[(None,) * (ndim - label.ndim)] if label.ndim < ndim else label
 
 
-def merge(names: Names, a: Label, b: Label) -> Label:
-    """Merge two labels of one value, position by position. Returns the label over the axes of both."""
-    if a is b:
-        return a
-    shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
-    names.merge(a.expand(shape).numpy(), b.expand(shape).numpy())
-    return a if list(a.shape) == shape else squash(a.expand(shape))
-
-
 def settle(names: Names, labels: Iterable[Label]) -> Labels:
-    """Merge those labels of one value that vary along a common axis.
+    """Merge those labels of one value that vary along a common axis; one of them stays for both.
 
     A label that does not vary any more is dropped and its name frozen: it is all of a value.
     """
-    settled: list[Label] = []
+    settled: dict[int, Label] = {}  # by axis
     for label in labels:
-        axes = set(varying(label))
+        axes = varying(label)
         if not axes:
-            names.freeze(label.numpy(), "it is all of a value")
-            continue
-        for other in [kept for kept in settled if axes & set(varying(kept))]:
-            settled = [kept for kept in settled if kept is not other]
-            label = merge(names, other, label)
-        settled.append(label)
-    return tuple(settled)
+            names.freeze(label, "it is all of a value")
+        others = {id(settled[axis]): settled[axis] for axis in axes if axis in settled}
+        for other in others.values():
+            if other is not label:
+                names.merge(other, label)
+                label = other
+        if others:
+            axes = varying(label)
+            settled = {axis: kept for axis, kept in settled.items() if id(kept) not in others}
+        settled.update(dict.fromkeys(axes, label))
+    return tuple({id(label): label for label in settled.values()}.values())
 
 
 def pin(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
@@ -95,23 +104,23 @@ def pin(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
 
     A label that varies along other axes too has its names merged along ``axes``; one that varies only there is frozen.
     """
-    pinned = [axis for axis in axes if label.shape[axis] > 1]
-    if not pinned:
-        return label
     first = label
-    for axis in pinned:
-        first = first.narrow(axis, 0, 1)
-    if len(pinned) == len(varying(label)):
-        names.freeze(label.numpy(), why)
+    for axis in axes:
+        if label.shape[axis] > 1:
+            first = narrow(first, axis, 0, 1)
+    if first.size == label.size:
+        return label
+    if first.size == 1:
+        names.freeze(label, why)
     else:
-        names.merge(label.numpy(), first.numpy())
+        names.merge(label, first)
     return first
 
 
 def freeze(names: Names, labels: Iterable[Label], why: str) -> None:
     """Freeze every name of ``labels``."""
     for label in labels:
-        names.freeze(label.numpy(), why)
+        names.freeze(label, why)
 
 
 def join(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
@@ -119,23 +128,28 @@ def join(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
 
     Names that meet are merged. Where a label meets a value of full size that has no names there, it is pinned.
     """
-    shapes = [(1,) * (ndim - len(operand.shape)) + tuple(operand.shape) for operand in operands]
-    aligned = [tuple(align(label, ndim) for label in operand.labels) for operand in operands]
-    joined: list[Label] = []
-    for labels in aligned:
-        for label in labels:
-            axes = varying(label)
-            for shape, theirs, other in zip(shapes, aligned, operands, strict=True):
-                if theirs is labels:
-                    continue
-                bare = [axis for axis in axes if shape[axis] > 1 and along(theirs, axis) is None]
-                if bare:
-                    label = pin(names, label, bare, f"meets {other.source}")
+    if len(operands) == 1 and len(operands[0].shape) == ndim:
+        return operands[0].labels
+    bare: dict[int, str] = {}  # axis -> what has full size there and no names
+    for operand in operands:
+        missing = ndim - len(operand.shape)
+        named = {axis for label in operand.labels for axis in varying(label)}
+        for axis, size in enumerate(operand.shape):
+            if size > 1 and axis not in named:
+                bare.setdefault(axis + missing, operand.source)
+    joined = []
+    for operand in operands:
+        for label in operand.labels:
+            label = align(label, ndim)
+            met = {axis: bare[axis] for axis in varying(label) if axis in bare}
+            for source in dict.fromkeys(met.values()):
+                label = pin(names, label, [axis for axis in met if met[axis] == source], f"meets {source}")
             joined.append(label)
     return settle(names, joined)
 
 
-def regroup(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+@lru_cache(maxsize=4096)
+def regroup(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest independent parts: (axes before, axes after) with equal products.
 
     >>> regroup((2, 12, 5), (2, 3, 4, 5))
@@ -162,10 +176,8 @@ def regroup(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
 
 def reshape(label: Label, before: Shape, after: Shape) -> Label:
     """The label of a value of shape ``before`` when it is viewed as ``after``."""
-    if not any(size > 1 for size in label.shape):
-        return label.reshape([1] * len(after))
     spreads, target, mixed = list(label.shape), [1] * len(after), False
-    for axes_before, axes_after in regroup(before, after):
+    for axes_before, axes_after in regroup(tuple(before), tuple(after)):
         if all(label.shape[axis] == 1 for axis in axes_before):
             continue
         mixed = mixed or len(axes_before) > 1 or len(axes_after) > 1
@@ -173,5 +185,6 @@ def reshape(label: Label, before: Shape, after: Shape) -> Label:
             spreads[axis] = before[axis]
         for axis in axes_after:
             target[axis] = after[axis]
-    label = label.expand(spreads).reshape(target)
-    return condense(label) if mixed else label
+    if mixed:
+        return condense(np.broadcast_to(label, spreads).copy().reshape(target))
+    return label.reshape(target)

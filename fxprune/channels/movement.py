@@ -6,6 +6,7 @@ Four need care: cat and stack (what has no names beside what has), pad (new posi
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from fxprune.channels.labels import (
     condense,
     freeze,
     join,
+    narrow,
+    on_axis,
     pin,
     reshape,
     settle,
@@ -45,7 +48,8 @@ def view_of_names(call: Call) -> Any:
     axis = call.arg("dim", 0) % len(shape)
     return [
         settle(
-            call.names, (cut_from(call, whole, parts[part], axis) for whole, parts in zip(labels, moved, strict=True))
+            call.names,
+            (cut_from(call, whole, squash(parts[part]), axis) for whole, parts in zip(labels, moved, strict=True)),
         )
         for part in range(len(call.out))
     ]
@@ -53,12 +57,11 @@ def view_of_names(call: Call) -> Any:
 
 def cut_from(call: Call, whole: Label, part: Label, axis: int) -> Label:
     """``part``, a stretch of ``whole`` along ``axis``. A single position has no name there any more: it must stay."""
-    part = squash(part)
     if whole.shape[axis] > 1 and part.shape[axis] == 1:
         if len(varying(whole)) > 1:
             pin(call.names, whole, [axis], "cut to one position")
         else:
-            call.names.freeze(part.numpy(), "cut to one position")
+            call.names.freeze(part, "cut to one position")
     return part
 
 
@@ -88,13 +91,13 @@ def slice_(call: Call) -> Labels:
     labels = operand(value).labels
     if call.arg("step", 1) != 1:
         labels = settle(call.names, (pin(call.names, label, [axis], "sliced with a step") for label in labels))
-    moved = [call.func(spread(label, value.shape), *call.args[1:], **call.kwargs) for label in labels]
+    moved = [squash(call.func(spread(label, value.shape), *call.args[1:], **call.kwargs)) for label in labels]
     return settle(call.names, (cut_from(call, *pair, axis) for pair in zip(labels, moved, strict=True)))
 
 
 @rule("flip")
 def flip(call: Call) -> Labels:
-    return tuple(label.flip(call.args[1]) for label in operand(call.args[0]).labels)
+    return tuple(squash(call.func(torch.from_numpy(label), call.args[1])) for label in operand(call.args[0]).labels)
 
 
 @rule("roll")
@@ -110,7 +113,7 @@ def repeat(call: Call) -> Labels:
     labels = [align(label, len(times)) for label in operand(call.args[0]).labels]
     return settle(
         call.names,
-        (label.repeat([n if size > 1 else 1 for n, size in zip(times, label.shape, strict=True)]) for label in labels),
+        (np.tile(label, [n if label.shape[axis] > 1 else 1 for axis, n in enumerate(times)]) for label in labels),
     )
 
 
@@ -118,7 +121,7 @@ def repeat(call: Call) -> Labels:
 def unfold(call: Call) -> Labels:
     value, axis = call.args[0], call.args[1] % call.args[0].ndim
     labels = (pin(call.names, label, [axis], "unfolded") for label in operand(value).labels)
-    return settle(call.names, (label.unsqueeze(-1) for label in labels))
+    return settle(call.names, (label[..., None] for label in labels))
 
 
 @rule("cat", "concat", "concatenate")
@@ -143,7 +146,8 @@ def cat(call: Call) -> Labels:
     ]
     others = {at for label in named for at in varying(label)} - {axis}
     shape = [call.shape[at] if at in others else 1 for at in range(ndim)]
-    whole = torch.cat([label.expand([*shape[:axis], -1, *shape[axis + 1 :]]) for label in named], axis)
+    named = [np.broadcast_to(label, [*shape[:axis], label.shape[axis], *shape[axis + 1 :]]) for label in named]
+    whole = np.concatenate(named, axis)
     return settle(call.names, [whole, *join(call.names, rest, ndim)])
 
 
@@ -153,7 +157,7 @@ def stack(call: Call) -> Labels:
     parts = [operand(value) for value in call.args[0]]
     raised = [
         Operand(
-            tuple(label.unsqueeze(axis) for label in part.labels),
+            tuple(np.expand_dims(label, axis) for label in part.labels),
             [*part.shape[:axis], 1, *part.shape[axis:]],
             part.source,
         )
@@ -180,21 +184,21 @@ def pad(call: Call) -> Labels:
 def extend(call: Call, label: Label, axis: int, before: int, after: int) -> Label:
     """Pad ``label`` along ``axis`` with fresh names; negative amounts crop."""
     start, stop = max(-before, 0), label.shape[axis] - max(-after, 0)
-    pieces = [cut_from(call, label, label.narrow(axis, start, stop - start), axis)]
+    pieces = [cut_from(call, label, narrow(label, axis, start, stop - start), axis)]
     for amount, position in ((before, 0), (after, len(pieces))):
         if amount > 0:
             shape = list(label.shape)
             shape[axis] = amount
-            names = call.names.fresh(torch.Size(shape).numel())
-            pieces.insert(position if position == 0 else len(pieces), torch.from_numpy(names).reshape(shape))
-    return torch.cat(pieces, axis)
+            names = call.names.fresh(math.prod(shape))
+            pieces.insert(position if position == 0 else len(pieces), names.reshape(shape))
+    return np.concatenate(pieces, axis)
 
 
 def fresh(call: Call, axis: int, shape: Any, why: str) -> Label:
     """Frozen names along ``axis`` for a value that has none."""
     names = call.names.fresh(shape[axis])
     call.names.freeze(names, why)
-    return torch.from_numpy(names).reshape([-1 if at == axis else 1 for at in range(len(shape))])
+    return on_axis(names, axis, len(shape))
 
 
 @rule("index", "index_select", "embedding", "gather", "take_along_dim")
@@ -223,7 +227,7 @@ def index(call: Call) -> Labels:
         if kind == "index_select":
             labels.append(label)
         else:
-            labels.append(torch.ops.aten.index.Tensor(label, zeros))
+            labels.append(torch.ops.aten.index.Tensor(torch.from_numpy(label), zeros).numpy())
     return settle(call.names, labels)
 
 
@@ -245,7 +249,7 @@ def pixel_unshuffle(call: Call) -> Labels:
     labels = []
     for label in value.labels:
         label = pin(call.names, label, [len(batch) + 1, len(batch) + 2], "pixel unshuffle")
-        labels.append(label.repeat_interleave(factor**2, len(batch)) if label.shape[-3] > 1 else label)
+        labels.append(label.repeat(factor**2, len(batch)) if label.shape[-3] > 1 else label)
     return settle(call.names, labels)
 
 
@@ -258,7 +262,7 @@ def im2col(call: Call) -> Labels:
     labels = [label.squeeze(-1) for label in labels]
     return settle(
         call.names,
-        (label.repeat_interleave(window, axis) if label.shape[axis] > 1 else label for label in labels),
+        (label.repeat(window, axis) if label.shape[axis] > 1 else label for label in labels),
     )
 
 
@@ -278,7 +282,7 @@ def channel_shuffle(call: Call) -> Labels:
     value, groups = operand(call.args[0]), call.args[1]
     batch, channels, *space = value.shape
     split = (batch, groups, channels // groups, *space)
-    labels = [reshape(label, value.shape, split).transpose(1, 2) for label in value.labels]
+    labels = [reshape(label, value.shape, split).swapaxes(1, 2) for label in value.labels]
     for label in labels:
         call.run.remember(label)
     swapped = (batch, channels // groups, groups, *space)
@@ -293,7 +297,7 @@ def glu(call: Call) -> Labels:
     halves = [
         Operand(
             tuple(
-                cut_from(call, label, label.narrow(axis, start, half), axis) if label.shape[axis] > 1 else label
+                cut_from(call, label, narrow(label, axis, start, half), axis) if label.shape[axis] > 1 else label
                 for label in value.labels
             ),
             call.shape,

@@ -12,6 +12,8 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+FREE = np.iinfo(np.int64).max  # in place of the number of a freeze
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -25,7 +27,11 @@ class Reason:
 
 
 class Names:
-    """A growing set of names, partitioned into classes; each class is free, or frozen for a reason."""
+    """A growing set of names, partitioned into classes; each class is free, or frozen for a reason.
+
+    What is merged, frozen and produced is noted first, and done for all notes at once when someone asks about classes:
+    a run writes hundreds of notes and rarely asks.
+    """
 
     def __init__(self) -> None:
         self.node = ""  # the graph node that is being run, for reasons
@@ -33,8 +39,12 @@ class Names:
         self._known: dict[Reason, int] = {}
         self._count = 0
         self._parent: Ints = np.arange(1024)
-        self._reason: Ints = np.full(1024, -1)  # per root: index into reasons, -1 = free
+        self._frozen: Ints = np.full(1024, FREE)  # per root: the first freeze of its class
         self._produced: Bools = np.zeros(1024, dtype=bool)  # per root: some contraction has it as output
+        self._merge: list[tuple[Ints, Ints]] = []
+        self._freeze: list[Ints] = []
+        self._why: list[int] = []  # of each freeze so far: index into reasons
+        self._produce: list[Ints] = []
 
     def __len__(self) -> int:
         return self._count
@@ -46,8 +56,51 @@ class Names:
             self._grow(max(self._count, 2 * len(self._parent)))
         return np.arange(start, self._count)
 
+    def merge(self, a: Ints, b: Ints) -> None:
+        """Merge the classes of ``a[i]`` and ``b[i]`` for each i. The arrays broadcast against each other."""
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        self._merge.append((a.ravel(), b.ravel()))
+
+    def freeze(self, names: Ints, text: str) -> None:
+        """Freeze the classes of ``names``. The first reason that a class is given stands."""
+        reason = Reason(text, self.node)
+        number = self._known.setdefault(reason, len(self.reasons))
+        if number == len(self.reasons):
+            self.reasons.append(reason)
+        self._freeze.append(names.ravel())
+        self._why.append(number)
+
+    def produce(self, names: Ints) -> None:
+        """Mark the classes of ``names`` as the output of a contraction."""
+        self._produce.append(names.ravel())
+
     def find(self, names: Ints) -> Ints:
         """The representative (the smallest name) of each name's class; same shape as ``names``."""
+        self._do_what_is_noted()
+        return self._roots(names)
+
+    def frozen(self, names: Ints) -> Bools:
+        """Whether each name's class is frozen; same shape as ``names``."""
+        result: Bools = self._frozen[self.find(names)] != FREE
+        return result
+
+    def reason(self, name: int) -> Reason | None:
+        """Why the class of ``name`` is frozen, or None when it is free."""
+        number = int(self.reason_numbers(np.array([name]))[0])
+        return self.reasons[number] if number >= 0 else None
+
+    def reason_numbers(self, names: Ints) -> Ints:
+        """For each name the index of its class's reason in ``reasons``, -1 where it is free."""
+        freezes = self._frozen[self.find(names)]
+        result: Ints = np.array([*self._why, -1])[np.minimum(freezes, len(self._why))]
+        return result
+
+    def produced(self, names: Ints) -> Bools:
+        """Whether each name's class is the output of some contraction; same shape as ``names``."""
+        return self._produced[self.find(names)]
+
+    def _roots(self, names: Ints) -> Ints:
         roots = self._parent[names]
         while True:
             above = self._parent[roots]
@@ -56,12 +109,23 @@ class Names:
             self._parent[names] = above
             roots = above
 
-    def merge(self, a: Ints, b: Ints) -> None:
-        """Merge the classes of ``a[i]`` and ``b[i]`` for each i. The arrays broadcast against each other."""
-        a, b = np.broadcast_arrays(a, b)
-        a, b = a.ravel(), b.ravel()
+    def _do_what_is_noted(self) -> None:
+        if self._merge:
+            ours, theirs = zip(*self._merge, strict=True)
+            self._unite(np.concatenate(ours), np.concatenate(theirs))
+            self._merge.clear()
+        if self._freeze:
+            first = len(self._why) - len(self._freeze)
+            each = np.repeat(np.arange(first, len(self._why)), [len(names) for names in self._freeze])
+            np.minimum.at(self._frozen, self._roots(np.concatenate(self._freeze)), each)
+            self._freeze.clear()
+        if self._produce:
+            self._produced[self._roots(np.concatenate(self._produce))] = True
+            self._produce.clear()
+
+    def _unite(self, a: Ints, b: Ints) -> None:
         while True:
-            a, b = self.find(a), self.find(b)
+            a, b = self._roots(a), self._roots(b)
             differ = a != b
             if not differ.any():
                 return
@@ -69,48 +133,12 @@ class Names:
             low, high = np.minimum(a, b), np.maximum(a, b)
             # Where one class meets several others at once the last assignment wins; the loop merges the rest.
             self._parent[high] = low
-            roots = self.find(high)
-            frozen = (self._reason[high] >= 0) & (self._reason[roots] < 0)
-            self._reason[roots[frozen]] = self._reason[high[frozen]]
+            roots = self._roots(high)
+            np.minimum.at(self._frozen, roots, self._frozen[high])
             self._produced[roots[self._produced[high]]] = True
-
-    def freeze(self, names: Ints, text: str) -> None:
-        """Freeze the classes of ``names``. The first reason that a class is given stands."""
-        roots = self.find(names.ravel())
-        roots = roots[self._reason[roots] < 0]
-        if len(roots):
-            self._reason[roots] = self._reason_number(text)
-
-    def frozen(self, names: Ints) -> Bools:
-        """Whether each name's class is frozen; same shape as ``names``."""
-        return self._reason[self.find(names)] >= 0
-
-    def reason(self, name: int) -> Reason | None:
-        """Why the class of ``name`` is frozen, or None when it is free."""
-        number = int(self._reason[self.find(np.array([name]))[0]])
-        return self.reasons[number] if number >= 0 else None
-
-    def reason_numbers(self, names: Ints) -> Ints:
-        """For each name the index of its class's reason in ``reasons``, -1 where it is free."""
-        return self._reason[self.find(names)]
-
-    def produce(self, names: Ints) -> None:
-        """Mark the classes of ``names`` as the output of a contraction."""
-        self._produced[self.find(names)] = True
-
-    def produced(self, names: Ints) -> Bools:
-        """Whether each name's class is the output of some contraction; same shape as ``names``."""
-        return self._produced[self.find(names)]
-
-    def _reason_number(self, text: str) -> int:
-        reason = Reason(text, self.node)
-        if reason not in self._known:
-            self._known[reason] = len(self.reasons)
-            self.reasons.append(reason)
-        return self._known[reason]
 
     def _grow(self, size: int) -> None:
         old = len(self._parent)
         self._parent = np.concatenate([self._parent, np.arange(old, size)])
-        self._reason = np.concatenate([self._reason, np.full(size - old, -1)])
+        self._frozen = np.concatenate([self._frozen, np.full(size - old, FREE)])
         self._produced = np.concatenate([self._produced, np.zeros(size - old, dtype=bool)])

@@ -4,7 +4,10 @@ Operators that torch tags as pointwise come here by themselves; listed are those
 look pointwise from the channels' side.
 """
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 from fxprune.channels.labels import Labels, Operand, join
 from fxprune.channels.tensor import Call, operand, rule, unknown
@@ -24,7 +27,7 @@ CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 
 @rule("pointwise", *UNTAGGED)
 def pointwise(call: Call) -> Labels:
-    tensors = [operand(value) for value in (*call.args, *call.kwargs.values()) if hasattr(value, "shape")]
+    tensors = [operand(value) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
     return join(call.names, tensors, len(call.shape))
 
 
@@ -51,12 +54,13 @@ def as_strided(call: Call) -> Any:
     return value.labels if value.shape == call.shape else unknown(call)
 
 
-def add_bias(call: Call, labels: Labels, shape: Any, bias: Any, axis: int) -> Labels:
-    """Join a one-dimensional ``bias`` onto ``axis`` of a value."""
-    if bias is None:
-        return labels
-    vector = operand(bias)
-    trailing = len(shape) - axis - 1
-    spread = tuple(label.reshape(-1, *[1] * trailing) for label in vector.labels)
-    there = Operand(spread, (*vector.shape, *[1] * trailing), vector.source)
-    return join(call.names, [Operand(labels, shape), there], len(shape))
+def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) -> Labels:
+    """Join one-dimensional ``vectors`` (biases, scales, statistics), where given, onto ``axis`` of a value."""
+    ndim = len(value.shape)
+    operands = [value]
+    for vector in vectors:
+        if isinstance(vector, Tensor):
+            its = operand(vector)
+            shape = (*its.shape, *[1] * (ndim - axis - 1))
+            operands.append(Operand(tuple(label.reshape(shape) for label in its.labels), shape, its.source))
+    return join(call.names, operands, ndim)

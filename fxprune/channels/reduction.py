@@ -3,7 +3,7 @@
 from typing import Any
 
 from fxprune.channels.labels import Label, Labels, Operand, condense, join, pin, reshape, settle, varying
-from fxprune.channels.pointwise import add_bias
+from fxprune.channels.pointwise import with_vectors
 from fxprune.channels.tensor import Call, ChannelTensor, Norm, operand, rule
 
 REDUCTIONS = (
@@ -25,6 +25,11 @@ POOLS = (
 def several(call: Call, labels: Labels) -> Any:
     """``labels`` for each result of an operator that has one or several."""
     return [labels] * len(call.out) if isinstance(call.out, (tuple, list)) else labels
+
+
+def first(call: Call, labels: Labels) -> Any:
+    """``labels`` for the first result of an operator that may have others, statistics without names."""
+    return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
 
 
 @rule(*REDUCTIONS.split())
@@ -58,8 +63,8 @@ def pool(call: Call) -> Any:
     return several(call, settle(call.names, labels))
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "_batch_norm_with_update", "_native_batch_norm_legit_functional")  # fmt: skip
+@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+      "cudnn_batch_norm", "_batch_norm_with_update", "_native_batch_norm_legit_functional")  # fmt: skip
 def batch_norm(call: Call) -> Any:
     value = operand(call.args[0])
     batch_and_space = [axis for axis in range(len(value.shape)) if axis != 1]
@@ -69,24 +74,23 @@ def batch_norm(call: Call) -> Any:
             mark(call, label, tuple(axis for axis in batch_and_space if label.shape[axis] > 1))
     else:
         labels = settle(call.names, (pin(call.names, label, batch_and_space, "normalized") for label in value.labels))
-    for vector in call.args[1:5]:
-        if hasattr(vector, "shape"):
-            labels = add_bias(call, labels, value.shape, vector, 1)
+    labels = with_vectors(call, Operand(labels, value.shape, value.source), call.args[1:5], 1)
     weight = call.args[1]
     if isinstance(weight, ChannelTensor) and weight.parameter is not None:
         call.run.batch_norm_scales.add(weight.parameter)
-    return [labels] + [()] * (len(call.out) - 1)
+    return first(call, labels)
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def layer_norm(call: Call) -> Any:
     value = operand(call.args[0])
     ndim = len(value.shape)
-    first = ndim - len(call.args[1])
-    labels = affine(call, value, (call.arg("weight"), call.arg("bias")), range(first, ndim))
+    axes = range(ndim - len(call.args[1]), ndim)
+    vectors = [operand(vector) for vector in (call.arg("weight"), call.arg("bias")) if vector is not None]
+    labels = join(call.names, [value, *vectors], ndim)
     for label in labels:
-        mark(call, label, tuple(axis for axis in varying(label) if axis >= first))
-    return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
+        mark(call, label, tuple(axis for axis in varying(label) if axis in axes))
+    return first(call, labels)
 
 
 @rule("native_group_norm")
@@ -95,9 +99,7 @@ def group_norm(call: Call) -> Any:
     value = operand(call.args[0])
     groups = call.arg("group")
     batch, channels, *space = value.shape
-    labels = value.labels
-    for vector in (call.arg("weight"), call.arg("bias")):
-        labels = add_bias(call, labels, value.shape, vector, 1)
+    labels = with_vectors(call, value, (call.arg("weight"), call.arg("bias")), 1)
     labels = settle(call.names, (pin(call.names, label, range(2, len(value.shape)), "normalized") for label in labels))
     for label in labels:
         if groups == 1:
@@ -105,13 +107,7 @@ def group_norm(call: Call) -> Any:
         elif label.shape[1] > 1:
             split = reshape(label, value.shape, (batch, groups, channels // groups, *space))
             pin(call.names, split, [2], "normalized in one group")
-    return [labels] + [()] * (len(call.out) - 1)
-
-
-def affine(call: Call, value: Operand, vectors: Any, axes: range) -> Labels:
-    """Join weight and bias, whose shape is that of the trailing ``axes``."""
-    there = [operand(vector) for vector in vectors if vector is not None]
-    return join(call.names, [value, *there], len(value.shape))
+    return first(call, labels)
 
 
 def mark(call: Call, label: Label, axes: tuple[int, ...]) -> None:

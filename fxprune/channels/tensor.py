@@ -4,8 +4,9 @@ A model runs on ChannelTensors as it runs on tensors. Each ATen operator arrives
 shape, and is handed to the rule of its family for its labels. An operator without a rule freezes what it touches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch._ops import OpOverload
 
 from fxprune.channels.labels import Label, Labels, Operand, freeze, varying
 from fxprune.channels.names import Names
+from fxprune.channels.shapes import shape_of_result
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Run:
         axes = varying(label)
         if len(axes) < 2:
             return
-        key = (label.data_ptr(), tuple(sorted((label.stride(axis), label.shape[axis]) for axis in axes)))
+        start = label.__array_interface__["data"][0]
+        key = (start, tuple(sorted((label.strides[axis], label.shape[axis]) for axis in axes)))
         if key not in self._seen:
             self._seen.add(key)
             self.grids.append(label)
@@ -90,43 +93,55 @@ class ChannelTensor(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Functions that torch would take apart on the way, but that have a rule as a whole, go straight to it."""
-        if func in WHOLE:
-            return cls.__torch_dispatch__(WHOLE[func], types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
+            if func in WHOLE:
+                return apply(WHOLE[func], args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator on meta tensors for its shape, and hand it to its rule for its labels."""
-        kwargs = kwargs or {}
-        tensors = list(channel_tensors((*args, *kwargs.values())))
-        run = tensors[0].run
-        if "device" in kwargs:
-            kwargs = kwargs | {"device": torch.device("meta")}
-        out = on_meta(func, args, kwargs)
-        call = Call(run, func, args, kwargs, out, tensors)
-        run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
-        labels = rule_of(func)(call)
-        if func._schema.is_mutable:
-            return call.mutated(labels)
-        source = call.unknown or tensors[0].source
-        if isinstance(out, Tensor):
-            return ChannelTensor(out, labels, run, source)
-        if isinstance(out, (tuple, list)):
-            several = labels if isinstance(labels, list) else [labels] + [()] * (len(out) - 1)
-            return type(out)(
-                ChannelTensor(part, each, run, source) if isinstance(part, Tensor) else part
-                for part, each in zip(out, several, strict=True)
-            )
-        return out
+        """Every operator that no function above took whole."""
+        return apply(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ChannelTensor({tuple(self.shape)}, varies along {[varying(label) for label in self.labels]})"
 
 
-@dataclass
+def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on meta tensors for its shape, and hand it to its rule for its labels."""
+    tensors = channel_tensors((*args, *kwargs.values()))
+    run = tensors[0].run
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": torch.device("meta")}
+    out = result_of(func, bare(args), bare(kwargs))
+    call = Call(run, func, args, kwargs, out, tensors)
+    run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
+    labels = rule_of(func)(call)
+    if func._schema.is_mutable:
+        return call.mutated(labels)
+    source = call.unknown or tensors[0].source
+    if isinstance(out, Tensor):
+        return ChannelTensor(out, labels, run, source)
+    if isinstance(out, (tuple, list)):
+        several = labels if isinstance(labels, list) else [labels] + [()] * (len(out) - 1)
+        return type(out)(
+            ChannelTensor(part, each, run, source) if isinstance(part, Tensor) else part
+            for part, each in zip(out, several, strict=True)
+        )
+    return out
+
+
+def result_of(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result on meta tensors; without a call of the operator where its shape is plain to see."""
+    shape = None if kwargs else shape_of_result(name_of(func), args)
+    if shape is None or (func._schema.is_mutable and shape != args[0].shape):
+        return func(*args, **kwargs)
+    return args[0] if func._schema.is_mutable else torch.empty(shape, dtype=args[0].dtype, device="meta")
+
+
+@dataclass(slots=True)
 class Call:
     """One call of an ATen operator: what a rule sees. ``out`` is the result on meta tensors."""
 
@@ -151,12 +166,10 @@ class Call:
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument that the operator's schema calls ``name``."""
-        for position, argument in enumerate(self.func._schema.arguments):
-            if argument.name == name:
-                if position < len(self.args):
-                    return self.args[position]
-                return self.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
-        return default
+        position, its_default = arguments(self.func).get(name, (len(self.args), None))
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default if its_default is None else its_default)
 
     def mutated(self, labels: Any) -> Any:
         """The first argument after an in-place operator."""
@@ -177,9 +190,13 @@ class Call:
         return target
 
 
+aten = torch.ops.aten
 WHOLE: dict[Any, OpOverload] = {
-    F.rms_norm: torch.ops.aten.rms_norm.default,
-    torch.rms_norm: torch.ops.aten.rms_norm.default,
+    F.linear: aten.linear.default,
+    F.rms_norm: aten.rms_norm.default,
+    torch.rms_norm: aten.rms_norm.default,
+    torch.batch_norm: aten.batch_norm.default,
+    torch.layer_norm: aten.layer_norm.default,
 }
 Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
 RULES: dict[str, Rule] = {}
@@ -195,6 +212,13 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@cache
+def arguments(func: OpOverload) -> dict[str, tuple[int, Any]]:
+    """For each argument in the operator's schema its position and default."""
+    return {argument.name: (at, argument.default_value) for at, argument in enumerate(func._schema.arguments)}
+
+
+@cache
 def name_of(func: OpOverload) -> str:
     """The operator's name as rules know it: "add" for ``aten.add_.Tensor``, "lib::op" outside ATen."""
     namespace, _, name = func._schema.name.partition("::")
@@ -226,49 +250,28 @@ def unknown(call: Call) -> Any:
     return call.args[0].labels if call.func._schema.is_mutable and isinstance(call.args[0], ChannelTensor) else ()
 
 
-SHAPED_LIKE_FIRST = frozenset(
-    "relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu mish _softmax clone "
-    "add sub mul div native_batch_norm".split()
-)
-
-
-def on_meta(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result on meta tensors.
-
-    torch's meta kernels of common operators are Python, and slower than all else here: where the result plainly has the
-    shape of the first argument they are not called.
-    """
-    name = name_of(func)
-    if name not in SHAPED_LIKE_FIRST or kwargs or not isinstance(args[0], ChannelTensor):
-        return func(*bare(args), **bare(kwargs))
-    data = args[0].data_
-    if name == "native_batch_norm":
-        return torch.empty_like(data), data.new_empty(0), data.new_empty(0)
-    others = [arg for arg in args[1:] if isinstance(arg, Tensor)]
-    if any(each.shape != data.shape or each.dtype != data.dtype for each in others) or not data.is_floating_point():
-        return func(*bare(args), **bare(kwargs))
-    return data if func._schema.is_mutable else torch.empty_like(data)
-
-
-def channel_tensors(args: Sequence[Any]) -> Any:
+def channel_tensors(args: Iterable[Any]) -> list[ChannelTensor]:
     """The ChannelTensors among ``args``, in order; lists are looked into."""
+    found: list[ChannelTensor] = []
     for arg in args:
         if isinstance(arg, ChannelTensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            yield from channel_tensors(arg)
+            found += channel_tensors(arg)
+    return found
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor like ``tensor`` without data."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def bare(value: Any) -> Any:
-    """``value`` with each tensor in it replaced by a meta tensor."""
+    """``value`` with each tensor in it replaced by one on meta, without names."""
     if isinstance(value, ChannelTensor):
         return value.data_
     if isinstance(value, Tensor):
-        return (
-            value
-            if value.is_meta
-            else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        )
+        return value if value.is_meta else on_meta(value)
     if isinstance(value, (list, tuple)):
         return type(value)(bare(item) for item in value)
     if isinstance(value, dict):
@@ -279,5 +282,5 @@ def bare(value: Any) -> Any:
 def operand(value: Any) -> Operand:
     """Any argument of an operator as an Operand; numbers have no axes."""
     if isinstance(value, ChannelTensor):
-        return Operand(value.labels, value.shape, value.source)
+        return Operand(value.labels, value.data_.shape, value.source)
     return Operand((), value.shape if isinstance(value, Tensor) else ())

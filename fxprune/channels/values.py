@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.labels import Label, Labels, varying
+from fxprune.channels.labels import Label, Labels, left, varying
 from fxprune.channels.names import Bools
 from fxprune.errors import AnalysisError
 
@@ -37,13 +37,12 @@ class Cutter:
 
     def cut(self, label: Label) -> Label:
         """Positions that go are whole slabs: the analysis has seen to that."""
-        kept = torch.from_numpy(self.stays[label.numpy()])
+        kept = self.stays[label]
         if kept.all():
             return label
         for axis in varying(label):
-            others = [at for at in range(label.ndim) if at != axis]
-            here = kept.any(dim=others) if others else kept
-            label, kept = (each.index_select(axis, here.nonzero().flatten()) for each in (label, kept))
+            here = left(kept, axis)
+            label, kept = label.compress(here, axis), kept.compress(here, axis)
         if not kept.all():
             raise AnalysisError("what stays of a value is not a rectangle: please report this model")
         return label
