@@ -117,7 +117,7 @@ class ParamMap(Mapping[str, Kept]):
 
     def is_gone(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter``, of the original, went with its whole branch."""
-        return self._parameters[parameter][0] in self.gone
+        return parameter in self._parameters and self._parameters[parameter][0] in self.gone
 
     def drop_gone(self, optimizer: Optimizer) -> None:
         """Take the parameters that the compact model does not have out of ``optimizer``, and their state."""
@@ -126,14 +126,18 @@ class ParamMap(Mapping[str, Kept]):
                 optimizer.state.pop(old, None)
             group["params"] = [old for old in group["params"] if not self.is_gone(old)]
 
-    def sliced_state(self, optimizer: Optimizer, *, reset: bool = False) -> dict[nn.Parameter, dict[str, Any]]:
+    def sliced_state(
+        self, optimizer: Optimizer, *, reset: bool = False, others: Collection[nn.Parameter] = ()
+    ) -> dict[nn.Parameter, dict[str, Any]]:
         """The state of ``optimizer``, by its present parameters, cut to what stays. The optimizer is not changed.
+
+        ``others``: parameters beside those of the model that the optimizer may hold; they are not in the result.
 
         Raises:
             MigrationError: as ``migrate``.
         """
         require(optimizer, Optimizer, "optimizer", MigrationError)
-        check_owned(optimizer, self._parameters)
+        check_owned(optimizer, {*self._parameters, *others})
         if isinstance(optimizer, LBFGS):
             raise MigrationError(
                 "LBFGS keeps one flat history for all parameters, which can't be sliced. Use another optimizer, or "
@@ -144,7 +148,7 @@ class ParamMap(Mapping[str, Kept]):
                 "this is the map of a cut in place, whose parameters are smaller already: there is nothing left to "
                 "migrate. A second optimizer goes along with session.register(name=optimizer) before the cut."
             )
-        held = [old for group in optimizer.param_groups for old in group["params"]]
+        held = [old for group in optimizer.param_groups for old in group["params"] if old in self._parameters]
         return {
             old: self._sliced_state(old, optimizer.state.get(old, {}), reset) for old in held if not self.is_gone(old)
         }

@@ -5,7 +5,7 @@ smaller. So whatever refers to them (the training loop, a scheduler, a list of p
 right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def reconfigure(
     optimizers: Sequence[Optimizer],
     copies: Sequence[TracedModule] = (),
     *,
+    others: Collection[nn.Parameter] = (),
     reset_state: bool = False,
     verify_with: Any = None,
 ) -> tuple[Analysis, ParamMap]:
@@ -39,6 +40,7 @@ def reconfigure(
         optimizers: of parameters of the model. Momentum and every other state are cut with the parameter, and so are
             gradients.
         copies: other traced models with the same graph and shapes, such as a moving average.
+        others: parameters of a larger model that has this one as a part; the optimizers may hold them too.
         reset_state: drop an optimizer's state of a parameter where it can't be sliced.
         verify_with: example inputs, to prove first, in float64, that the cut changes nothing else.
 
@@ -49,7 +51,7 @@ def reconfigure(
         FxpruneError: the plan, the rewrite, the state or the proof is refused. Nothing is changed then.
     """
     compact, param_map = rewrite(model, analysis, plan)
-    states = [param_map.sliced_state(each, reset=reset_state) for each in optimizers]
+    states = [param_map.sliced_state(each, reset=reset_state, others=others) for each in optimizers]
     followers = [rewrite(each, analysis, plan)[0] for each in copies]
     if verify_with is not None:
         verify(model, compact, param_map, verify_with)

@@ -23,7 +23,7 @@ from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.progress import Progress
 from fxprune.reconfigure import reconfigure
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import TracedModule, trace, unwrap
 from fxprune.training import Memory, TrainingPass
 from fxprune.undo import Undo
 from fxprune.when import Decision
@@ -63,6 +63,7 @@ class Session:
         reset_state: bool = False,
         verify: bool = False,
         progress: bool | None = None,
+        around: nn.Module | None = None,
         heads: str = "whole",
         groups: str = "auto",
     ) -> None:
@@ -80,6 +81,8 @@ class Session:
             reset_state: where the optimizer's state of a parameter can't be sliced, drop it instead of refusing.
             verify: prove each cut in float64 on the example inputs before it is made.
             progress: a progress bar; default, on a terminal.
+            around: where ``model`` is a part of a larger module in DistributedDataParallel or torch.compile wrappers,
+                that module with its wrappers; they are made anew after each cut.
             heads: as for ``analyze``.
             groups: as for ``analyze``.
 
@@ -98,7 +101,10 @@ class Session:
                 )
         wrappers = wrappers_of(model)
         graph = trace(model, example_inputs)
-        check_owned(optimizer, set(graph.parameters()))
+        outer = ([], graph) if around is None else (wrappers_of(around), unwrap(around))
+        check_owned(optimizer, set(outer[1].parameters()))
+        if around is not None and not set(graph.parameters()) <= set(around.parameters()):
+            raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
         analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
 
         self.graph: TracedModule = graph
@@ -115,7 +121,7 @@ class Session:
         self._when, self._writer = when, writer
         self._reset_state, self._verify = reset_state, verify
         self._progress = Progress(progress)
-        self._wrappers = wrappers
+        self._wrappers, self._around = wrappers, outer
         self.model = wrap(wrappers, graph)
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
@@ -266,11 +272,17 @@ class Session:
 
         Raises:
             FileError: nothing can be written there.
-            SessionError: gradients wait for the optimizer's step; they are not saved.
+            SessionError: gradients wait for the optimizer's step; they are not saved. Or the model is a part of a
+                larger one (``around``).
         """
         self._check_open()
         if self._waits() or self._waiting is not None:
             raise SessionError("gradients wait for the optimizer's step and are not saved: save after optimizer.step()")
+        if not set(self._around[1].parameters()) <= set(self.graph.parameters()):
+            raise SessionError(
+                "the session has a part of what is trained (around=), so its checkpoint would lack the rest: save with "
+                "what trains the whole, such as the Trainer of fxprune.lightning or fxprune.transformers"
+            )
         write(self, path)
 
     @classmethod
@@ -374,12 +386,13 @@ class Session:
                     plan,
                     optimizers,
                     copies,
+                    others=set(self._around[1].parameters()),
                     reset_state=self._reset_state,
                     verify_with=self.example_inputs if self._verify else None,
                 )
                 torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
                 wrapped = True
-                wrap(self._wrappers, self.graph)
+                self._wrap()
                 for training_pass, memory in self._pairs():
                     training_pass.after_cut(self, memory, param_map)
                     memory.derived.clear()
@@ -390,10 +403,14 @@ class Session:
             for memory, (saved, derived) in zip(self.memories, remembered, strict=True):
                 memory.saved, memory.derived = saved, derived
             if wrapped:
-                wrap(self._wrappers, self.graph)
+                self._wrap()
             raise
         self._waiting = None  # a plan that waited was for the model before
         return param_map
+
+    def _wrap(self) -> None:
+        wrap(self._wrappers, self.graph)
+        wrap(*self._around)
 
     def _copies(self, name: str, thing: object) -> list[TracedModule]:
         """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""

@@ -367,6 +367,48 @@ def test_the_wrapper_keeps_its_arguments(ranks: Ranks, tmp_path: Path, name: str
     ranks(2, tmp_path / "store", keeps_arguments, name)
 
 
+class Larger(nn.Module):
+    """Holds the network as a part; its Python depends on shapes, so it can't be traced as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Net()
+        self.scale = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x)
+        return self.scale(x) if x.shape[0] > 1 else x
+
+
+def in_a_part(rank: int, compile: bool) -> list[int]:
+    larger = Larger()
+    optimizer = torch.optim.SGD(larger.parameters(), lr=0.05, momentum=0.9)
+    around: Any = DistributedDataParallel(larger) if distributed.ranks() > 1 else larger
+    around = torch.compile(around, backend="eager") if compile else around
+    session = Session(larger.part, batch(0, 0)[0], optimizer, [SHRINK], around=around, progress=False)
+    larger.part = session.model
+    session.model = around
+    for _ in range(4):
+        train(session)
+        session.epoch_end()
+        assert_alike(session)
+        assert len(set(distributed.gather(str(larger.scale.weight.tolist())))) == 1
+        assert optimizer.state[larger.scale.weight]["momentum_buffer"].any()
+    with pytest.raises(SessionError, match="part of what is trained"):
+        session.save("run.pt")
+    return [each.removed for each in session.log]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_part_of_what_is_wrapped(ranks: Ranks, tmp_path: Path, compile: bool) -> None:
+    alone = in_a_part(0, compile)
+    assert sum(removed > 0 for removed in alone) >= 2
+    assert ranks(2, tmp_path / "store", in_a_part, compile) == [alone, alone]
+    other = nn.Linear(1, 1)
+    with pytest.raises(SessionError, match="around= is a Linear that does not have"):
+        Session(Net(), batch(0, 0)[0], torch.optim.SGD(other.parameters()), around=other)
+
+
 def counting_hook(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The default hook, that counts the numbers it sends."""
     state.append(bucket.buffer().numel())
