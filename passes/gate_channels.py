@@ -16,7 +16,7 @@ from fxprune.trace import TracedModule
 
 
 @dataclass(frozen=True)
-class Gate:
+class _Gate:
     """What a convolution uses: ``reads`` and ``writes``, int64, sorted; ``norm``, which alone follows it, or ""."""
 
     reads: Tensor
@@ -71,7 +71,7 @@ class GateChannels(PassBase):
                     copied.get_parameter(f"{gate.norm}.bias").mul_(written)
         return copied
 
-    def gates(self, model: fx.GraphModule) -> Mapping[str, Gate]:
+    def gates(self, model: fx.GraphModule) -> Mapping[str, _Gate]:
         """The convolutions that do not use everything, and what they use. ``model`` is not changed."""
         calls: dict[str, list[fx.Node]] = {}
         twice: set[str] = set()  # called more than once in one graph
@@ -92,7 +92,7 @@ class GateChannels(PassBase):
             norms = {norm_after(model, node, twice) for node in nodes}
             norm = norms.pop() if len(norms) == 1 else ""
             whole = torch.ones_like(used[:, 0])
-            gate = Gate(at_least_one(used.any(0)), at_least_one(used.any(1) if norm else whole), norm)
+            gate = _Gate(at_least_one(used.any(0)), at_least_one(used.any(1) if norm else whole), norm)
             if (len(gate.writes), len(gate.reads)) != used.shape:
                 result[path] = gate
         return result
@@ -117,7 +117,7 @@ def norm_after(model: nn.Module, node: fx.Node, twice: set[str]) -> str:
     return str(norm.target) if alone and sums else ""
 
 
-def gate_node(model: nn.Module, graph: fx.Graph, node: fx.Node, gate: Gate) -> None:
+def gate_node(model: nn.Module, graph: fx.Graph, node: fx.Node, gate: _Gate) -> None:
     """Select what the convolution ``node`` reads, and put what its norm gives where it belongs."""
     weight = model.get_parameter(f"{node.target}.weight")
     axis = 1 - weight.ndim
@@ -138,7 +138,7 @@ def gate_node(model: nn.Module, graph: fx.Graph, node: fx.Node, gate: Gate) -> N
         norm.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not padded)
 
 
-def cut(model: nn.Module, path: str, gate: Gate) -> None:
+def cut(model: nn.Module, path: str, gate: _Gate) -> None:
     """Make the convolution at ``path`` and its norm as small as what they use."""
     conv: Any = model.get_submodule(path)
     conv.weight = sliced(conv.weight, (slice(None), gate.reads))

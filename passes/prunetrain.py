@@ -79,7 +79,7 @@ class PruneTrain(TrainingPass):
         parameters = dict(session.graph.named_parameters())
         depthwise = depthwise_weights(session.graph)
         memory.derived["slices"] = [
-            Slices(parameters[member.parameter], member, group.name, group.size)
+            _Slices(parameters[member.parameter], member, group.name, group.size)
             for group in session.analysis.groups.values()
             for member in group.members
             if member.parameter in parameters.keys() - depthwise and parameters[member.parameter].ndim > 1
@@ -100,7 +100,7 @@ class PruneTrain(TrainingPass):
         Raises:
             SessionError: the first loss is not a positive number.
         """
-        weights: dict[nn.Parameter, list[Slices]] = memory.derived["lasso"]
+        weights: dict[nn.Parameter, list[_Slices]] = memory.derived["lasso"]
         if not weights:
             return None
         if "lambda" not in memory.saved:
@@ -204,17 +204,17 @@ def nothing_to_prune(session: Session, still: set[str]) -> str:
     return f"PruneTrain finds nothing to prune in this model{why}. print(fxprune.analyze(...)) shows each axis."
 
 
-def lasso(weights: Mapping[nn.Parameter, "Sequence[Slices]"]) -> Tensor:
+def lasso(weights: Mapping[nn.Parameter, "Sequence[_Slices]"]) -> Tensor:
     """P, a scalar: the sum of the norms of all channels of ``weights``."""
-    result: Tensor = Lasso.apply(list(weights.values()), *weights)
+    result: Tensor = _Lasso.apply(list(weights.values()), *weights)
     return result
 
 
-class Lasso(torch.autograd.Function):
+class _Lasso(torch.autograd.Function):
     """P, and its gradient w * sum over axes of 1 / norm: one pass over each weight, where autograd takes a dozen."""
 
     @staticmethod
-    def forward(ctx: Any, slices: "list[list[Slices]]", *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, slices: "list[list[_Slices]]", *weights: Tensor) -> Tensor:
         """Sum the norms; they are kept for the gradient, and so are the weights."""
         norms = all_norms(slices, weights)
         ctx.slices = slices
@@ -237,7 +237,7 @@ class Lasso(torch.autograd.Function):
         return tuple(gradients)
 
 
-def all_norms(slices: "Sequence[Sequence[Slices]]", weights: Sequence[Tensor]) -> list[Tensor]:
+def all_norms(slices: "Sequence[Sequence[_Slices]]", weights: Sequence[Tensor]) -> list[Tensor]:
     """For each weight and each of its axes, the norms of the channels."""
     norms = []
     for weight, axes in zip(weights, slices, strict=True):
@@ -247,7 +247,7 @@ def all_norms(slices: "Sequence[Sequence[Slices]]", weights: Sequence[Tensor]) -
     return norms
 
 
-class Slices:
+class _Slices:
     """The channels of a group on one axis of a weight."""
 
     def __init__(self, weight: nn.Parameter, member: Member, group: str, size: int) -> None:

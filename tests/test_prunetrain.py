@@ -20,7 +20,7 @@ import fxprune
 from fxprune import Plan, Session
 from fxprune.errors import PlanError, SessionError
 from fxprune.passes import PruneTrain
-from fxprune.passes.prunetrain import Slices, at_least_float32
+from fxprune.passes.prunetrain import _Slices, at_least_float32
 from fxprune.passes.prunetrain import lasso as fast_lasso
 
 TAU = 1e-4
@@ -227,7 +227,7 @@ def test_the_gradient_in_double_precision(shape: tuple[int, ...]) -> None:
         model[1].weight[2].fill_(1e-6)
 
     def of(*tensors: Tensor) -> Tensor:
-        given: dict[Tensor, list[Slices]] = dict(zip(tensors, weights.values(), strict=True))
+        given: dict[Tensor, list[_Slices]] = dict(zip(tensors, weights.values(), strict=True))
         return fast_lasso(given)  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(of, tuple(weights), eps=1e-8, atol=1e-3, rtol=1e-3, nondet_tol=0.0)
