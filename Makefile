@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
 
-demo: $(ENV) ## prune a real network end to end, under 5 minutes
+demo: $(ENV) ## train a network that shrinks while it trains, under 5 minutes
 	$(BIN)/python examples/quickstart.py
 
 test: $(ENV) ## the tests, without the slow ones
