@@ -1,13 +1,11 @@
 """Session: prune while training. Hooks on the optimizer, a penalty, and cuts at the ends of epochs."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,10 +13,9 @@ from torch.optim import Optimizer
 from fxprune import distributed
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.checkpoint import Stateful, read, restore, write
-from fxprune.cost import Channels, cost_of, params
 from fxprune.errors import SessionError, require
-from fxprune.inputs import bind, tensors_in
 from fxprune.log import Epoch, Log, Writer
+from fxprune.meter import Meter, step_memory
 from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.progress import Progress
@@ -125,9 +122,7 @@ class Session:
         self.model = wrap(wrappers, graph)
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
-        self._step_times: list[float] = []
-        self._last_step = self._first_step = 0.0
-        self._epoch_start = time.perf_counter()
+        self._meter = Meter()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -176,7 +171,7 @@ class Session:
         self._check_open()
         plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
         distributed.agree("the plan", str(plan))
-        record = self._record(step_time, values)
+        record = self._meter.record(self, step_time, values)
         notes = self._outcome(record)
         if plan is not None and plan.keep and self._when is not None:
             decision = distributed.gather(self._when(self, plan, record.step_time, record.steps))[0]
@@ -191,9 +186,7 @@ class Session:
                 record = self._cut(plan, record)
         self.epoch += 1
         self.log.epochs.append(replace(record, notes=notes))
-        self._step_times = []
-        self._last_step = 0.0
-        self._epoch_start = time.perf_counter()
+        self._meter.start_epoch()
         if self._writer is not None:
             self.log.write(self._writer)
         self._progress.epoch_ended(self.log[-1])
@@ -243,12 +236,7 @@ class Session:
 
         Fixed are weights, gradients and the optimizer's state; a sample takes all values of a forward pass.
         """
-        channels = Channels.of(self.analysis)
-        values = cost_of(self.analysis, "memory", channels)(np.ones(len(channels.group), dtype=bool))
-        held = sum(map(size_of, (*self.graph.parameters(), *self.graph.buffers())))
-        gradients = sum(size_of(parameter) for parameter in self.graph.parameters() if parameter.requires_grad)
-        states = sum(size_of(each) for state in self.optimizer.state.values() for each in tensors_in(state))
-        return float(held + gradients + states), (values - held) / examples(self.example_inputs)
+        return step_memory(self)
 
     def close(self) -> None:
         """Take the hooks off. The model and the optimizer go on without the session."""
@@ -347,12 +335,7 @@ class Session:
         if self._waiting is not None:
             plan, self._waiting = self._waiting, None
             self.log.epochs[-1] = self._cut(plan, self.log[-1])
-        now = time.perf_counter()
-        if self._last_step:
-            self._step_times.append(now - self._last_step)
-        else:
-            self._first_step = now - self._epoch_start
-        self._last_step = now
+        self._meter.stepped()
         self._progress.advance(self)
 
     def _outcome(self, record: Epoch) -> tuple[str, ...]:
@@ -432,66 +415,6 @@ class Session:
         others = [thing for thing in self.registered.values() if isinstance(thing, Optimizer)]
         held = [each for each in others if any(p in own for group in each.param_groups for p in group["params"])]
         return [self.optimizer, *held]
-
-    def _record(self, step_time: float | None, values: Mapping[str, float]) -> Epoch:
-        """The record of the epoch that ends now."""
-        reports: dict[str, float] = {}
-        for training_pass, memory in self._pairs():
-            reports |= training_pass.report(self, memory)
-        channels = Channels.of(self.analysis)
-        whole = np.ones(len(channels.group), dtype=bool)
-        size = params(self.graph)
-        if step_time is None:
-            step_time = median(self._step_times) if self._step_times else 0.0
-        record = Epoch(
-            epoch=self.epoch + 1,
-            steps=len(self._step_times) + 1 if self._last_step else 0,
-            step_time=distributed.largest(step_time),
-            first_step=self._first_step,
-            samples=self.batch_size,
-            flops=cost_of(self.analysis, "flops", channels)(whole) / examples(self.example_inputs),
-            params=size,
-            memory=self._peak(),
-            widths=self.analysis.sizes,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
-            values={**reports, **{name: float(value) for name, value in values.items()}},
-        )
-        ranks = distributed.ranks()
-        gradients = sum(p.numel() * p.element_size() for p in self.graph.parameters() if p.requires_grad)
-        sent = 2 * (ranks - 1) / ranks * gradients * record.steps  # of a ring
-        return replace(record, sent=sent, saved=self._saved_before() + self._saved_in(record))
-
-    def _saved_before(self) -> float:
-        return self.log[-1].saved if len(self.log) else 0.0
-
-    def _saved_in(self, record: Epoch) -> float:
-        """Seconds that this epoch saved against the step time, for each sample, before the first cut."""
-        dense = [each for each in self.log if sum(each.widths.values()) == sum(self.log[0].widths.values())]
-        if not any(each.removed for each in self.log):
-            return 0.0
-        before = median(each.step_time / (each.samples or 1) for each in dense)
-        return (before * (record.samples or 1) - record.step_time) * record.steps
-
-    def _peak(self) -> float:
-        """Bytes: the peak of the epoch on a GPU, else an estimate."""
-        device = next((parameter.device for parameter in self.graph.parameters()), torch.device("cpu"))
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            return float(peak)
-        fixed, each = self.memory()
-        return fixed + each * (self.batch_size or examples(self.example_inputs))
-
-
-def size_of(tensor: Tensor) -> int:
-    """Bytes."""
-    return tensor.numel() * tensor.element_size()
-
-
-def examples(example_inputs: Any) -> int:
-    """How many samples the example inputs hold."""
-    first = next((tensor for tensor in tensors_in(bind(example_inputs)) if tensor.ndim), None)
-    return 1 if first is None else max(first.shape[0], 1)
 
 
 def copies_in(thing: object) -> list[TracedModule]:
