@@ -26,7 +26,8 @@ class Epoch:
         first_step: seconds from the end of the last epoch to the first step; compilation falls into it.
         predicted: seconds that a step was expected to take after the cut, where someone predicted it.
         sent: bytes of gradients that one rank gave to others in the epoch (0 for one rank).
-        saved: seconds saved since the start, against going on at the step time before the first cut.
+        saved: seconds saved since the start, against going on at the step time before the first cut; what the cuts took
+            is subtracted in the epoch after.
         removed: channels removed at the end of this epoch.
         cut_time: seconds that this took.
         notes: predictions and reasons, in words.

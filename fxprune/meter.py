@@ -69,12 +69,12 @@ class Meter:
 
 
 def saved(log: Log, step_time: float, samples: int | None, steps: int) -> float:
-    """Seconds saved until now, against going on at the time that a sample took before the first cut."""
+    """Seconds saved until now less those that cuts took, against going on at the time of a sample before the first."""
     if not any(each.removed for each in log):
         return 0.0
     dense = [each for each in log if sum(each.widths.values()) == sum(log[0].widths.values())]
     before = median(each.step_time / (each.samples or 1) for each in dense)
-    return log[-1].saved + (before * (samples or 1) - step_time) * steps
+    return log[-1].saved - log[-1].cut_time + (before * (samples or 1) - step_time) * steps
 
 
 def step_memory(session: "Session") -> tuple[float, float]:

@@ -51,6 +51,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "regnet_y_400mf": (lambda: regnet_y_400mf(weights=None), 64),
     "swin_t": (lambda: swin_t(weights=None), 64),
 }
+SLOW = ["efficientnet_b0", "regnet_y_400mf", "swin_t"]
 KEEP_A_CONSTANT = ["plain", "biased", "resnet18", "mobilenet_v2", "regnet_y_400mf"]
 
 
@@ -73,7 +74,13 @@ def emptying(analysis: Analysis, dropped: bool, every: int = 2) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("name", "dropped"), [(name, True) for name in NETWORKS] + [(name, False) for name in KEEP_A_CONSTANT]
+    ("name", "dropped"),
+    [
+        pytest.param(name, dropped, marks=pytest.mark.slow if name in SLOW else ())
+        for name in NETWORKS
+        for dropped in (True, False)
+        if dropped or name in KEEP_A_CONSTANT
+    ],
 )
 def test_the_laws_hold_where_branches_go(name: str, dropped: bool) -> None:
     graph, analysis, inputs = analysed(name)
@@ -148,7 +155,14 @@ def test_a_plan_with_a_removed_branch_is_saved_and_loaded(tmp_path: Any) -> None
         fxprune.save(compact, tmp_path / "compact.safetensors")
         again = fxprune.load(tmp_path / "compact.safetensors", plain().double())
         assert torch.equal(again.eval()(inputs), compact.eval()(inputs))
-        fxprune.export_onnx(copy.deepcopy(compact).float(), inputs.float(), tmp_path / "compact.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_model_without_a_branch_is_exported(tmp_path: Any, dropped: bool) -> None:
+    graph, analysis, inputs = analysed("biased")
+    compact, _ = fxprune.rewrite(graph, analysis, emptying(analysis, dropped))
+    fxprune.export_onnx(copy.deepcopy(compact).float(), inputs.float(), tmp_path / "compact.onnx")
 
 
 @pytest.mark.parametrize(
