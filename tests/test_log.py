@@ -109,8 +109,7 @@ def test_widths_flops_and_memory_fall_with_a_cut() -> None:
 
 def paced(session: Any, step_time: float, steps: int) -> Epoch:
     """An epoch in which every step took so many seconds."""
-    session._step_times = [step_time] * (steps - 1)
-    session._last_step = 1.0
+    session._meter._ends = [number * step_time for number in range(steps)]
     record: Epoch = session.epoch_end()
     return record
 
