@@ -4,11 +4,13 @@ Parameters are sliced, module attributes set from them, and each graph is run on
 baked into it are replaced where they no longer fit, and every value is compared with its predicted shape.
 """
 
-import copy
-from collections.abc import Mapping
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -17,14 +19,15 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import Runner, cause, where
 from fxprune.channels.labels import left
 from fxprune.channels.names import Bools
-from fxprune.channels.tensor import on_meta
+from fxprune.channels.shapes import shape_of_result
+from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import FxpruneError, RewriteError, require
 from fxprune.fit import fit
 from fxprune.inputs import describe
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule, same
+from fxprune.trace import TracedModule, copy_graph, copy_modules, same
 
 
 def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[TracedModule, ParamMap]:
@@ -44,7 +47,7 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
     """
     for value, kind, what in ((graph, TracedModule, "graph"), (analysis, Analysis, "analysis"), (plan, Plan, "plan")):
         require(value, kind, what, RewriteError)
-    predicted = analysis.after(plan)
+    predicted = analysis.values_after(plan)
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)
     state = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
@@ -56,54 +59,40 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
             f"{analysis.shapes.get(name)}. Analyse it again, or rewrite the model that you analysed."
         )
 
-    memo: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}
     parameters: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
     for name, tensor in state.items():
-        if id(tensor) in memo:
+        if id(tensor) in tensors:
             continue
         new = cut(tensor, kept[name])
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             parameters[tensor] = name, new
-        memo[id(tensor)] = new
-    compact = copy_onto(graph, memo)
+        tensors[id(tensor)] = new
+    compact = copy_onto(graph, tensors)
     gone: set[str] = set()
     if any(not channels for channels in plan.keep.values()):
         dropped = {member.parameter for name in plan.dropped for member in analysis.groups[name].members}
-        remove_branches(compact, predicted.values, frozenset(name.rpartition(".")[0] for name in dropped))
+        remove_branches(compact, predicted, frozenset(name.rpartition(".")[0] for name in dropped))
         gone = state.keys() - {*compact.state_dict().keys(), *dict(compact.named_buffers())}
         nothing = torch.zeros(0, dtype=torch.int64)
         kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
     for mode, nodes in compact.distinct_graphs().items():
-        set_attributes(compact, nodes, predicted.values[mode])
+        set_attributes(compact, nodes, predicted[mode])
     for mode in compact.distinct_graphs():
-        fit_graph(compact, mode, analysis, predicted, stays)
+        Fitter(compact, mode, analysis.values[mode], predicted[mode], stays).start(analysis.inputs[mode])
     if not all(same(graph.graphs[mode], compact.graphs[mode]) for mode in (False, True)):
         compact.recompile()
     record(compact, analysis, plan)
     return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
 
 
-def copy_onto(graph: TracedModule, tensors: dict[int, Any]) -> TracedModule:
+def copy_onto(graph: TracedModule, tensors: dict[int, Tensor]) -> TracedModule:
     """A copy of ``graph`` and its modules that holds ``tensors`` (by the id of the original) in place of its own."""
-    copies: dict[int, nn.Module] = {}
-
-    def copied(module: nn.Module) -> nn.Module:
-        if id(module) not in copies:
-            new = copies[id(module)] = object.__new__(type(module))
-            new.__dict__ = {
-                key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()
-            }
-            for kind in (new._parameters, new._buffers):
-                kind.update({key: tensors[id(tensor)] for key, tensor in kind.items() if tensor is not None})
-            new._modules.update({key: copied(child) for key, child in module._modules.items() if child is not None})
-        return copies[id(module)]
-
-    root = copied(graph.root())
-    root.__dict__["meta"] = copy.deepcopy(graph.meta)
+    root = copy_modules(graph.root(), tensors)
     train, evaluate = graph.graphs[True], graph.graphs[False]
-    new_train = copy.deepcopy(train)
-    return TracedModule(root, new_train, new_train if evaluate is train else copy.deepcopy(evaluate))
+    new_train = copy_graph(train)
+    return TracedModule(root, new_train, new_train if evaluate is train else copy_graph(evaluate))
 
 
 def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
@@ -188,33 +177,24 @@ def attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) 
     return {}
 
 
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Dropout, nn.Identity)
-
-
-def fits(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a layer of a well-known kind accepts an input of this shape; then its output is as its weights say."""
-    match module:
-        case nn.Conv2d():
-            return len(shape) == 4 and shape[1] == module.in_channels
-        case nn.Linear():
-            return shape[-1] == module.in_features
-        case nn.BatchNorm2d():
-            return (
-                len(shape) == 4
-                and shape[1] == module.num_features
-                and module.num_features
-                in (len(buffer) for buffer in (module.running_mean, module.weight) if buffer is not None)
-            )
-    return isinstance(module, ELEMENTWISE)
+FUNCTIONS: dict[Any, str] = {  # and the operators that they are
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    torch.add: "add",
+    torch.mul: "mul",
+    torch.cat: "cat",
+    F.relu: "relu",
+}
 
 
 class Fitter(Runner):
     """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
 
-    def __init__(
-        self, module: TracedModule, mode: bool, state: Mapping[str, Tensor], before: Any, after: Any, stays: Bools
-    ) -> None:
-        super().__init__(module, mode, state)
+    def __init__(self, module: TracedModule, mode: bool, before: Any, after: Any, stays: Bools) -> None:
+        named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        super().__init__(module, mode, dict(itertools.chain(*named)))
         self.before, self.after, self.stays = before, after, stays
         self.node = ""
 
@@ -234,18 +214,41 @@ class Fitter(Runner):
             ) from error
         return self.checked(n, result)
 
+    def tensor(self, name: str) -> Tensor | None:
+        """Where an operator runs, it runs without data."""
+        return on_meta(self.state[name]) if name in self.state else None
+
     def fetch_attr(self, target: str) -> Any:
         """Constants that tracing left on the module come without their data, like everything here."""
         value = super().fetch_attr(target)
-        return on_meta(value) if isinstance(value, Tensor) and not value.is_meta else value
+        return on_meta(value) if isinstance(value, Tensor) else value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A layer whose attributes were set from its weights gives the predicted shape; others are run to see."""
-        module = self.fetch_attr(target)
-        source, expected = args[0] if args else None, self.after.get(self.node)
-        if isinstance(expected, Value) and isinstance(source, Tensor) and fits(module, source.shape):
-            return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
-        return super().call_module(target, args, kwargs)
+        """A layer whose shape is plain need not run."""
+        lowered = None if kwargs else self.lowered(target, args)
+        if lowered and (found := self.as_predicted(name_of(lowered[0]), lowered[1])) is not None:
+            return found
+        with torch.device("meta"):
+            return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Nor need a function."""
+        if target in FUNCTIONS and not kwargs and (found := self.as_predicted(FUNCTIONS[target], args)) is not None:
+            return found
+        with torch.device("meta"):
+            return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Methods that make tensors make them without data."""
+        with torch.device("meta"):
+            return super().call_method(target, args, kwargs)
+
+    def as_predicted(self, operator: str, args: Sequence[Any]) -> Tensor | None:
+        """The result of an operator whose shape is plain, and the predicted one."""
+        expected = self.after.get(self.node)
+        if not isinstance(expected, Value) or shape_of_result(operator, args) != expected.shape:
+            return None
+        return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
 
     def checked(self, node: fx.Node, result: Any) -> Any:
         """Compare shapes with the prediction; a float that was computed from sizes keeps its original value."""
@@ -272,13 +275,3 @@ def bake(node: fx.Node, value: Any) -> None:
     for user in list(node.users):
         user.args = fx.map_arg(user.args, lambda arg: value if arg is node else arg)
         user.kwargs = fx.map_arg(user.kwargs, lambda arg: value if arg is node else arg)
-
-
-def fit_graph(compact: TracedModule, mode: bool, analysis: Analysis, predicted: Analysis, stays: Bools) -> None:
-    """Fit the sizes in the graph of one mode."""
-    tensors = (*compact.named_parameters(remove_duplicate=False), *compact.named_buffers(remove_duplicate=False))
-    on = {name: on_meta(tensor) for name, tensor in tensors}
-    state = {name: on[analysis.aliases.get(name, name)] for name in on}
-    fitter = Fitter(compact, mode, state, analysis.values[mode], predicted.values[mode], stays)
-    with torch.device("meta"):
-        fitter.start(analysis.inputs[mode])

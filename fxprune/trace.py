@@ -11,11 +11,13 @@ import os
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
 
 from fxprune.attention import REPLACEMENTS
 from fxprune.errors import TraceError, require
@@ -24,6 +26,7 @@ from fxprune.inputs import bind, tensors_in
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(__file__) + os.sep
 TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand in their attributes
+KEPT = (StochasticDepth,)  # like dropout: what it does depends on the mode, but not on channels
 
 
 class TracedModule(fx.GraphModule):
@@ -82,8 +85,8 @@ class TracedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make ``forward`` anew from the graphs; one that looks at ``training`` where they differ."""
-        if self.__dict__["_both"] is None:
-            return super().recompile()
+        if self.__dict__["_both"] is None:  # while it is being made
+            return None
         cls = type(self)
         forwards, codes = {}, {}
         for mode, graph in self.distinct_graphs().items():
@@ -162,11 +165,13 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
     check_traceable(model)
     working = working_copy(model)
     concrete = unused_arguments(working, example_inputs)
-    modes = {mode: trace_mode(working, mode, concrete) for mode in (True, False)}
-    working.train(model.training)
-    for name, module in working.named_modules():
-        module.training = model.get_submodule(name).training if has_submodule(model, name) else module.training
-    train, evaluate = modes[True], modes[False]
+    modes = [(module, module.training) for module in working.modules()]
+    with Watch() as watch:
+        evaluate = train = trace_mode(working, False, concrete)
+        if watch.read or switches(module for module, _ in modes):
+            train = trace_mode(working, True, concrete)
+    for module, training in modes:
+        module.training = training
     if same(train, evaluate):
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
@@ -202,17 +207,42 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+ATOMS = (type(None), bool, int, float, str)
+EMPTY = (dict, OrderedDict, set, list)
+
+
+def copy_modules(root: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A deep copy of a tree of modules that shares its tensors, or has those of ``tensors``, by the original's id.
+
+    It is here because ``copy.deepcopy`` spends most of its time on the numbers and the empty hooks of every layer.
+    """
+    modules = list(root.modules())
+    memo: dict[int, Any] = {**tensors}
+    if any(hasattr(type(module), "__deepcopy__") for module in modules):
+        memo = {id(tensor): tensor for tensor in tensors_in([vars(module) for module in modules])} | memo
+        return copy.deepcopy(root, memo)
+    memo |= {id(module): object.__new__(type(module)) for module in modules}
+
+    def copied(name: str, value: Any) -> Any:
+        if name in ("_parameters", "_buffers", "_modules"):
+            return {key: memo.get(id(each), each) for key, each in value.items()}
+        if type(value) in ATOMS or (type(value) is tuple and all(type(each) in ATOMS for each in value)):
+            return value
+        if type(value) in EMPTY and not value:
+            return type(value)()
+        # In a container, a tensor may have a history, which can't be copied.
+        memo.update({id(tensor): memo.get(id(tensor), tensor) for tensor in tensors_in(value)})
+        return copy.deepcopy(value, memo)
+
+    for module in modules:
+        memo[id(module)].__dict__ = {name: copied(name, value) for name, value in vars(module).items()}
+    result: nn.Module = memo[id(root)]
+    return result
+
+
 def working_copy(model: nn.Module) -> nn.Module:
-    """A deep copy that shares every tensor with ``model``, with opaque attention replaced."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) or (isinstance(value, (dict, list, tuple)) and value):
-                # in a container, a tensor may have a history, which can't be copied
-                shared |= {id(tensor): tensor for tensor in tensors_in(value)}
-            elif type(value) is OrderedDict and not value:  # of hooks: most of what a deep copy would spend its time on
-                shared[id(value)] = OrderedDict()
-    working = copy.deepcopy(model, shared)
+    """A copy that shares every tensor with ``model``, with opaque attention replaced."""
+    working = copy_modules(model, {})
     replaced: dict[int, nn.Module] = {}
     for name, module in list(working.named_modules(remove_duplicate=False)):
         make = REPLACEMENTS.get(type(module))
@@ -223,13 +253,40 @@ def working_copy(model: nn.Module) -> nn.Module:
     return REPLACEMENTS[type(working)](working) if type(working) in REPLACEMENTS else working
 
 
-def has_submodule(model: nn.Module, name: str) -> bool:
-    """Whether ``model`` has a submodule called ``name``."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+class Watch:
+    """Stands in for ``training`` of all modules, and knows whether it was read: if not, both modes are one graph.
+
+    fx traces without entering layers of torch.nn, so their reading it does not count.
+    """
+
+    read = False
+
+    def __enter__(self) -> Self:
+        nn.Module.training = self  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del nn.Module.training
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        self.read = True
+        if module is None or "training" not in module.__dict__:
+            raise AttributeError("training")
+        return module.__dict__["training"]
+
+    def __set__(self, module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+
+def switches(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module does more than to set ``training`` when it is set to train or eval mode."""
+    modules = list(modules)
+    return any({"train", "eval"} & vars(module).keys() for module in modules) or any(
+        its.train is not nn.Module.train
+        or its.eval is not nn.Module.eval
+        or any("training" in vars(base) for base in its.__mro__ if base is not nn.Module)
+        for its in {type(module) for module in modules}
+    )
 
 
 def unused_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
@@ -266,7 +323,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` stays a module."""
-        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
+        layer = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
+        return layer or isinstance(m, KEPT)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that knows the line of the user's model it comes from."""
@@ -275,9 +333,7 @@ class Tracer(fx.Tracer):
         while frame is not None and not is_users(frame.f_code.co_filename):
             frame = frame.f_back  # type: ignore[assignment]
         if frame is not None:
-            code = frame.f_code
-            line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-            node.stack_trace = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {line}\n'
+            node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -321,6 +377,13 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
         ) from error
 
 
+@cache
+def stack_trace(file: str, line: int, function: str) -> str:
+    """One frame of a stack trace, as Python writes it."""
+    return f'  File "{file}", line {line}, in {function}\n    {linecache.getline(file, line).strip()}\n'
+
+
+@cache
 def is_users(filename: str) -> bool:
     """Whether a stack frame is the user's, and not torch's or ours."""
     return not filename.startswith((TORCH, OURS, "<"))

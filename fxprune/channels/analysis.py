@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
 from fxprune.channels.interpret import name_parameters, run_on_names, where
 from fxprune.channels.names import Bools, Names, Reason
-from fxprune.channels.tensor import Norm, Run, Term, on_meta
+from fxprune.channels.tensor import Norm, Run, Term, bare, on_meta
 from fxprune.channels.values import Cutter, Value, map_values
 from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors
@@ -55,6 +55,15 @@ class Analysis:
             removed[group.roots[gone]] = True
         return ~removed[self.names.find(np.arange(len(self.names)))]
 
+    def values_after(self, plan: Plan) -> dict[bool, dict[str, Any]]:
+        """The ``values`` of the model that ``plan`` leads to."""
+        plan.check(self.sizes)
+        if self.origin:  # from the start again: a label that was cut to one position does not know along which axis
+            first, before = self.origin
+            return first.values_after(before.then(plan))
+        cut = Cutter(self.stays(plan))
+        return {mode: map_values(cut.value, values) for mode, values in self.values.items()}
+
     def after(self, plan: Plan, graph: "TracedModule | None" = None) -> "Analysis":
         """The analysis of the model that ``plan`` leads to: the same groups, labels and costs, cut to what stays.
 
@@ -62,7 +71,7 @@ class Analysis:
         and serves to predict shapes and costs only.
         """
         plan.check(self.sizes)
-        if self.origin:  # from the start again: a label that was cut to one position does not know along which axis
+        if self.origin:
             first, before = self.origin
             return first.after(before.then(plan), graph or self.graph)
         stays = self.stays(plan)
@@ -104,7 +113,7 @@ class Analysis:
             graph=graph,
             groups=groups,
             frozen=tuple(frozen),
-            values={mode: map_values(cut.value, values) for mode, values in self.values.items()},
+            values=self.values_after(plan),
             shapes=shapes,
             norms=tuple(replace(norm, label=cut(norm.label)) for norm in self.norms),
             flops=tuple(replace(term, factors=tuple(map(cut, term.factors))) for term in self.flops),
@@ -228,7 +237,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         unknown=dict(run.unknown),
         values=values,
         options={"heads": heads, "groups": groups},
-        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        shapes={name: tuple(bare(tensor).shape) for name, tensor in state.items()},
         batch_norm_scales=frozenset(run.batch_norm_scales),
         norms=tuple(run.norms),
         flops=tuple(run.flops),

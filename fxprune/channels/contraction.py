@@ -147,13 +147,8 @@ def matmul(call: Call, a: Operand, b: Operand, left: str, right: str, out: str) 
 def convolution(call: Call) -> Labels:
     x, w = operand(call.args[0]), operand(call.args[1])
     transposed, groups = call.arg("transposed"), call.arg("groups")
-    space = "xyz"[: len(w.shape) - 2]
-    kernel = space.upper()
-    a = split(x, 1, "bgc" + space, groups)
-    b = split(w, 0, ("gco" if transposed else "goc") + kernel, groups)
-    a.pin(call, space, "a spatial axis")
-    b.pin(call, kernel, "a kernel's axis")
-    a, b = without(a, space), without(b, kernel)
+    a = factor(call, x, "bgc", 1, groups, "a spatial axis")
+    b = factor(call, w, "gco" if transposed else "goc", 0, groups, "a kernel's axis")
     sizes = {"b": x.shape[0], "g": groups, "c": x.shape[1] // groups, "o": call.shape[1] // groups}
     window = math.prod(w.shape[2:]) * math.prod((x if transposed else call).shape[2:])
     labels = contract(call, a, b, "bgo", sizes, call.run.groups, window)
@@ -161,21 +156,18 @@ def convolution(call: Call) -> Labels:
     if across:
         shared = (pin(call.names, label, [2], "shared by all groups") for label in labels if label.shape[1] == 1)
         labels = settle(call.names, (*across, *shared))
-    labels = tuple(reshape(label, (x.shape[0], groups, sizes["o"]), call.shape[:2]) for label in labels)
-    labels = tuple(label.reshape(*label.shape, *[1] * len(space)) for label in labels)
+    before, after = (x.shape[0], groups, sizes["o"]), (*call.shape[:2], *[1] * len(x.shape[2:]))
+    labels = tuple(reshape(label, before, after) for label in labels)
     return with_vectors(call, Operand(labels, call.shape), [call.args[2]], 1)
 
 
-def split(value: Operand, axis: int, letters: str, groups: int) -> Factor:
-    """View ``axis`` of an operand as (groups, rest), so that each axis has a letter."""
-    shape = (*value.shape[:axis], groups, value.shape[axis] // groups, *value.shape[axis + 1 :])
-    return Factor(letters, tuple(reshape(label, value.shape, shape) for label in value.labels), value.source)
-
-
-def without(side: Factor, letters: str) -> Factor:
-    """Drop pinned ``letters``, the last ones, from an operand."""
-    kept = side.letters.removesuffix(letters)
-    return Factor(kept, tuple(label.reshape(label.shape[: len(kept)]) for label in side.labels), side.source)
+def factor(call: Call, value: Operand, letters: str, axis: int, groups: int, why: str) -> Factor:
+    """An operand of a convolution: its first two axes, ``axis`` viewed as (groups, rest). The others are pinned."""
+    pinned = (pin(call.names, label, range(2, label.ndim), why) for label in value.labels)
+    labels = (label.reshape(label.shape[:2]) for label in settle(call.names, pinned))
+    before = value.shape[:2]
+    after = (*before[:axis], groups, before[axis] // groups, *before[axis + 1 :])
+    return Factor(letters, tuple(reshape(label, before, after) for label in labels), value.source)
 
 
 ATTENTION = (

@@ -1,7 +1,7 @@
 """Groups: classes of names that live on the same parameter axes, read off after a run."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,75 +106,94 @@ def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Ite
     """Freeze what no operator touched, what only buffers know, and classes that are a whole axis or a whole value."""
     names = run.names
     names.node = ""
+    roots = names.find(np.arange(len(names)))
     for label in {id(label): label for value in values for label in value.labels}.values():
-        roots = names.find(label.ravel())
-        if (roots == roots[0]).all():
-            names.freeze(roots[:1], "it is all of a value")
+        its = roots[label]
+        if (its == its.flat[0]).all():
+            names.freeze(label, "it is all of a value")
     for axis in axes.values():
         if axis.parameter not in run.used:
             names.freeze(axis.names, "unused")
+    produced = names.produced(roots)
     for axis in axes.values():
-        if axis.weak:
-            names.freeze(axis.names[~names.produced(axis.names)], "a buffer that no layer produces")
-        roots = names.find(axis.names)
-        if (roots == roots[0]).all():
-            names.freeze(roots[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
+        if axis.weak and not (known := produced[axis.names]).all():
+            names.freeze(axis.names[~known], "a buffer that no layer produces")
+        its = roots[axis.names]
+        if (its == its[0]).all():
+            names.freeze(its[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
 
 
 def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Frozen]]:
     """Classes that live on the same axes are a group; what is frozen is listed by axis and reason."""
     if not axes:
         return [], []
-    names = run.names
     atoms = np.concatenate([axis.names for axis in axes])
     owner = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
     position = np.concatenate([np.arange(axis.size) for axis in axes])
-    roots, reasons = names.find(atoms), names.reason_numbers(atoms)
+    roots, reasons = run.names.find(atoms), run.names.reason_numbers(atoms)
+
     frozen = []
-    for axis, its in zip(axes, np.split(reasons, np.cumsum([axis.size for axis in axes])[:-1]), strict=True):
-        for reason in set(its.tolist()) - {-1}:
-            frozen.append(Frozen(axis.parameter, axis.axis, np.flatnonzero(its == reason), names.reasons[reason]))
+    for at in equal(owner * (len(run.names.reasons) + 1) + reasons, np.flatnonzero(reasons >= 0)):
+        axis, reason = axes[owner[at[0]]], run.names.reasons[reasons[at[0]]]
+        frozen.append(Frozen(axis.parameter, axis.axis, position[at], reason))
 
     free = reasons < 0
     roots, owner, position = roots[free], owner[free], position[free]
-    inexact = norm_classes(run)
-    # A class's signature is the set of axes it lives on, as a sum of one random number for each axis.
-    present = np.zeros(len(names), dtype=bool)
-    present[roots] = True
-    classes = np.flatnonzero(present)
-    class_of = (np.cumsum(present) - 1)[roots]
-    weights = np.random.default_rng(0).integers(1 << 62, size=len(axes))
-    signature = np.zeros(len(classes), dtype=np.int64)
-    for weight, its in zip(weights, np.split(class_of, np.searchsorted(owner, range(1, len(axes)))), strict=True):
-        signature[its] = signature[its] + weight  # a class that is there twice counts once
-    _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # classes are sorted by their smallest name, so this is the model's order
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    group_of = rank[group_of]
-
+    class_of, classes = renumber(roots, len(run.names))
+    group_of = same_axes(class_of, owner, len(axes))
     channel_of = np.zeros(len(classes), dtype=np.int64)
-    sizes = np.bincount(group_of, minlength=len(order))
-    sorted_classes = np.argsort(group_of, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    channel_of[sorted_classes] = np.arange(len(classes)) - starts[group_of[sorted_classes]]
+    own = [group for group in equal(group_of, np.arange(len(classes)))]
+    for group in own:
+        channel_of[group] = np.arange(len(group))
 
+    members: list[list[Member]] = [[] for _ in own]
     atom_group = group_of[class_of]
-    by_group = np.argsort(atom_group * len(axes) + owner, kind="stable")
-    key = (atom_group * len(axes) + owner)[by_group]
-    cuts = np.flatnonzero(np.diff(key)) + 1
-    members: list[list[Member]] = [[] for _ in order]
-    for part in np.split(by_group, cuts) if len(by_group) else []:
-        axis = axes[owner[part[0]]]
-        channel = channel_of[class_of[part]]
-        members[atom_group[part[0]]].append(Member(axis.parameter, axis.axis, position[part], channel))
-    groups = []
+    for at in equal(atom_group * len(axes) + owner, np.arange(len(owner))):
+        axis = axes[owner[at[0]]]
+        members[atom_group[at[0]]].append(Member(axis.parameter, axis.axis, position[at], channel_of[class_of[at]]))
+    inexact = norm_classes(run)
     taken: set[str] = set()
-    for number, lives_on in enumerate(members):
-        mine = classes[sorted_classes[starts[number] : starts[number + 1]]]
+    groups = []
+    for its, lives_on in zip(own, members, strict=True):
+        mine = classes[its]
         name = unique_name(lives_on[0].parameter, taken)
         groups.append(Group(name, len(mine), tuple(lives_on), bool(np.isin(mine, inexact).any()), mine))
     return groups, frozen
+
+
+def renumber(roots: Ints, count: int) -> tuple[Ints, Ints]:
+    """The number of each root among all that are there, in their order, and the roots by number."""
+    present = np.zeros(count, dtype=bool)
+    present[roots] = True
+    return (np.cumsum(present) - 1)[roots], np.flatnonzero(present)
+
+
+def same_axes(class_of: Ints, owner: Ints, count: int) -> Ints:
+    """The number of each class's group, in the model's order: classes on the same axes have the same.
+
+    ``class_of`` and ``owner`` (sorted) give the class and the axis of each atom.
+    """
+    # A class's signature is the set of axes it lives on, as a sum of one random number for each axis.
+    weights = np.random.default_rng(0).integers(1 << 62, size=count)
+    signature = np.zeros(int(class_of.max(initial=-1)) + 1, dtype=np.int64)
+    bounds = np.searchsorted(owner, np.arange(count + 1))
+    for weight, start, stop in zip(weights, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        its = class_of[start:stop]
+        signature[its] = signature[its] + weight  # a class that is there twice counts once
+    _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
+    rank = np.empty_like(first)
+    rank[np.argsort(first)] = np.arange(len(first))  # classes are sorted by their smallest name
+    return rank[group_of]
+
+
+def equal(keys: Ints, among: Ints) -> Iterator[Ints]:
+    """The indices ``among`` those of ``keys``, split by their key: keys ascend, and so do the indices of each."""
+    if not len(among):
+        return
+    order = among[np.argsort(keys[among], kind="stable")]
+    cuts = np.flatnonzero(np.diff(keys[order])) + 1
+    for start, stop in itertools.pairwise([0, *cuts.tolist(), len(order)]):
+        yield order[start:stop]
 
 
 def norm_classes(run: Run) -> Ints:

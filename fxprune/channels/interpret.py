@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze, on_axis
-from fxprune.channels.layers import lower
+from fxprune.channels.layers import Lowered, lower
 from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
@@ -65,26 +65,43 @@ class Runner(fx.Interpreter):
         with torch.inference_mode(False), torch.no_grad():
             self.run(*placeholders(self.graph, inputs), enable_io_processing=False)
 
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor to use for the parameter or buffer called ``name``."""
+        return self.state.get(name)
+
+    def layer(self, target: str) -> nn.Module:
+        """The module called ``target``; ``submodules`` knows each module under its first name only."""
+        return self.submodules.get(target) or self.module.get_submodule(target)
+
+    def lowered(self, target: str, args: Sequence[Any]) -> Lowered | None:
+        """The operator that a layer of torch.nn calls, with its arguments, where that is plain."""
+        if len(args) != 1 or not isinstance(args[0], Tensor):
+            return None
+        return lower(self.layer(target), lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode)
+
     def fetch_attr(self, target: str) -> Any:
         """Parameters and buffers come from the state."""
-        return self.state[target] if target in self.state else super().fetch_attr(target)
+        tensor = self.tensor(target)
+        return super().fetch_attr(target) if tensor is None else tensor
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a layer in this mode, with its tensors swapped.
 
         A part that has several names is swapped under its first: ``functional_call`` would not restore it otherwise.
         """
-        layer = self.module.get_submodule(target)
+        layer = self.layer(target)
         swapped = {}
         for path, part in layer.named_modules():
             for leaf in (*part._parameters, *part._buffers):
                 name = f"{path}.{leaf}".removeprefix(".")
-                if f"{target}.{name}" in self.state:
-                    swapped[name] = self.state[f"{target}.{name}"]
+                if (tensor := self.tensor(f"{target}.{name}")) is not None:
+                    swapped[name] = tensor
         modes = [(part, part.training) for part in layer.modules() if part.training != self.mode]
         try:
             for part, training in modes:
                 part.training = not training
+            if not swapped:
+                return layer(*args, **kwargs)
             return functional_call(layer, swapped, args, kwargs, tie_weights=False)
         finally:
             for part, training in modes:
@@ -125,19 +142,13 @@ class Recorder(Runner):
             return result
         before = len(run.norms)
         labels = [arg.labels for arg in args]  # kept, so that their memory is not used again
-        result = self.call_layer(target, *args)
+        with torch._C.DisableTorchFunctionSubclass():
+            operator = self.lowered(target, args)
+            result = apply(*operator, {}) if operator is not None else None
+        if operator is None:
+            result = super().call_module(target, args, {})
         run.calls[target, given] = labels, result, run.norms[before:]
         return result
-
-    def call_layer(self, target: str, *args: ChannelTensor) -> Any:
-        """A layer of torch.nn goes straight to the rule of its operator."""
-        if len(args) == 1:
-            layer = self.module.get_submodule(target)
-            with torch._C.DisableTorchFunctionSubclass():
-                operator = lower(layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode)
-                if operator is not None:
-                    return apply(*operator, {})
-        return super().call_module(target, args, {})
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Inputs have no names, and say so."""

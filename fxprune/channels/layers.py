@@ -47,6 +47,11 @@ def layer_norm(layer: Any, its: Tensors, x: Tensor, training: bool) -> Lowered |
     return aten.layer_norm.default, (x, shape, its("weight"), its("bias"), layer.eps, False)
 
 
+def adaptive_avg_pool2d(layer: Any, its: Tensors, x: Tensor, training: bool) -> Lowered | None:
+    sizes = layer.output_size if isinstance(layer.output_size, tuple) else (layer.output_size,) * 2
+    return None if None in sizes else (aten._adaptive_avg_pool2d.default, (x, sizes))
+
+
 def elementwise(operator: OpOverload, in_place: OpOverload | None, *options: Any) -> Callable[..., Lowered]:
     def lowered(layer: Any, its: Tensors, x: Tensor, training: bool) -> Lowered:
         chosen = in_place if in_place is not None and layer.inplace else operator
@@ -62,6 +67,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Tensors, Tensor, bool], Lowered | N
     nn.Linear: linear,
     nn.BatchNorm2d: batch_norm,
     nn.LayerNorm: layer_norm,
+    nn.AdaptiveAvgPool2d: adaptive_avg_pool2d,
     nn.ReLU: elementwise(aten.relu.default, aten.relu_.default),
     nn.ReLU6: elementwise(aten.hardtanh.default, aten.hardtanh_.default, 0.0, 6.0),
     nn.SiLU: elementwise(aten.silu.default, aten.silu_.default),

@@ -7,6 +7,7 @@ listed, or its arguments are not the plain ones, its shape is None, and the kern
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -14,13 +15,13 @@ SHAPES: dict[str, Callable[..., Shape | None]] = {}
 
 
 def shape_of_result(operator: str, args: Sequence[Any]) -> Shape | None:
-    """The shape of a result that is contiguous and of the dtype of the first argument; None if that is not plain."""
+    """The shape of a result that is contiguous and of the dtype of the first tensor; None if that is not plain."""
     find = SHAPES.get(operator)
     if find is None:
         return None
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    plain = tensors and tensors[0] is args[0] and tensors[0].is_floating_point()
-    if plain and all(tensor.dtype == tensors[0].dtype and tensor.is_contiguous() for tensor in tensors):
+    tensors = [arg for arg in (args[0] if isinstance(args[0], (list, tuple)) else args) if isinstance(arg, Tensor)]
+    dtype = tensors[0].dtype if tensors else torch.int64
+    if dtype.is_floating_point and all(each.dtype == dtype and each.is_contiguous() for each in tensors):
         return find(*args)
     return None
 
@@ -39,13 +40,15 @@ def operators(*names: str) -> Callable[[Callable[..., Shape | None]], Callable[.
     "relu", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish"
 )
 def same(x: Tensor, *rest: Any) -> Shape | None:
-    return x.shape
+    return x.shape if isinstance(x, Tensor) else None
 
 
 @operators("add", "sub", "mul", "div")
-def broadcast(x: Tensor, y: Any, *rest: Any) -> Shape | None:
+def broadcast(x: Any, y: Any, *rest: Any) -> Shape | None:
+    if not isinstance(x, Tensor) or isinstance(y, complex):
+        return None
     if not isinstance(y, Tensor) or x.shape == y.shape:
-        return x.shape if not isinstance(y, complex) else None
+        return x.shape
     if x.ndim != y.ndim or any(a != b and 1 not in (a, b) for a, b in zip(x.shape, y.shape, strict=True)):
         return None
     return tuple(b if a == 1 else a for a, b in zip(x.shape, y.shape, strict=True))
@@ -91,3 +94,23 @@ def mean(x: Tensor, dims: Any = None, keep: bool = False, *rest: Any) -> Shape |
     if len(gone) < len(dims):
         return None
     return tuple(1 if axis in gone else size for axis, size in enumerate(x.shape) if keep or axis not in gone)
+
+
+@operators("_adaptive_avg_pool2d")
+def adaptive_avg_pool2d(x: Tensor, sizes: Sequence[int]) -> Shape | None:
+    return (*x.shape[:-2], *sizes) if x.ndim in (3, 4) and len(sizes) == 2 else None
+
+
+@operators("cat")
+def cat(tensors: Sequence[Tensor], axis: int = 0) -> Shape | None:
+    first, *others = (list(tensor.shape) for tensor in tensors)
+    if not -len(first) <= axis < len(first):
+        return None
+    for other in others:
+        if len(other) != len(first):
+            return None
+        first[axis] += other[axis]
+        other[axis] = first[axis]
+        if other != first:
+            return None
+    return tuple(first)

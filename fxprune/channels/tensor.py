@@ -138,7 +138,8 @@ def result_of(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     shape = None if kwargs else shape_of_result(name_of(func), args)
     if shape is None or (func._schema.is_mutable and shape != args[0].shape):
         return func(*args, **kwargs)
-    return args[0] if func._schema.is_mutable else torch.empty(shape, dtype=args[0].dtype, device="meta")
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return first if func._schema.is_mutable else torch.empty(shape, dtype=first.dtype, device="meta")
 
 
 @dataclass(slots=True)
@@ -272,7 +273,7 @@ def bare(value: Any) -> Any:
         return value.data_
     if isinstance(value, Tensor):
         return value if value.is_meta else on_meta(value)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, int) for item in value):
         return type(value)(bare(item) for item in value)
     if isinstance(value, dict):
         return {key: bare(item) for key, item in value.items()}

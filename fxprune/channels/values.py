@@ -12,7 +12,7 @@ from fxprune.channels.names import Bools
 from fxprune.errors import AnalysisError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """What is known of one tensor in the graph: its shape and the labels of its positions."""
 
@@ -40,7 +40,10 @@ class Cutter:
         kept = self.stays[label]
         if kept.all():
             return label
-        for axis in varying(label):
+        axes = varying(label)
+        if len(axes) == 1:
+            return label.compress(kept.ravel(), axes[0])
+        for axis in axes:
             here = left(kept, axis)
             label, kept = label.compress(here, axis), kept.compress(here, axis)
         if not kept.all():
@@ -49,6 +52,8 @@ class Cutter:
 
     def value(self, value: Value) -> Value:
         """A value with its labels cut and its shape to match."""
+        if not value.labels:
+            return value
         labels = tuple(map(self, value.labels))
         shape = list(value.shape)
         for before, label in zip(value.labels, labels, strict=True):
@@ -59,4 +64,7 @@ class Cutter:
 
 def map_values(function: Callable[[Value], Value], values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with ``function`` applied to each Value in them."""
-    return {name: pytree.tree_map_only(Value, function, tree) for name, tree in values.items()}
+    return {
+        name: function(tree) if isinstance(tree, Value) else pytree.tree_map_only(Value, function, tree)
+        for name, tree in values.items()
+    }
