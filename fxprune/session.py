@@ -24,7 +24,7 @@ from fxprune.trace import TracedModule, trace, unwrap
 from fxprune.training import Memory, TrainingPass
 from fxprune.undo import Undo
 from fxprune.when import Decision
-from fxprune.wrappers import wrap, wrappers_of
+from fxprune.wrappers import check_whole, wrap, wrappers_of
 
 Policy = Callable[["Session", Plan, float, int], Decision]
 
@@ -355,6 +355,7 @@ class Session:
         return replace(record, removed=removed, cut_time=time.perf_counter() - start)
 
     def _reconfigure(self, plan: Plan) -> ParamMap:
+        check_whole(self.graph)
         copies = [copied for name, thing in self.registered.items() for copied in self._copies(name, thing)]
         optimizers = self._optimizers()
         analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]

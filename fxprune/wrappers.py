@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.errors import SessionError
@@ -30,11 +31,7 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     while True:
-        if isinstance(model, (nn.DataParallel, FSDPModule)):
-            raise SessionError(
-                f"{type(model).__name__} splits the model in a way that can't be cut while it trains. Use "
-                "DistributedDataParallel, or give the model without the wrapper."
-            )
+        check_whole(model)
         if isinstance(model, DistributedDataParallel):
             check_distributed(model)
             found.append(model)
@@ -44,6 +41,24 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
             model = model._orig_mod
         else:
             return found
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise SessionError where parameters are not whole on each rank.
+
+    ``fully_shard`` puts others in their place, of which a rank holds a part, and offers no way back. A cut would have
+    to replace them once more, and the optimizer and all who refer to them would be left with the old ones.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__ + (f" ({name})" if name else "")
+        if isinstance(module, (nn.DataParallel, FSDPModule, FullyShardedDataParallel)):
+            raise SessionError(
+                f"{kind} splits the model in a way that can't be cut while it trains. Use DistributedDataParallel, or "
+                "give the model without the wrapper. A sharded run can be cut between two trainings: gather its "
+                "state_dict, fxprune.rewrite the whole model, and shard that."
+            )
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            raise SessionError(f"{kind} has parameters that are spread over ranks (DTensor), which can't be cut")
 
 
 def check_distributed(wrapper: DistributedDataParallel) -> None:

@@ -17,7 +17,9 @@ from ranks import Ranks
 from runs import assert_equal, nothing_changes
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune import Plan, Session, TrainingPass, distributed
@@ -472,8 +474,22 @@ def refusals(rank: int) -> None:
 
     model = Net()
     fully_shard(model)
-    with pytest.raises(SessionError, match="FSDPNet"):
+    with pytest.raises(SessionError, match="FSDPNet splits the model"):
         of(model)
+    model = Net()
+    fully_shard(model.a)
+    with pytest.raises(SessionError, match=r"FSDPConv2d \(a\) splits the model"):
+        of(model)
+    model = Net()
+    model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), init_device_mesh("cpu", (2,))))
+    with pytest.raises(SessionError, match=r"Linear \(head\) has parameters that are spread over ranks"):
+        of(model)
+    session = of(Net())
+    sizes = session.analysis.sizes
+    fully_shard(session.model)
+    with pytest.raises(SessionError, match=r"FSDP.*Module.* splits the model"):
+        session.reconfigure(Plan({"a": range(3)}, sizes))
+    F.cross_entropy(session.model(x), batch(0, 0)[1]).backward()  # it trains on, uncut
     model = Net()
     named = [(name, parameter) for name, parameter in model.named_parameters() if name == "head.bias"]
     ddp = DistributedDataParallel(
