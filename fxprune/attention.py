@@ -69,12 +69,12 @@ class Attention(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (0, self.has_bias_kv + self.add_zero_attn))
         q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # type: ignore[no-untyped-call]
-        rate = self.dropout if self.training else 0.0
+        rate = self.dropout if self.dropout and self.training else 0.0
         weights = None
         if need_weights:
             scores = (q * self.scale) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            mixed = F.dropout(weights, rate, self.training) @ v
+            mixed = (F.dropout(weights, rate) if rate else weights) @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, rate, scale=self.scale)
@@ -88,7 +88,8 @@ class Attention(nn.Module):
             weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         elif query is key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            parts = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return parts[0], parts[1], parts[2]  # unpacked while it is traced, it would be slow
         else:
             weights = self.in_proj_weight.chunk(3)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -146,8 +147,8 @@ class WindowAttention(nn.Module):
             self.scale,
             window,
             shift,
-            self.attention_dropout if self.training else 0.0,
-            self.dropout if self.training else 0.0,
+            self.attention_dropout if self.attention_dropout and self.training else 0.0,
+            self.dropout if self.dropout and self.training else 0.0,
         )
 
 

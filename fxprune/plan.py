@@ -36,7 +36,7 @@ class Plan:
             if size is None:
                 raise PlanError(f"the plan keeps channels of group {name!r}, which the model does not have")
             channels = tuple(kept)
-            whole = all(isinstance(channel, Integral) for channel in channels)
+            whole = all(issubclass(kind, Integral) for kind in set(map(type, channels)))
             within = not channels or (channels[0] >= 0 and channels[-1] < size)
             if not whole or sorted(set(channels)) != [*channels] or not within:
                 raise PlanError(

@@ -321,6 +321,21 @@ class Tracer(fx.Tracer):
         self.proxy_buffer_attributes = follow_buffers
         self.path: list[str] = []
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace ``root``."""
+        buffers = root.named_buffers() if self.proxy_buffer_attributes else ()
+        self.names = {id(tensor): name for name, tensor in (*buffers, *root.named_parameters())}
+        return super().trace(root, concrete_args)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """A parameter or followed buffer is a node: fx does the same, but searches all of them each time."""
+        name = self.names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` stays a module."""
         layer = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)

@@ -5,7 +5,7 @@ their options.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,29 +66,54 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
 
 
 class Sums:
-    """Sums of an elementwise quantity over the slices of every channel, each parameter axis reduced once."""
+    """Sums of an elementwise quantity over the slices of every channel.
 
-    def __init__(self, analysis: Analysis, elementwise: Mapping[str, Tensor]) -> None:
-        """``elementwise``: parameter name -> a tensor shaped like it."""
-        self.analysis, self.elementwise = analysis, elementwise
+    Each tensor is read once, in parts that fit the cache: writing out the quantity of a large weight takes longer.
+    """
+
+    PART = 1 << 18  # elements
+
+    def __init__(
+        self, analysis: Analysis, tensors: Mapping[str, Tensor], quantity: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """``tensors``: parameter name -> a tensor shaped like it, of whose elements ``quantity`` is summed."""
+        self.tensors, self.quantity = tensors, quantity or torch.Tensor.detach
+        self._axes: dict[str, set[int]] = {}
+        for group in analysis.groups.values():
+            for member in group.members:
+                self._axes.setdefault(member.parameter, set()).add(member.axis)
         self._reduced: dict[tuple[str, int], Floats] = {}
 
     def __call__(self, group: Group) -> Floats:
         """float64[channels]: the sum over all members of the group."""
         total = np.zeros(group.size)
         for member in group.members:
-            if member.parameter in self.elementwise:
+            if member.parameter in self.tensors:
                 along = self._along(member.parameter, member.axis)
                 total += np.bincount(member.channel, along[member.index], minlength=group.size)
         return total
 
     def _along(self, name: str, axis: int) -> Floats:
         if (name, axis) not in self._reduced:
-            tensor = self.elementwise[name]
-            others = [at for at in range(tensor.ndim) if at != axis]
-            summed = tensor.sum(others) if others else tensor
-            self._reduced[name, axis] = summed.double().cpu().numpy()
+            tensor = self.tensors[name]
+            parts = torch.split(tensor, max(1, self.PART * len(tensor) // max(1, tensor.numel())))
+            sums = {at: list[Floats]() for at in self._axes.get(name, set()) | {axis}}
+            for part in map(self.quantity, parts):
+                for at, its in sums.items():
+                    its.append(summed(part, at))
+            for at, its in sums.items():
+                self._reduced[name, at] = np.concatenate(its) if at == 0 else np.sum(its, axis=0)
         return self._reduced[name, axis]
+
+
+def summed(tensor: Tensor, axis: int) -> Floats:
+    """float64[size]: the sum over all other axes, those before ``axis`` first, which runs along the memory."""
+    if axis > 0:
+        tensor = tensor.flatten(0, axis - 1).sum(0)
+    if tensor.ndim > 1:
+        tensor = tensor.flatten(1).sum(1)
+    result: Floats = tensor.double().cpu().numpy()
+    return result
 
 
 def normalized(scores: Floats) -> Floats:

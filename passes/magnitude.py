@@ -33,6 +33,5 @@ class Magnitude(Criterion):
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
         weights = {name: weight for name, weight in weights_of(analysis).items() if weight.ndim > 1}
-        powers = {name: w.square() if self.p == 2 else w.abs().pow(self.p) for name, w in weights.items()}
-        sums = Sums(analysis, powers)
+        sums = Sums(analysis, weights, lambda w: w.square() if self.p == 2 else w.abs().pow(self.p))
         return {name: normalized(sums(group) ** (1 / self.p)) for name, group in analysis.groups.items()}

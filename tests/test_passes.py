@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import fxprune
 from fxprune import Analysis, Budget, passes
 from fxprune.errors import PlanError
+from fxprune.passes.base import Sums
 
 HALF = Budget(channels=0.5, tolerance=0.2)
 
@@ -58,6 +59,14 @@ def test_magnitude_is_the_norm_over_the_whole_group(name: str, p: float) -> None
     assert_proportional(
         passes.Magnitude(p=p).score(analysis), {key: np.array(value) ** (1 / p) for key, value in powers.items()}
     )
+
+
+@pytest.mark.parametrize("elements", [1, 40])
+def test_large_weights_are_summed_in_parts(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysis, _ = analysed("residual")
+    whole = passes.Magnitude().score(analysis)
+    monkeypatch.setattr(Sums, "PART", elements)
+    assert_proportional(passes.Magnitude().score(analysis), whole)
 
 
 def test_magnitude_takes_the_smallest_channels() -> None:

@@ -1,6 +1,5 @@
 """Interpret: run a graph on tensors that carry channel names, and keep what every node gives."""
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,15 +27,14 @@ def name_parameters(
     A tensor that is registered under several names gets one ChannelTensor. Integer buffers stay tensors, as copies:
     they are read as indices, and the model may write into them.
     """
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    tensors = parameters | dict(graph.named_buffers(remove_duplicate=False))
+    run.names.reserve(sum(sum(tensor.shape) for tensor in tensors.values()))
     state: dict[str, Tensor] = {}
     axes: dict[tuple[str, int], Axis] = {}
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    parameters = graph.named_parameters(remove_duplicate=False)
-    buffers = graph.named_buffers(remove_duplicate=False)
-    for weak, (name, tensor) in itertools.chain(
-        ((False, item) for item in parameters), ((True, item) for item in buffers)
-    ):
+    for name, tensor in tensors.items():
         aliases[name] = first.setdefault(id(tensor), name)
         if aliases[name] != name:
             state[name] = state[aliases[name]]
@@ -47,7 +45,7 @@ def name_parameters(
             for axis, size in enumerate(tensor.shape):
                 if size > 1:
                     names = run.names.fresh(size)
-                    axes[name, axis] = Axis(name, axis, names, weak)
+                    axes[name, axis] = Axis(name, axis, names, weak=name not in parameters)
                     labels.append(on_axis(names, axis, tensor.ndim))
             state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
     return state, axes, aliases

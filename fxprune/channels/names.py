@@ -49,11 +49,15 @@ class Names:
     def __len__(self) -> int:
         return self._count
 
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` new names."""
+        if self._count + count > len(self._parent):
+            self._grow(max(self._count + count, 2 * len(self._parent)))
+
     def fresh(self, count: int) -> Ints:
         """Make ``count`` new names, each alone in its class. Returns int64[count]."""
+        self.reserve(count)
         start, self._count = self._count, self._count + count
-        if self._count > len(self._parent):
-            self._grow(max(self._count, 2 * len(self._parent)))
         return np.arange(start, self._count)
 
     def merge(self, a: Ints, b: Ints) -> None:
