@@ -5,6 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 
 BIN := .venv/bin
+DEMO_ENV := .venv/ready-demo
 ENV := .venv/ready-demo,test
 BENCH_ENV := .venv/ready-bench
 # One torch thread a worker: the tests are small, and the workers already fill the cores.
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
 
-demo: $(ENV) ## train a network that shrinks while it trains, under 5 minutes
+demo: $(DEMO_ENV) ## train a network that shrinks while it trains, under 5 minutes
 	$(BIN)/python examples/quickstart.py
 
 test: $(ENV) ## the tests, without the slow ones
