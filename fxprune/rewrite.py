@@ -218,6 +218,10 @@ class Fitter(Runner):
         """Where an operator runs, it runs without data."""
         return on_meta(self.state[name]) if name in self.state else None
 
+    def past_hooks(self, layer: nn.Module) -> bool:
+        """A cut calls no hooks, except where they make the weight."""
+        return "weight" in layer._parameters or not hasattr(layer, "weight")
+
     def fetch_attr(self, target: str) -> Any:
         """Constants that tracing left on the module come without their data, like everything here."""
         value = super().fetch_attr(target)

@@ -75,7 +75,13 @@ class Runner(fx.Interpreter):
         """The operator that a layer of torch.nn calls, with its arguments, where that is plain."""
         if len(args) != 1 or not isinstance(args[0], Tensor):
             return None
-        return lower(self.layer(target), lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode)
+        layer = self.layer(target)
+        past_hooks = self.past_hooks(layer)
+        return lower(layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode, past_hooks)
+
+    def past_hooks(self, layer: nn.Module) -> bool:
+        """Whether the user's hooks on ``layer`` need not be called."""
+        return False
 
     def fetch_attr(self, target: str) -> Any:
         """Parameters and buffers come from the state."""

@@ -15,10 +15,14 @@ Tensors = Callable[[str], Any]  # a parameter or buffer of the layer by its name
 Lowered = tuple[OpOverload, tuple[Any, ...]]  # an operator and its arguments
 
 
-def lower(layer: nn.Module, its: Tensors, x: Tensor, training: bool) -> Lowered | None:
-    """The operator that ``layer`` calls when it is given ``x``; None if that is not plain."""
+def lower(layer: nn.Module, its: Tensors, x: Tensor, training: bool, past_hooks: bool = False) -> Lowered | None:
+    """The operator that ``layer`` calls when it is given ``x``; None if that is not plain.
+
+    ``past_hooks``: whether hooks, which may change what the layer gives, are passed by.
+    """
     how = LAYERS.get(type(layer))
-    if how is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if how is None or "forward" in vars(layer) or (hooked and not past_hooks):
         return None
     return how(layer, its, x, training)
 
