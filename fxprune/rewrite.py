@@ -4,7 +4,6 @@ Parameters are sliced, module attributes set from them, and each graph is run on
 baked into it are replaced where they no longer fit, and every value is compared with its predicted shape.
 """
 
-import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from fxprune.fit import fit
 from fxprune.inputs import describe
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule, copy_graph, copy_modules, same
+from fxprune.trace import TracedModule, copy_graph, copy_modules, named_tensors, same
 
 
 def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[TracedModule, ParamMap]:
@@ -50,7 +49,7 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
     predicted = analysis.values_after(plan)
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)
-    state = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
+    state = named_tensors(graph)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != dict(analysis.shapes):
         name = next(iter({*found.items()} ^ {*analysis.shapes.items()}))[0]
@@ -193,8 +192,7 @@ class Fitter(Runner):
     """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
 
     def __init__(self, module: TracedModule, mode: bool, before: Any, after: Any, stays: Bools) -> None:
-        named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-        super().__init__(module, mode, dict(itertools.chain(*named)))
+        super().__init__(module, mode, named_tensors(module))
         self.before, self.after, self.stays = before, after, stays
         self.node = ""
 

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Self
 
 import torch
@@ -171,7 +171,8 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
         if watch.read or switches(module for module, _ in modes):
             train = trace_mode(working, True, concrete)
     for module, training in modes:
-        module.training = training
+        if module.training != training:
+            module.training = training
     if same(train, evaluate):
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
@@ -183,9 +184,20 @@ def check_traceable(model: nn.Module) -> None:
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(f"{name} is TorchScript, which can't be traced again; give the model it was made from")
-    for parameter, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for parameter, tensor in named_tensors(model).items():
         if nn.parameter.is_lazy(tensor):
             raise TraceError(f"{parameter} of {name} has no shape yet: call the model once, as its lazy layers need")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, and after them the buffers, of ``model``, each under all its names."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for kind, found in ((module._parameters, parameters), (module._buffers, buffers)):
+            found.update((prefix + name, tensor) for name, tensor in kind.items() if tensor is not None)
+    return parameters | buffers
 
 
 def same(a: fx.Graph, b: fx.Graph) -> bool:
@@ -319,17 +331,17 @@ class Tracer(fx.Tracer):
     def __init__(self, follow_buffers: bool = True) -> None:
         super().__init__(autowrap_functions=())
         self.proxy_buffer_attributes = follow_buffers
-        self.path: list[str] = []
+        self.inside: list[nn.Module] = []
 
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace ``root``."""
-        buffers = root.named_buffers() if self.proxy_buffer_attributes else ()
-        self.names = {id(tensor): name for name, tensor in (*buffers, *root.named_parameters())}
-        return super().trace(root, concrete_args)
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The first name of each tensor that becomes a node, by its id."""
+        buffers = self.root.named_buffers() if self.proxy_buffer_attributes else ()
+        return {id(tensor): name for name, tensor in (*buffers, *self.root.named_parameters())}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A parameter or followed buffer is a node: fx does the same, but searches all of them each time."""
-        name = self.names.get(id(attr_val))
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None:
             return attr_val
         if name not in parameter_proxy_cache:
@@ -352,10 +364,10 @@ class Tracer(fx.Tracer):
         return node
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Trace one module; its path is left standing if it fails."""
-        self.path.append(f"{self.path_of_module(m)} ({type(m).__name__})")
+        """Trace one module, which is left standing if it fails."""
+        self.inside.append(m)
         result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()
+        self.inside.pop()
         return result
 
 
@@ -384,7 +396,9 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
             (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if is_users(frame.filename)), None
         )
         place = f", {where.filename}:{where.lineno}: `{where.line}`" if where else ""
-        module = tracer.path[-1] if tracer.path else type(model).__name__
+        paths = {part: path for path, part in model.named_modules()}
+        inner = tracer.inside[-1] if tracer.inside else model
+        module = f"{paths[inner]} ({type(inner).__name__})" if inner is not model else type(model).__name__
         raise TraceError(
             f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
             "Python there depends on the values of tensors. Trace a part of the model without it, or put that code "

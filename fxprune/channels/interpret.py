@@ -16,7 +16,7 @@ from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, map_tensors
-from fxprune.trace import TracedModule, is_users
+from fxprune.trace import TracedModule, is_users, named_tensors
 
 
 def name_parameters(
@@ -27,8 +27,7 @@ def name_parameters(
     A tensor that is registered under several names gets one ChannelTensor. Integer buffers stay tensors, as copies:
     they are read as indices, and the model may write into them.
     """
-    parameters = dict(graph.named_parameters(remove_duplicate=False))
-    tensors = parameters | dict(graph.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(graph)
     run.names.reserve(sum(sum(tensor.shape) for tensor in tensors.values()))
     state: dict[str, Tensor] = {}
     axes: dict[tuple[str, int], Axis] = {}
@@ -45,7 +44,7 @@ def name_parameters(
             for axis, size in enumerate(tensor.shape):
                 if size > 1:
                     names = run.names.fresh(size)
-                    axes[name, axis] = Axis(name, axis, names, weak=name not in parameters)
+                    axes[name, axis] = Axis(name, axis, names, weak=not isinstance(tensor, nn.Parameter))
                     labels.append(on_axis(names, axis, tensor.ndim))
             state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
     return state, axes, aliases
@@ -59,9 +58,16 @@ class Runner(fx.Interpreter):
         self.mode, self.state = mode, state
 
     def start(self, inputs: Bound) -> None:
-        """Run on ``inputs``."""
+        """Run on ``inputs``: ``run`` without its progress bar and its text in every error."""
+        self.args_iter = placeholders(self.graph, inputs)
         with torch.inference_mode(False), torch.no_grad():
-            self.run(*placeholders(self.graph, inputs), enable_io_processing=False)
+            for node in self.graph.nodes:
+                self.env[node] = self.run_node(node)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return getattr(self, n.op)(n.target, args, kwargs)
 
     def tensor(self, name: str) -> Tensor | None:
         """The tensor to use for the parameter or buffer called ``name``."""
@@ -186,8 +192,8 @@ def place(label: Label) -> Any:
 
 
 def cause(error: Exception) -> str:
-    """An error in one line, without what torch.fx appends about its graph."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10) + chr(10) + 'While executing')[0]}"
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}"
 
 
 def where(node: fx.Node) -> str:

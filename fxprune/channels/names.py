@@ -137,9 +137,11 @@ class Names:
             low, high = np.minimum(a, b), np.maximum(a, b)
             # Where one class meets several others at once the last assignment wins; the loop merges the rest.
             self._parent[high] = low
-            roots = self._roots(high)
-            np.minimum.at(self._frozen, roots, self._frozen[high])
-            self._produced[roots[self._produced[high]]] = True
+            marked = high[(self._frozen[high] != FREE) | self._produced[high]]
+            if len(marked):
+                roots = self._roots(marked)
+                np.minimum.at(self._frozen, roots, self._frozen[marked])
+                self._produced[roots[self._produced[marked]]] = True
 
     def _grow(self, size: int) -> None:
         old = len(self._parent)
