@@ -26,7 +26,7 @@ from fxprune.fit import fit
 from fxprune.inputs import describe
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule, copy_graph, copy_modules, named_tensors, same
+from fxprune.trace import TracedModule, copy_graph, copy_modules, named_tensors
 
 
 def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[TracedModule, ParamMap]:
@@ -80,18 +80,18 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
         set_attributes(compact, nodes, predicted[mode])
     for mode in compact.distinct_graphs():
         Fitter(compact, mode, analysis.values[mode], predicted[mode], stays).start(analysis.inputs[mode])
-    if not all(same(graph.graphs[mode], compact.graphs[mode]) for mode in (False, True)):
-        compact.recompile()
+    compact.recompile()
     record(compact, analysis, plan)
     return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
 
 
 def copy_onto(graph: TracedModule, tensors: dict[int, Tensor]) -> TracedModule:
-    """A copy of ``graph`` and its modules that holds ``tensors`` (by the id of the original) in place of its own."""
+    """A copy of ``graph`` and its modules, not compiled, with ``tensors`` (by the id of the original) for its own."""
     root = copy_modules(graph.root(), tensors)
     train, evaluate = graph.graphs[True], graph.graphs[False]
     new_train = copy_graph(train)
-    return TracedModule(root, new_train, new_train if evaluate is train else copy_graph(evaluate))
+    new_evaluate = new_train if evaluate is train else copy_graph(evaluate)
+    return TracedModule(root, new_train, new_evaluate, compiled=False)
 
 
 def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:

@@ -35,8 +35,11 @@ class TracedModule(fx.GraphModule):
     Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
     """
 
-    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
-        """Take over everything that ``root`` holds, except its class."""
+    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
+        """Take over everything that ``root`` holds, except its class.
+
+        Without ``compiled`` it can't be called before ``recompile``: for one whose graphs are still to be edited.
+        """
         self.__dict__["_both"] = None
         super().__init__(nn.Module(), fx.Graph())
         own = self.__dict__
@@ -44,7 +47,7 @@ class TracedModule(fx.GraphModule):
             own[name] = root.__dict__[name]
         own.update({name: value for name, value in root.__dict__.items() if isinstance(value, Tensor)})
         self.meta.update(getattr(root, "meta", {}))
-        self.set_graphs(train_graph, eval_graph)
+        self.set_graphs(train_graph, eval_graph, compiled=compiled)
 
     @property
     def graphs(self) -> dict[bool, fx.Graph]:
@@ -58,12 +61,13 @@ class TracedModule(fx.GraphModule):
             mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]
         }
 
-    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
+    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
         """Replace both graphs and recompile."""
         self.__dict__["_both"] = {True: train_graph, False: eval_graph}
         for graph in (train_graph, eval_graph):
             graph.owning_module = self
-        self.recompile()
+        if compiled:
+            self.recompile()
 
     @property
     def graph(self) -> fx.Graph:
