@@ -1,6 +1,8 @@
-"""Train on CIFAR-10 with PruneTrain, the dense model beside it: same weights, same batches, steps in turns.
+"""Train on CIFAR-10 with PruneTrain or Activation Density, and the dense model beside it: same weights, same batches,
+steps in turns.
 
     python examples/train_cifar10.py --data PATH
+    python examples/train_cifar10.py --data PATH --method activation_density
     torchrun --nproc-per-node 2 examples/train_cifar10.py --data PATH
 
 PATH holds train/<class>/*.jpg and test/<class>/*.jpg, or the CIFAR-10 that torchvision downloads. Run it again after an
@@ -49,15 +51,8 @@ def main(arguments=None):
     same_options(options)
     train_set, test_set = load(options)
 
-    pruner = passes.PruneTrain(
-        ratio=options.ratio,
-        interval=options.interval,
-        threshold=options.threshold,
-        proximal=options.proximal,
-        round_to=options.round_to,
-    )
     runs = {} if options.no_dense else {"dense": Run("dense", [], options)}
-    runs["prunetrain"] = Run("prunetrain", [pruner], options)
+    runs[options.method] = Run(options.method, [METHODS[options.method](options)], options)
     for epoch in range(options.epochs):
         train([run for run in runs.values() if run.session.epoch == epoch], train_set, options)  # others are further
         for run in runs.values():
@@ -135,6 +130,25 @@ class Run:
         if rank == 0:
             with open(self.options.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+METHODS = {
+    "prunetrain": lambda options: passes.PruneTrain(
+        ratio=options.ratio,
+        interval=options.interval,
+        threshold=options.threshold,
+        proximal=options.proximal,
+        round_to=options.round_to,
+    ),
+    "activation_density": lambda options: passes.ActivationDensity(
+        saturation=options.saturation,
+        patience=options.patience,
+        cooldown=options.cooldown,
+        cuts=options.cuts,
+        weights=options.weights,
+        round_to=options.round_to,
+    ),
+}
 
 
 class Clock:
@@ -282,7 +296,7 @@ def test(model, test_set):
 
 def report(runs, options):
     """The table, on the screen and as files; the picture; the ONNX file."""
-    last = runs["prunetrain"].session
+    last = runs[options.method].session
     images = torch.randn(options.batch_size, 3, 32, 32).contiguous(memory_format=LAST)
     logs = [run.session.log for run in runs.values()]
     models = [run.session.graph.eval() for run in runs.values()]
@@ -321,8 +335,10 @@ def report(runs, options):
         "epochs": {name: run.session.log.to_json() for name, run in runs.items()},
     }
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
-    last.log.plot(options.out / "prunetrain.png")
-    console.print(str(fxprune.export_onnx(last.graph, images[:2], options.out / "prunetrain.onnx")), soft_wrap=True)
+    last.log.plot(options.out / f"{options.method}.png")
+    console.print(
+        str(fxprune.export_onnx(last.graph, images[:2], options.out / f"{options.method}.onnx")), soft_wrap=True
+    )
 
 
 @torch.no_grad()
@@ -344,15 +360,23 @@ def parse(arguments):
     add("--epochs", type=int, default=12, help="the learning rate falls to a tenth at 50 %% and at 75 %% of them")
     add("--batch-size", type=int, default=64, help="of all processes together")
     add("--lr", type=float, default=0.1)
-    add("--ratio", type=float, default=0.2, help="of the penalty in the loss, at the first batch")
-    add("--interval", type=int, default=1, help="epochs between cuts")
-    add("--threshold", type=float, default=1e-4, help="channels go whose weights are all smaller")
+    add("--method", choices=METHODS, default="prunetrain")
     add("--round-to", type=int, default=8, help="widths are multiples of this")
-    add("--proximal", action="store_true", help="shrink the channels after each step, with no penalty in the loss")
+    prunetrain = parser.add_argument_group("PruneTrain").add_argument
+    prunetrain("--ratio", type=float, default=0.2, help="of the penalty in the loss, at the first batch")
+    prunetrain("--interval", type=int, default=1, help="epochs between cuts")
+    prunetrain("--threshold", type=float, default=1e-4, help="channels go whose weights are all smaller")
+    prunetrain("--proximal", action="store_true", help="shrink the channels after each step, with no penalty")
+    density = parser.add_argument_group("Activation Density").add_argument
+    density("--saturation", type=float, default=0.01, help="a density that moves less in an epoch has settled")
+    density("--patience", type=int, default=3, help="epochs that all densities have settled for before a cut")
+    density("--cooldown", type=int, default=5, help="epochs between cuts at least")
+    density("--cuts", type=int, default=2, help="at most so many")
+    density("--weights", choices=["keep", "reinit"], default="keep", help="after a cut")
     add("--seed", type=int, default=0)
     add("--limit", type=int, help="use only so many images, to try things out")
     add("--threads", type=int, help="CPU threads of each process")
-    add("--no-dense", action="store_true", help="PruneTrain alone")
+    add("--no-dense", action="store_true", help="the pruned model alone")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from the checkpoints in --out")
     return parser.parse_args(arguments)
 

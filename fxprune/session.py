@@ -243,6 +243,8 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for training_pass, memory in self._pairs():
+            training_pass.close(self, memory)
         self._progress.close()
 
     def __enter__(self) -> Self:

@@ -41,6 +41,7 @@ class TracedModule(fx.GraphModule):
         Without ``compiled`` it can't be called before ``recompile``: for one whose graphs are still to be edited.
         """
         self.__dict__["_both"] = None
+        self.__dict__["_observers"] = {}
         super().__init__(nn.Module(), fx.Graph())
         own = self.__dict__
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
@@ -87,13 +88,25 @@ class TracedModule(fx.GraphModule):
             graph if self.training or shared else train, evaluate if self.training and not shared else graph
         )
 
+    def observe(self, observers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """In train mode, call ``observers[name](value)`` when the node called ``name`` has its value.
+
+        Only the code that runs has these calls. The graphs, copies, pickles and exports of this model do not.
+        ``observers`` replace those before; {} takes them off.
+        """
+        self.__dict__["_observers"] = dict(observers)
+        self.recompile()
+
     def recompile(self) -> Any:
         """Make ``forward`` anew from the graphs; one that looks at ``training`` where they differ."""
         if self.__dict__["_both"] is None:  # while it is being made
             return None
         cls = type(self)
         forwards, codes = {}, {}
-        for mode, graph in self.distinct_graphs().items():
+        graphs = self.distinct_graphs()
+        if observers := self.__dict__["_observers"]:
+            graphs[True] = observed(self.graphs[True], observers)
+        for mode, graph in graphs.items():
             self._graph = graph
             codes[mode] = super().recompile()
             forwards[mode] = cls.forward
@@ -133,6 +146,15 @@ def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable
 
     forward.__signature__ = inspect.signature(evaluate)  # type: ignore[attr-defined]
     return forward
+
+
+def observed(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:
+    """A copy of ``graph`` that also calls ``observers`` with the values of the nodes that they are named after."""
+    copied = copy_graph(graph)
+    for node in [node for node in copied.nodes if node.name in observers]:
+        with copied.inserting_after(node):
+            copied.call_function(observers[node.name], (node,))
+    return copied
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

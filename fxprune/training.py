@@ -56,6 +56,9 @@ class TrainingPass:
     def after_cut(self, session: "Session", memory: Memory, param_map: ParamMap) -> None:
         """Called after a cut, before ``prepare``: slice what is shaped like a parameter."""
 
+    def close(self, session: "Session", memory: Memory) -> None:
+        """Called when the session closes: take off what was put on the model."""
+
     def report(self, session: "Session", memory: Memory) -> Mapping[str, float]:
         """Numbers for the log."""
         return {}

@@ -1,5 +1,6 @@
 """The pruning methods and graph rewrites, one file each."""
 
+from .activation_density import ActivationDensity
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
 from .gate_channels import GateChannels
@@ -11,6 +12,7 @@ from .single_shot import SingleShot
 from .taylor import Taylor
 
 __all__ = [
+    "ActivationDensity",
     "BatchNormScale",
     "Criterion",
     "GateChannels",

@@ -78,6 +78,15 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_run(
         example.main(["--data", str(data), "--out", str(parts), "--epochs", "3", *OPTIONS[2:]])
 
 
+def test_activation_density_is_a_method_too(example: ModuleType, data: Path, tmp_path: Path) -> None:
+    eager = ["--saturation", "1", "--patience", "1", "--cooldown", "1", "--no-dense"]
+    example.main(["--data", str(data), "--out", str(tmp_path), "--method", "activation_density", *eager, *OPTIONS])
+    epochs = results(tmp_path)["epochs"]["activation_density"]
+    assert epochs[1]["removed"] > 0
+    assert epochs[1]["values"]["complexity"] == 1
+    assert (tmp_path / "activation_density.onnx").stat().st_size > 0
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_batches(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
