@@ -12,7 +12,8 @@ from fxprune.plan import Plan
 from fxprune.prune import prune
 from fxprune.rewrite import rewrite
 from fxprune.session import Session
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import trace
+from fxprune.traced import TracedModule
 from fxprune.training import TrainingPass
 from fxprune.verify import verify
 from fxprune.when import WhenItPays

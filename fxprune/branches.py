@@ -19,7 +19,7 @@ from fxprune.channels.interpret import where
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule
+from fxprune.traced import Model, TracedModule, of_region, regions
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 CONTRACTIONS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -189,7 +189,22 @@ def refusal(node: fx.Node) -> str:
     )
 
 
-def remove_branches(compact: TracedModule, values: Mapping[bool, Mapping[str, Any]], dropped: frozenset[str]) -> None:
+def remove_branches(compact: Model, values: Mapping[bool, Mapping[str, Any]], dropped: frozenset[str]) -> None:
+    """Take the branches without channels out of ``compact``, region by region; see ``remove_branches_of``."""
+    traced = regions(compact)
+    for path, region in traced.items():
+        mine = path + "." if path else ""
+        its = {mode: of_region(values[mode], path) for mode in values}
+        remove_branches_of(region, its, frozenset(name.removeprefix(mine) for name in dropped if name.startswith(mine)))
+    for name, value in ((name, value) for its in values.values() for name, value in its.items()):
+        layer = name.rpartition("/")[0]
+        if layer and layer not in traced and is_empty(value):
+            raise PlanError(f"the plan keeps no channel at {layer}, which is not inside a residual branch; keep one")
+
+
+def remove_branches_of(
+    compact: TracedModule, values: Mapping[bool, Mapping[str, Any]], dropped: frozenset[str]
+) -> None:
     """Take the branches without channels out of ``compact``, and the modules that nothing calls any more.
 
     Args:
@@ -308,14 +323,16 @@ def whole_branches(analysis: Analysis, groups: set[str], constants: bool) -> set
     plan = Plan({name: () for name in groups}, analysis.sizes, analysis.options)
     after = analysis.after(plan)
     gone: set[str] = set()
-    for mode, graph in analysis.graph.distinct_graphs().items():
-        found = dead_branches(analysis.graph, graph, after.values[mode])
-        if not found:
-            raise PlanError(f"no branch goes with {groups}")
-        if constants:
-            for branch in found:
-                check_tail(analysis.graph, branch)
-        gone |= {str(node.target) for branch in found for node in branch.nodes() if node.op == "call_module"}
+    for path, region in regions(analysis.graph).items():
+        for mode, graph in region.distinct_graphs().items():
+            found = dead_branches(region, graph, of_region(after.values[mode], path))
+            if constants:
+                for branch in found:
+                    check_tail(region, branch)
+            nodes = (node for branch in found for node in branch.nodes() if node.op == "call_module")
+            gone |= {f"{path}.{node.target}".removeprefix(".") for node in nodes}
+    if not gone:
+        raise PlanError(f"no branch goes with {groups}")
     inside = {
         group.name
         for group in analysis.groups.values()

@@ -24,12 +24,21 @@ from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import Value
 from fxprune.inputs import bind, map_tensors
+from fxprune.traced import TracedModule, is_traced
 
 Floats = npt.NDArray[np.float64]
 
 
 def flops(model: nn.Module, example_inputs: Any) -> int:
-    """FLOPs of one forward pass in the model's mode, counted by ``FlopCounterMode`` on meta tensors."""
+    """FLOPs of one forward pass in the model's mode, counted by ``FlopCounterMode`` on meta tensors.
+
+    A model with plain Python in it, which may look at values, runs on the example itself.
+    """
+    if is_traced(model) and not isinstance(model, TracedModule):
+        args, kwargs = bind(example_inputs)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng():
+            model(*args, **kwargs)
+        return int(counter.get_total_flops())
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     # A single integer is a counter, whose value batch norm reads.
     state = {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}

@@ -10,7 +10,7 @@ from typing import Any
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.errors import FxpruneError
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule
+from fxprune.traced import Model, regions
 
 STYLE = (
     "body{font:14px system-ui;margin:2em;color-scheme:light dark}pre{overflow:auto;border:1px solid #8886;padding:1em}"
@@ -32,13 +32,15 @@ class Dump:
         folder = os.environ.get("FXPRUNE_DUMP")
         return cls(Path(folder) if folder else None, example_inputs)
 
-    def write(
-        self, title: str, module: TracedModule, analysis: Analysis | None = None, plan: Plan | None = None
-    ) -> None:
+    def write(self, title: str, module: Model, analysis: Analysis | None = None, plan: Plan | None = None) -> None:
         """Write the graphs of ``module`` and, as far as they are known, its groups and the plan."""
         if self.folder is None:
             return
-        parts = [f"# {'train' if mode else 'eval'} graph\n{graph}" for mode, graph in module.distinct_graphs().items()]
+        parts = [
+            f"# {'train' if mode else 'eval'} graph{' of ' if path else ''}{path}\n{graph}"
+            for path, region in regions(module).items()
+            for mode, graph in region.distinct_graphs().items()
+        ]
         if analysis is None and self.example_inputs is not None:
             try:
                 analysis = analyze(module, self.example_inputs)

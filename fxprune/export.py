@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import ExportError, require
 from fxprune.inputs import Bound, bind, map_tensors, tensors_in
-from fxprune.trace import TracedModule
+from fxprune.traced import TracedModule
 from fxprune.verify import difference
 
 logger = logging.getLogger("fxprune")

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from fxprune.channels.analysis import analyze
 from fxprune.errors import FileError, FxpruneError, require
-from fxprune.inputs import imagine
+from fxprune.inputs import imagine, map_tensors
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import trace
+from fxprune.traced import Model
 
 FORMAT = "fxprune model 1"
+EXAMPLE = "example_inputs/"  # names of tensors that are not the model's: those that its plain Python was run on
 
 
 def save(compact: nn.Module, path: str | Path) -> None:
@@ -38,7 +40,9 @@ def save(compact: nn.Module, path: str | Path) -> None:
     state, aliases = without_aliases(state)
     partial = path.with_name(path.name + ".partial")
     try:
-        description = json.dumps({"format": FORMAT, "aliases": aliases, **record})
+        state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
+        known = {key: value for key, value in record.items() if key != "example"}
+        description = json.dumps({"format": FORMAT, "aliases": aliases, **known})
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
         os.replace(partial, path)
     except (OSError, SafetensorError, TypeError) as error:
@@ -47,7 +51,7 @@ def save(compact: nn.Module, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str | Path, model: nn.Module) -> TracedModule:
+def load(path: str | Path, model: nn.Module) -> Model:
     """Read a compact model: ``model`` is traced, the plan carried out on it, and the weights of the file put in.
 
     Args:
@@ -62,6 +66,10 @@ def load(path: str | Path, model: nn.Module) -> TracedModule:
     try:
         plan = Plan.from_json(record["plan"])
         inputs = imagine(record["example_inputs"])
+        example = [state.pop(name) for name in sorted(state, key=number_of) if name.startswith(EXAMPLE)]
+        if example:
+            remaining = iter(example)
+            inputs = map_tensors(lambda _: next(remaining), inputs)
         graph = trace(model, inputs)
         options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
         compact, _ = rewrite(graph, analyze(graph, inputs, **options), plan)
@@ -71,6 +79,12 @@ def load(path: str | Path, model: nn.Module) -> TracedModule:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
     compact.load_state_dict(state)
     return compact
+
+
+def number_of(name: str) -> int:
+    """The place of an example's tensor among them."""
+    end = name.removeprefix(EXAMPLE)
+    return int(end) if end.isdigit() else -1
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -84,7 +84,9 @@ def seconds_of(limit: float | timedelta | None, dense: float) -> float:
 
 
 def stand_in(tensor: Tensor, device: torch.device) -> Tensor:
-    """Data of the shape and dtype of a meta ``tensor``."""
+    """Data of the shape and dtype of a meta ``tensor``; any other, as it is."""
+    if not tensor.is_meta:
+        return tensor.to(device)
     if tensor.is_floating_point():
         return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)

@@ -18,7 +18,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.dump import Dump
 from fxprune.errors import PassError
 from fxprune.inputs import bind, map_tensors
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import trace
+from fxprune.traced import TracedModule, regions
 from fxprune.verify import TOLERANCE, difference, outputs_of
 
 logger = logging.getLogger("fxprune")
@@ -66,6 +67,11 @@ class Pipeline:
             PassError: a pass raised, broke the graph, or changed what the model computes; names it and those before.
         """
         module = copy.deepcopy(trace(graph, () if self.example_inputs is None else self.example_inputs))
+        if not isinstance(module, TracedModule):
+            raise PassError(
+                f"{type(module).__name__} is no single graph; run the pipeline on its regions: "
+                f"{', '.join(regions(module))}, and put them back with set_submodule"
+            )
         self.steps = []
         dump = Dump.from_environment(self.example_inputs)
         dump.write("before", module)
@@ -104,9 +110,9 @@ class Pipeline:
         worst = 0.0
         for mode in (False,) if inference_only else (False, True):
             where = "train mode" if mode else "eval mode"
-            expected, _ = outputs_of(old, mode, inputs, False, None)
+            expected = outputs_of(old, mode, inputs, False, None).outputs
             try:
-                found, _ = outputs_of(new, mode, inputs, False, None)
+                found = outputs_of(new, mode, inputs, False, None).outputs
             except Exception as error:
                 raise PassError(
                     f"{self.place(name)} broke the graph: in {where} it does not run: {type(error).__name__}: {error}"

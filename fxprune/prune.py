@@ -11,7 +11,7 @@ from fxprune.dump import Dump
 from fxprune.errors import BudgetError, PlanError, require
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import trace
 from fxprune.verify import verify as check
 
 
@@ -30,8 +30,10 @@ def prune(
     budget: Budget,
     keep: Sequence[str] = (),
     verify: bool = True,
-) -> TracedModule:
-    """Prune ``model`` to ``budget`` and return the compact model, a GraphModule. ``model`` is not changed.
+) -> Any:
+    """Prune ``model`` to ``budget`` and return the compact model: a GraphModule, or what ``trace`` makes of such a one.
+
+    ``model`` is not changed.
 
     Where the environment variable FXPRUNE_DUMP names a folder, graphs, groups and plan are written there.
 

@@ -16,16 +16,17 @@ from fxprune.channels.analysis import Analysis
 from fxprune.param_map import ParamMap, cut
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
-from fxprune.trace import TracedModule, same
+from fxprune.trace import same
+from fxprune.traced import Model, TracedModule, is_plain, regions
 from fxprune.verify import verify
 
 
 def reconfigure(
-    model: TracedModule,
+    model: Model,
     analysis: Analysis,
     plan: Plan,
     optimizers: Sequence[Optimizer],
-    copies: Sequence[TracedModule] = (),
+    copies: Sequence[Model] = (),
     *,
     others: Collection[nn.Parameter] = (),
     reset_state: bool = False,
@@ -76,13 +77,15 @@ def reconfigure(
     return analysis.after(plan, model), param_map.in_place()
 
 
-def become(model: TracedModule, compact: TracedModule) -> None:
+def become(model: Model, compact: Model) -> None:
     """Make ``model`` what ``compact`` is. What has the same name in both stays the same object."""
+    regions_of_both = [(region, regions(compact)[path]) for path, region in regions(model).items()]
     take_over(model, compact)
     model.meta.clear()
     model.meta.update(compact.meta)
-    if not all(same(model.graphs[mode], compact.graphs[mode]) for mode in (False, True)):
-        model.set_graphs(compact.graphs[True], compact.graphs[False])
+    for region, its in regions_of_both:
+        if not all(same(region.graphs[mode], its.graphs[mode]) for mode in (False, True)):
+            region.set_graphs(its.graphs[True], its.graphs[False])
 
 
 def take_over(module: nn.Module, other: nn.Module) -> None:
@@ -103,8 +106,8 @@ def take_over(module: nn.Module, other: nn.Module) -> None:
         else:
             take_over(held, child)
     if not isinstance(module, TracedModule):
-        public = {key: value for key, value in vars(other).items() if not key.startswith("_") and key != "training"}
-        vars(module).update(public)
+        public = {key: value for key, value in vars(other).items() if not key.startswith("_") and is_plain(value)}
+        vars(module).update(public | {"training": module.training})
 
 
 def take_over_tensors(module: nn.Module, other: nn.Module) -> None:

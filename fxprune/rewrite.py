@@ -5,7 +5,7 @@ baked into it are replaced where they no longer fit, and every value is compared
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.branches import remove_branches
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import Runner, cause, where
+from fxprune.channels.interpret import Runner, cause, where, within
 from fxprune.channels.labels import left
 from fxprune.channels.names import Bools
 from fxprune.channels.shapes import shape_of_result
@@ -23,13 +23,16 @@ from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import FxpruneError, RewriteError, require
 from fxprune.fit import fit
-from fxprune.inputs import describe
+from fxprune.inputs import describe, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule, copy_graph, copy_modules, named_tensors
+from fxprune.trace import copy_modules, named_tensors
+from fxprune.traced import Model, TracedModule, copy_graph, of_region, regions, require_traced
+
+Shape = tuple[int, ...]
 
 
-def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[TracedModule, ParamMap]:
+def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamMap]:
     """Carry out ``plan``.
 
     Args:
@@ -44,8 +47,9 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
         PlanError: the plan is for another model.
         RewriteError: ``graph`` is not the model that was analysed, or a shape is not as predicted.
     """
-    for value, kind, what in ((graph, TracedModule, "graph"), (analysis, Analysis, "analysis"), (plan, Plan, "plan")):
-        require(value, kind, what, RewriteError)
+    require_traced(graph, "graph", RewriteError)
+    require(analysis, Analysis, "analysis", RewriteError)
+    require(plan, Plan, "plan", RewriteError)
     predicted = analysis.values_after(plan)
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)
@@ -76,17 +80,21 @@ def rewrite(graph: TracedModule, analysis: Analysis, plan: Plan) -> tuple[Traced
         gone = state.keys() - {*compact.state_dict().keys(), *dict(compact.named_buffers())}
         nothing = torch.zeros(0, dtype=torch.int64)
         kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
-    for mode, nodes in compact.distinct_graphs().items():
-        set_attributes(compact, nodes, predicted[mode])
-    for mode in compact.distinct_graphs():
-        Fitter(compact, mode, analysis.values[mode], predicted[mode], stays).start(analysis.inputs[mode])
-    compact.recompile()
+    set_attributes(compact, predicted)
+    for path, region in regions(compact).items():
+        for mode in region.distinct_graphs():
+            if path in analysis.inputs[mode]:
+                before, after = (of_region(values[mode], path) for values in (analysis.values, predicted))
+                Fitter(region, mode, before, after, stays).start(analysis.inputs[mode][path])
+        region.recompile()
     record(compact, analysis, plan)
     return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
 
 
-def copy_onto(graph: TracedModule, tensors: dict[int, Tensor]) -> TracedModule:
+def copy_onto(graph: Model, tensors: dict[int, Tensor]) -> Model:
     """A copy of ``graph`` and its modules, not compiled, with ``tensors`` (by the id of the original) for its own."""
+    if not isinstance(graph, TracedModule):
+        return copy_modules(graph, tensors)
     root = copy_modules(graph.root(), tensors)
     train, evaluate = graph.graphs[True], graph.graphs[False]
     new_train = copy_graph(train)
@@ -120,25 +128,45 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
     return kept
 
 
-def record(compact: TracedModule, analysis: Analysis, plan: Plan) -> None:
+def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
     """Leave on the compact model what ``save`` needs: the plan from the model that was traced first."""
     before = compact.meta.get("fxprune")
     whole = Plan.from_json(before["plan"]).then(plan) if before else plan
     example = before["example_inputs"] if before else describe(analysis.example_inputs)
     compact.meta["fxprune"] = {"plan": whole.to_json(), "example_inputs": example}
+    if not isinstance(compact, TracedModule):  # its Python may look at values
+        compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
 
 
-def set_attributes(compact: nn.Module, graph: fx.Graph, values: Any) -> None:
-    """Make the attributes of the layers that ``graph`` calls say what their weights are."""
-    for node in graph.nodes:
-        if node.op != "call_module":
-            continue
-        module = compact.get_submodule(node.target)
-        source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        shape, out = (shape_of(values.get(n.name)) if isinstance(n, fx.Node) else () for n in (source, node))
-        for name, attribute in attributes(module, shape, out).items():
-            if getattr(module, name) != attribute:
-                setattr(module, name, attribute)
+def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) -> None:
+    """Make the attributes of the layers that graphs, or the Python that steers them, call say what the weights are."""
+    for layer, shape, out in layer_calls(compact, predicted):
+        for name, attribute in attributes(layer, shape, out).items():
+            if getattr(layer, name) != attribute:
+                setattr(layer, name, attribute)
+
+
+def layer_calls(
+    compact: Model, predicted: Mapping[bool, Mapping[str, Any]]
+) -> Iterator[tuple[nn.Module, Shape, Shape]]:
+    """The layers that are called, with the shapes of what they are given and give."""
+    traced = regions(compact)
+    for path, region in traced.items():
+        for mode, graph in region.distinct_graphs().items():
+            values = of_region(predicted[mode], path)
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+                    shape = shape_of(values.get(source.name)) if isinstance(source, fx.Node) else ()
+                    yield region.get_submodule(node.target), shape, shape_of(values.get(node.name))
+    for values in predicted.values():
+        for name in values:
+            path, _, end = name.rpartition("/")
+            if end == "output" and path and path not in traced:
+                yield (
+                    compact.get_submodule(path),
+                    *(shape_of(values.get(within(path, end))) for end in ("input", "output")),
+                )
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -211,6 +239,13 @@ class Fitter(Runner):
                 "unchanged; keep the channels there with keep=, and please report it."
             ) from error
         return self.checked(n, result)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A region may be given fewer channels than before."""
+        value, expected = super().placeholder(target, args, kwargs), self.after.get(self.node)
+        if not isinstance(value, Tensor) or not isinstance(expected, Value) or value.shape == expected.shape:
+            return value
+        return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
 
     def tensor(self, name: str) -> Tensor | None:
         """Where an operator runs, it runs without data."""

@@ -20,7 +20,8 @@ from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.progress import Progress
 from fxprune.reconfigure import reconfigure
-from fxprune.trace import TracedModule, trace, unwrap
+from fxprune.trace import trace, unwrap
+from fxprune.traced import Model, is_traced, regions
 from fxprune.training import Memory, TrainingPass
 from fxprune.undo import Undo
 from fxprune.when import Decision
@@ -104,7 +105,7 @@ class Session:
             raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
         analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
 
-        self.graph: TracedModule = graph
+        self.graph: Model = graph
         self.analysis: Analysis = analysis
         self.optimizer = optimizer
         self.example_inputs = example_inputs
@@ -398,7 +399,7 @@ class Session:
         wrap(self._wrappers, self.graph)
         wrap(*self._around)
 
-    def _copies(self, name: str, thing: object) -> list[TracedModule]:
+    def _copies(self, name: str, thing: object) -> list[Model]:
         """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""
         expected = {key: tuple(tensor.shape) for key, tensor in self.graph.state_dict().items()}
         copies = copies_in(thing)
@@ -420,9 +421,11 @@ class Session:
         return [self.optimizer, *held]
 
 
-def copies_in(thing: object) -> list[TracedModule]:
+def copies_in(thing: object) -> list[Model]:
     """The traced models in a module."""
-    return [m for m in thing.modules() if isinstance(m, TracedModule)] if isinstance(thing, nn.Module) else []
+    found = [part for part in thing.modules() if is_traced(part)] if isinstance(thing, nn.Module) else []
+    parts = {region for each in found for region in regions(each).values() if region is not each}
+    return [each for each in found if each not in parts]
 
 
 def together(plans: Sequence[Plan | None]) -> Plan | None:

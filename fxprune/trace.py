@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ from torchvision.ops import StochasticDepth
 from fxprune.attention import REPLACEMENTS
 from fxprune.errors import TraceError, require
 from fxprune.inputs import bind, tensors_in
+from fxprune.regions import trace_regions
+from fxprune.traced import ATOMS, TracedModule, carried, is_traced
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(__file__) + os.sep
@@ -29,173 +31,50 @@ TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand
 KEPT = (StochasticDepth,)  # like dropout: what it does depends on the mode, but not on channels
 
 
-class TracedModule(fx.GraphModule):
-    """A ``GraphModule`` with one graph for each mode. ``.training`` decides which one runs, and is ``.graph``.
-
-    Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
-    """
-
-    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
-        """Take over everything that ``root`` holds, except its class.
-
-        Without ``compiled`` it can't be called before ``recompile``: for one whose graphs are still to be edited.
-        """
-        self.__dict__["_both"] = None
-        self.__dict__["_observers"] = {}
-        super().__init__(nn.Module(), fx.Graph())
-        own = self.__dict__
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
-            own[name] = root.__dict__[name]
-        own.update({name: value for name, value in root.__dict__.items() if isinstance(value, Tensor)})
-        self.meta.update(getattr(root, "meta", {}))
-        self.set_graphs(train_graph, eval_graph, compiled=compiled)
-
-    @property
-    def graphs(self) -> dict[bool, fx.Graph]:
-        """The graph of each mode, by the value of ``training``; the same object twice where the modes agree."""
-        both: dict[bool, fx.Graph] = self.__dict__["_both"]
-        return both
-
-    def distinct_graphs(self) -> dict[bool, fx.Graph]:
-        """The graphs without repetition: {False: eval} or {False: eval, True: train}."""
-        return {
-            mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]
-        }
-
-    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
-        """Replace both graphs and recompile."""
-        self.__dict__["_both"] = {True: train_graph, False: eval_graph}
-        for graph in (train_graph, eval_graph):
-            graph.owning_module = self
-        if compiled:
-            self.recompile()
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The graph of the current mode."""
-        if self.__dict__["_both"] is None:
-            return super().graph
-        return self.graphs[self.training]
-
-    @graph.setter
-    def graph(self, graph: fx.Graph) -> None:
-        if self.__dict__["_both"] is None:
-            fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
-            return
-        train, evaluate = self.graphs[True], self.graphs[False]
-        shared = train is evaluate
-        self.set_graphs(
-            graph if self.training or shared else train, evaluate if self.training and not shared else graph
-        )
-
-    def observe(self, observers: Mapping[str, Callable[[Tensor], None]]) -> None:
-        """In train mode, call ``observers[name](value)`` when the node called ``name`` has its value.
-
-        Only the code that runs has these calls. The graphs, copies, pickles and exports of this model do not.
-        ``observers`` replace those before; {} takes them off.
-        """
-        self.__dict__["_observers"] = dict(observers)
-        self.recompile()
-
-    def recompile(self) -> Any:
-        """Make ``forward`` anew from the graphs; one that looks at ``training`` where they differ."""
-        if self.__dict__["_both"] is None:  # while it is being made
-            return None
-        cls = type(self)
-        forwards, codes = {}, {}
-        graphs = self.distinct_graphs()
-        if observers := self.__dict__["_observers"]:
-            graphs[True] = observed(self.graphs[True], observers)
-        for mode, graph in graphs.items():
-            self._graph = graph
-            codes[mode] = super().recompile()
-            forwards[mode] = cls.forward
-        if True in forwards:
-            cls.forward = by_mode(forwards[True], forwards[False])
-        return codes[self.training if self.training in codes else False]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
-        root = copy.deepcopy(self.root(), memo)
-        train, evaluate = self.graphs[True], self.graphs[False]
-        new_train = copy_graph(train)
-        new = TracedModule(root, new_train, new_train if evaluate is train else copy_graph(evaluate))
-        memo[id(self)] = new
-        return new
-
-    def __reduce__(self) -> Any:
-        """Plain GraphModules that share their submodules: torch knows how to pickle these."""
-        root = self.root()
-        graphs = self.distinct_graphs()
-        return rebuild, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
-
-    def root(self) -> nn.Module:
-        """A plain module with everything this one holds except its graphs."""
-        root = nn.Module()
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
-            root.__dict__[name] = self.__dict__[name]
-        root.__dict__.update({name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)})
-        root.__dict__["meta"] = self.meta
-        return root
-
-
-def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(evaluate)  # type: ignore[attr-defined]
-    return forward
-
-
-def observed(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:
-    """A copy of ``graph`` that also calls ``observers`` with the values of the nodes that they are named after."""
-    copied = copy_graph(graph)
-    for node in [node for node in copied.nodes if node.name in observers]:
-        with copied.inserting_after(node):
-            copied.call_function(observers[node.name], (node,))
-    return copied
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy of ``graph`` with the same node names and its output."""
-    return copy.deepcopy(graph)
-
-
-def rebuild(root: nn.Module, modules: dict[bool, fx.GraphModule]) -> TracedModule:
-    """Undo ``TracedModule.__reduce__``."""
-    evaluate = modules[False].graph
-    return TracedModule(root, modules[True].graph if True in modules else evaluate, evaluate)
-
-
-def trace(model: nn.Module, example_inputs: Any = ()) -> TracedModule:
+def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     """Trace ``model`` in train and in eval mode.
 
     Args:
-        model: any module that ``torch.fx`` can trace symbolically, a GraphModule included. DistributedDataParallel and
-            ``torch.compile`` wrappers are taken off. It is not changed.
+        model: any module, a GraphModule included. DistributedDataParallel and ``torch.compile`` wrappers are taken off.
+            It is not changed.
         example_inputs: a tensor, a tuple of arguments, or (args, kwargs). They say which arguments are given; the
-            others keep their defaults. Their values do not matter.
+            others keep their defaults. Their values matter only where ``torch.fx`` can't trace the model as a whole.
 
     Returns:
         A GraphModule with the state_dict keys, parameters and buffers of ``model`` (the same tensors, not copies), in
-        the mode of ``model``.
+        the mode of ``model``. Where ``torch.fx`` can't trace the model as a whole, a copy of it, of its own class, in
+        which the largest parts that can be traced are such GraphModules: its regions. The model is run on the example
+        then, to see how its Python calls them.
 
     Raises:
         TraceError: the model's Python can't be traced; names the module, file and line.
     """
     require(model, nn.Module, "model", TraceError)
     model = unwrap(model)
-    if isinstance(model, TracedModule):
+    if is_traced(model):
         return model
     check_traceable(model)
     working = working_copy(model)
-    concrete = unused_arguments(working, example_inputs)
+    constants = unused_arguments(working, example_inputs)
+    try:
+        return trace_whole(working, constants)
+    except TraceError as whole:
+        inputs = bind(example_inputs)
+        if not any(inputs):
+            raise
+        try:
+            return trace_regions(working_copy(model).eval(), inputs, trace_whole).train(model.training)
+        except TraceError as error:
+            raise TraceError(f"{whole} Its parts could not be traced one by one either: {error}.") from whole
+
+
+def trace_whole(working: nn.Module, constants: dict[str, Any]) -> TracedModule:
+    """Trace ``working``, a copy that is used up, as one graph; ``constants`` are arguments that keep these values."""
     modes = [(module, module.training) for module in working.modules()]
     with Watch() as watch:
-        evaluate = train = trace_mode(working, False, concrete)
+        evaluate = train = trace_mode(working, False, constants)
         if watch.read or switches(module for module, _ in modes):
-            train = trace_mode(working, True, concrete)
+            train = trace_mode(working, True, constants)
     for module, training in modes:
         if module.training != training:
             module.training = training
@@ -245,7 +124,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-ATOMS = (type(None), bool, int, float, str)
 EMPTY = (dict, OrderedDict, set, list)
 
 
@@ -427,8 +305,8 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
         module = f"{paths[inner]} ({type(inner).__name__})" if inner is not model else type(model).__name__
         raise TraceError(
             f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
-            "Python there depends on the values of tensors. Trace a part of the model without it, or put that code "
-            "into a function marked with torch.fx.wrap."
+            "Python there depends on the values of tensors. With example_inputs, its parts are traced one by one; "
+            "or put that code into a function marked with torch.fx.wrap."
         ) from error
 
 
@@ -459,7 +337,7 @@ def plain(working: nn.Module, called: set[Any]) -> nn.Module:
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             new.__dict__[name] = module.__dict__[name]
         new._modules = {name: None if child is None else convert(child) for name, child in module._modules.items()}
-        new.__dict__.update({name: value for name, value in vars(module).items() if isinstance(value, Tensor)})
+        new.__dict__.update(carried(module))
         return new
 
     return convert(working)

@@ -15,7 +15,8 @@ from fxprune.log import Log
 from fxprune.plan import Plan
 from fxprune.reconfigure import reconfigure
 from fxprune.session import Session
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import trace
+from fxprune.traced import Model
 
 FORMAT = "fxprune progress 1"
 
@@ -84,7 +85,7 @@ def checked(data: Any, where: object) -> dict[str, Any]:
 
 def put(
     owner: nn.Module, part: str, example_inputs: Any, plan: Plan | None, optimizers: Sequence[Optimizer] = ()
-) -> TracedModule:
+) -> Model:
     """Replace a part of ``owner`` by its trace, which shares its parameters, and carry out ``plan`` on it, in place."""
     names = [name for name, _ in owner.named_modules() if name]
     if part not in names:
@@ -99,7 +100,7 @@ def put(
     return graph
 
 
-def missing(graph: TracedModule, plan: Plan) -> bool:
+def missing(graph: Model, plan: Plan) -> bool:
     """Whether ``plan`` has still to be carried out on ``graph``.
 
     Raises:
@@ -113,7 +114,7 @@ def missing(graph: TracedModule, plan: Plan) -> bool:
     return bool(plan.keep) and own != plan
 
 
-def plan_of(graph: TracedModule) -> Plan | None:
+def plan_of(graph: Model) -> Plan | None:
     """What was cut from a traced model so far."""
     record = graph.meta.get("fxprune")
     return Plan.from_json(record["plan"]) if record else None

@@ -6,7 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fxprune.reconfigure import replace_data
-from fxprune.trace import TracedModule
+from fxprune.traced import Model, regions
 
 
 class Undo:
@@ -15,11 +15,12 @@ class Undo:
     Every object stays the same object, as in the cut itself. The old data stay in memory as long as this does.
     """
 
-    def __init__(self, models: Sequence[TracedModule], optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, models: Sequence[Model], optimizers: Sequence[Optimizer]) -> None:
         tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         self._data = [(tensor, tensor.data) for tensor in tensors]
         self._gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
-        self._graphs = [(model, model.graphs[True], model.graphs[False]) for model in models]
+        traced = [region for model in models for region in regions(model).values()]
+        self._graphs = [(region, region.graphs[True], region.graphs[False]) for region in traced]
         held: list[dict[Any, Any]] = [optimizer.state for optimizer in optimizers]
         for model in models:
             held.append(model.meta)
@@ -42,5 +43,5 @@ class Undo:
             replace_data(tensor, data)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
-        for model, train, evaluate in self._graphs:
-            model.set_graphs(train, evaluate)
+        for region, train, evaluate in self._graphs:
+            region.set_graphs(train, evaluate)

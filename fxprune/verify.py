@@ -6,19 +6,22 @@ its statistics run over the kept ones only: there the two functions differ by na
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.channels.interpret import placeholders
+from fxprune.channels.interpret import placeholders, within
+from fxprune.cost import device_of
 from fxprune.errors import VerificationError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
-from fxprune.trace import TracedModule
+from fxprune.regions import layers
+from fxprune.traced import Model, TracedModule, regions, require_traced
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
@@ -36,17 +39,19 @@ class Verification:
     gradients: float
     moved: float
     tolerance: float
+    trained: bool = True  # False where the model's Python does not train on the example: compared in eval mode only
 
     def __str__(self) -> str:
+        only = "" if self.trained else "; in eval mode only, for the example does not run in train mode"
         return (
             f"masked original == compact: outputs to {self.outputs:.1e}, gradients to {self.gradients:.1e} "
-            f"(allowed {self.tolerance:.0e}; the cut itself moved the outputs by {self.moved:.1e})"
+            f"(allowed {self.tolerance:.0e}; the cut itself moved the outputs by {self.moved:.1e}{only})"
         )
 
 
 def verify(
-    graph: TracedModule,
-    compact: TracedModule,
+    graph: Model,
+    compact: Model,
     param_map: ParamMap,
     example_inputs: Any,
     *,
@@ -55,17 +60,15 @@ def verify(
 ) -> Verification:
     """Compare the masked original with the compact model on ``example_inputs``. Neither is changed.
 
-    Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off.
+    Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. Where
+    plain Python steers regions, what these give is compared too, before that Python looks at it.
 
     Raises:
         VerificationError: they differ; says where and by how much.
     """
-    for value, kind, what in (
-        (graph, TracedModule, "graph"),
-        (compact, TracedModule, "compact"),
-        (param_map, ParamMap, "param_map"),
-    ):
-        require(value, kind, what, VerificationError)
+    require_traced(graph, "graph", VerificationError)
+    require_traced(compact, "compact", VerificationError)
+    require(param_map, ParamMap, "param_map", VerificationError)
     check_maps(graph, compact, param_map)
     if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind(example_inputs)))):
         raise VerificationError(
@@ -75,7 +78,7 @@ def verify(
         return compare(graph, compact, param_map, example_inputs, dtype, gradients)
 
 
-def check_maps(graph: TracedModule, compact: TracedModule, param_map: ParamMap) -> None:
+def check_maps(graph: Model, compact: Model, param_map: ParamMap) -> None:
     """Refuse a map that does not lead from ``graph`` to ``compact``."""
     after = dict(compact.named_parameters())
     for name, parameter in graph.named_parameters():
@@ -91,8 +94,8 @@ def check_maps(graph: TracedModule, compact: TracedModule, param_map: ParamMap) 
 
 
 def compare(
-    graph: TracedModule,
-    compact: TracedModule,
+    graph: Model,
+    compact: Model,
     param_map: ParamMap,
     example_inputs: Any,
     dtype: torch.dtype,
@@ -106,16 +109,22 @@ def compare(
     small = copy.deepcopy(compact).to(dtype)
     masked = copy.deepcopy(graph).to(dtype)
     try:
-        whole, _ = outputs_of(masked, False, inputs, False, None)
+        whole = outputs_of(masked, False, inputs, False, None)
     except Exception as cause:
         raise VerificationError(
-            f"the original does not run on these example_inputs: {type(cause).__name__}: {cause}"
+            f"the original does not run on these example_inputs in {dtype}: {type(cause).__name__}: {cause}"
         ) from cause
     mask_(masked, param_map)
     worst = {"output": 0.0, "gradient": 0.0}
-    moved = 0.0
+    moved, trained = 0.0, True
     for mode in (False, True):
-        expected = outputs_of(masked, mode, inputs, gradients, param_map)
+        try:
+            expected = outputs_of(masked, mode, inputs, gradients, param_map)
+        except Exception:
+            trained = not mode or isinstance(graph, TracedModule)
+            if trained:
+                raise
+            break
         found = outputs_of(small, mode, inputs, gradients, None)
         for kind, name, error in differences(expected, found, param_map):
             worst[kind] = max(worst[kind], error)
@@ -126,25 +135,42 @@ def compare(
                     "this model."
                 )
         if not mode:
-            moved = max((difference(a, b) for a, b in zip(whole, found[0], strict=True)), default=0.0)
-    return Verification(worst["output"], worst["gradient"], moved, tolerance)
+            moved = max(
+                (difference(a, b) for _, a, b in outputs_of_both(whole, found) if a.shape == b.shape), default=0.0
+            )
+    return Verification(worst["output"], worst["gradient"], moved, tolerance, trained)
 
 
-Result = tuple[list[Tensor], dict[str, Tensor]]  # outputs, gradients by parameter
+class Result(NamedTuple):
+    """What a run of a model gave: its outputs, gradients by parameter, and what its regions and layers gave within."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    within: list[tuple[str, Tensor]]
+
+
+def outputs_of_both(a: Result, b: Result) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Outputs by their names; of what was seen within, only what has the same channels in both."""
+    for number, pair in enumerate(zip(a.outputs, b.outputs, strict=True)):
+        yield str(number), *pair
+    for (name, one), (_, two) in zip(a.within, b.within, strict=True):
+        if one.shape == two.shape:
+            yield f"of {name}", one, two
 
 
 def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterator[tuple[str, str, float]]:
     """("output" or "gradient", its name, relative difference) between the masked original and the compact model."""
-    if len(expected[0]) != len(found[0]):
-        raise VerificationError(f"the model returns {len(expected[0])} tensors, the compact {len(found[0])}")
-    for number, (a, b) in enumerate(zip(expected[0], found[0], strict=True)):
-        yield "output", str(number), difference(a, b)
+    if (expected_count := len(expected.outputs)) != len(found.outputs) or len(expected.within) != len(found.within):
+        raise VerificationError(f"the model returns {expected_count} tensors, the compact {len(found.outputs)}")
+    for name, a, b in outputs_of_both(expected, found):
+        yield "output", name, difference(a, b)
     # Rounding in a gradient is that of the whole backward pass: it is measured against the largest gradient of all.
-    largest = max((gradient.abs().max().item() for gradient in expected[1].values() if gradient.numel()), default=0.0)
-    for name, gradient in expected[1].items():
+    gradients = expected.gradients
+    largest = max((gradient.abs().max().item() for gradient in gradients.values() if gradient.numel()), default=0.0)
+    for name, gradient in gradients.items():
         if name in param_map.gone:
             continue
-        yield "gradient", name, difference(param_map.slice(name, gradient), found[1][name], floor=largest)
+        yield "gradient", name, difference(param_map.slice(name, gradient), found.gradients[name], floor=largest)
 
 
 def mask_(model: nn.Module, param_map: ParamMap) -> None:
@@ -164,21 +190,20 @@ def difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return gap / size if size else gap
 
 
-def outputs_of(model: TracedModule, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap | None) -> Result:
+def outputs_of(model: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap | None) -> Result:
     """The output tensors of ``model`` in one mode, and the gradients of a fixed random sum of them."""
     model.train(mode)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
-    graph = model.graphs[mode]
     norms = param_map.norms if param_map is not None else {}
-    run = MaskedNorms(model, mode, norms)
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch_state = torch.get_rng_state()
     torch.manual_seed(0)
-    given = map_tensors(Tensor.clone, tuple(placeholders(graph, for_mode(inputs, mode, model))))
-    with torch.set_grad_enabled(gradients), NoDropout():
-        result = run.run(*given, enable_io_processing=False)
+    args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
+    dtype = device_of(model)[1]
+    with torch.set_grad_enabled(gradients), Comparable(dtype), masked_norms(model, norms) as seen:
+        result = model(*args, **kwargs)
     outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
     if gradients:
         torch.manual_seed(0)
@@ -190,7 +215,62 @@ def outputs_of(model: TracedModule, mode: bool, inputs: Bound, gradients: bool, 
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(state[name])
-    return outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Result(outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen)
+
+
+@contextmanager
+def masked_norms(model: Model, norms: Mapping[tuple[bool, str], Kept]) -> Iterator[list[tuple[str, Tensor]]]:
+    """While this holds, the norms in ``norms`` see only what is kept of their input.
+
+    Yields a list that fills with what is given by the regions, and the layers, that plain Python calls.
+    """
+    seen: list[tuple[str, Tensor]] = []
+
+    def noting(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            seen.extend((path, tensor) for tensor in tensors_in(result) if path and tensor.is_floating_point())
+            return result
+
+        return noted
+
+    replaced: list[tuple[nn.Module, Any]]
+    replaced = [(region, noting(path, masked_region(path, region, norms))) for path, region in regions(model).items()]
+    replaced += [(layer, noting(path, masked_layer(path, layer, norms))) for path, layer in layers(model).items()]
+    try:
+        for module, forward in replaced:
+            vars(module)["forward"] = forward
+        yield seen
+    finally:
+        for module, _ in replaced:
+            del vars(module)["forward"]
+
+
+def masked_region(path: str, region: TracedModule, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:
+    """What a region does, with its norms masked."""
+    mine = path + "/" if path else ""
+    its = {(mode, node.removeprefix(mine)): kept for (mode, node), kept in norms.items() if node.startswith(mine)}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = MaskedNorms(region, region.training, its)
+        given = placeholders(region.graphs[region.training], (args, kwargs))
+        return run.run(*given, enable_io_processing=False)
+
+    return forward
+
+
+def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:
+    """What a layer that plain Python calls does, masked if it is a norm."""
+    forward = layer.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        kept = norms.get((layer.training, within(path, "output")))
+        if kept is None:
+            return forward(*args, **kwargs)
+        with NormOverKept(kept):
+            return forward(*args, **kwargs)
+
+    return masked
 
 
 class MaskedNorms(fx.Interpreter):
@@ -259,12 +339,32 @@ def cut_differentiably(tensor: Tensor, kept: Kept) -> Tensor:
     return tensor
 
 
-class NoDropout(TorchFunctionMode):
-    """Dropout returns its input: its noise has the shape of the value, so it can't agree between two models."""
+class Comparable(TorchFunctionMode):
+    """Nothing is drawn, and everything is computed in one precision, so that two models can be compared.
+
+    Dropout returns its input: its noise has the shape of the value. Where the model asks for float32 it gets ``dtype``.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __enter__(self) -> Self:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self.default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept the dropouts of torch.nn.functional."""
-        kwargs = kwargs or {}
+        """Intercept dropouts and casts."""
+        kwargs = {key: self.dtype if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        args = [self.dtype if value is torch.float32 else value for value in args]
+        if func is Tensor.float:
+            return args[0].to(self.dtype)
         if func in DROPOUTS:
             return args[0]
         if func is Tensor.bernoulli_:  # of stochastic depth: a branch that is gone draws no number

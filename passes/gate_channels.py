@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.branches import NORMS, is_sum
-from fxprune.trace import TracedModule
+from fxprune.traced import TracedModule
 
 
 @dataclass(frozen=True)

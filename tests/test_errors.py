@@ -112,7 +112,14 @@ def test_a_model_that_can_not_be_traced() -> None:
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "depends on data" in text)
     message = rf"can't trace module 1.1 \(Branching\) of Sequential, .*test_errors.py:{line}: `if x.sum\(\) > 0:"
     with unchanged(model), pytest.raises(TraceError, match=message):
-        fxprune.trace(model, torch.randn(2, 4))
+        fxprune.trace(model)
+
+
+def test_a_model_that_can_not_be_traced_in_parts_either() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Branching())
+    message = r"can't trace module 1 .*one by one either: Sequential does not run on example_inputs: RuntimeError: .*mat1"
+    with unchanged(model), pytest.raises(TraceError, match=message):
+        fxprune.trace(model, torch.randn(2, 5))
 
 
 @pytest.mark.parametrize(

@@ -14,26 +14,29 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
-from fxprune.channels.interpret import name_parameters, run_on_names, where
+from fxprune.channels.interpret import name_parameters, run_on_names, where, within
 from fxprune.channels.names import Bools, Names, Reason
+from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, bare, on_meta
 from fxprune.channels.values import Cutter, Value, map_values
 from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors
 from fxprune.plan import Plan
-from fxprune.trace import TracedModule, trace
+from fxprune.trace import trace
+from fxprune.traced import TracedModule, regions
 
 
 @dataclass(frozen=True)
 class Analysis:
     """The channels of a traced model. Plain data; printing it gives the groups and what is frozen, with reasons."""
 
-    graph: TracedModule
+    graph: Any  # the traced model: a TracedModule, or one with regions
     example_inputs: Bound
     groups: Mapping[str, Group]
     frozen: tuple[Frozen, ...]
     unknown: Mapping[str, str]  # operator without a rule -> the first node that calls it
-    inputs: Mapping[bool, Bound] = field(repr=False)  # mode -> the inputs it was run with
+    not_run: str  # why plain Python could not be run in train mode; "" where all is well
+    inputs: Mapping[bool, Mapping[str, Bound]] = field(repr=False)  # mode -> region -> what its graph was run with
     values: Mapping[bool, Mapping[str, Any]] = field(repr=False)  # mode -> node -> tree of Value or plain values
     options: Mapping[str, str] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every parameter and buffer
@@ -64,7 +67,7 @@ class Analysis:
         cut = Cutter(self.stays(plan))
         return {mode: map_values(cut.value, values) for mode, values in self.values.items()}
 
-    def after(self, plan: Plan, graph: "TracedModule | None" = None) -> "Analysis":
+    def after(self, plan: Plan, graph: nn.Module | None = None) -> "Analysis":
         """The analysis of the model that ``plan`` leads to: the same groups, labels and costs, cut to what stays.
 
         The compact model need not be analysed again. ``graph`` is that model; without it the result keeps this graph,
@@ -161,8 +164,13 @@ class Analysis:
 
     def place(self, reason: Reason) -> str:
         """A reason with the node at which it arose and the line of the user's model."""
-        nodes = (node for graph in self.graph.distinct_graphs().values() for node in graph.nodes)
-        node = next((node for node in nodes if node.name == reason.node), None)
+        nodes = (
+            (within(path, node.name), node)
+            for path, region in regions(self.graph).items()
+            for graph in region.distinct_graphs().values()
+            for node in graph.nodes
+        )
+        node = next((node for name, node in nodes if name == reason.node), None)
         return f"{reason.text} (at {where(node)})" if node is not None else str(reason)
 
     def to_networkx(self) -> nx.Graph:
@@ -217,12 +225,18 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         if value not in known:
             raise AnalysisError(f"{option}={value!r} is not known; use one of {', '.join(map(repr, known))}")
     graph = trace(model, example_inputs)
-    run = Run(heads=heads, groups=groups)
+    run = Run(heads=heads, groups=groups, real=not isinstance(graph, TracedModule))
     state, axes, aliases = name_parameters(graph, run)
     inputs = bind(example_inputs)
-    given, values = {}, {}
-    for mode in graph.distinct_graphs():
-        given[mode], values[mode] = run_mode(graph, mode, inputs, state, run)
+    given: dict[bool, dict[str, Bound]] = {}
+    values: dict[bool, dict[str, Any]] = {}
+    problem = ""
+    if run.real:
+        given, values, problem = run_steered(graph, inputs, state, run)
+    else:
+        for mode in graph.distinct_graphs():
+            its, values[mode] = run_mode(graph, mode, inputs, state, run)
+            given[mode] = {"": its}
     settle_grids(run)
     freeze_leftovers(
         run, axes, (leaf for its in values.values() for leaf in tree_leaves(its) if isinstance(leaf, Value))
@@ -230,13 +244,17 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     found, frozen = read_groups(run, list(axes.values()))
     return Analysis(
         graph=graph,
-        example_inputs=map_tensors(on_meta, inputs),
-        inputs={mode: map_tensors(on_meta, its) for mode, its in given.items()},
+        example_inputs=inputs if run.real else map_tensors(on_meta, inputs),
+        inputs={
+            mode: {region: map_tensors(without_data, its) for region, its in calls.items()}
+            for mode, calls in given.items()
+        },
         groups={group.name: group for group in found},
         frozen=tuple(frozen),
         unknown=dict(run.unknown),
         values=values,
         options={"heads": heads, "groups": groups},
+        not_run=problem,
         shapes={name: tuple(bare(tensor).shape) for name, tensor in state.items()},
         batch_norm_scales=frozenset(run.batch_norm_scales),
         norms=tuple(run.norms),
@@ -258,3 +276,8 @@ def run_mode(
         if double is inputs or not isinstance(error.__cause__, ValueError):
             raise
         return double, run_on_names(graph, mode, double, state, run)
+
+
+def without_data(tensor: Tensor) -> Tensor:
+    """A tensor on meta, without names."""
+    return on_meta(bare(tensor))

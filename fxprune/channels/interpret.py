@@ -16,7 +16,8 @@ from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, map_tensors
-from fxprune.trace import TracedModule, is_users, named_tensors
+from fxprune.trace import is_users, named_tensors
+from fxprune.traced import TracedModule
 
 
 def name_parameters(
@@ -46,7 +47,8 @@ def name_parameters(
                     names = run.names.fresh(size)
                     axes[name, axis] = Axis(name, axis, names, weak=not isinstance(tensor, nn.Parameter))
                     labels.append(on_axis(names, axis, tensor.ndim))
-            state[name] = ChannelTensor(on_meta(tensor), tuple(labels), run, name, name)
+            data = tensor.detach().clone() if run.real else on_meta(tensor)
+            state[name] = ChannelTensor(data, tuple(labels), run, name, name)
     return state, axes, aliases
 
 
@@ -57,12 +59,13 @@ class Runner(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False, graph=module.graphs[mode])
         self.mode, self.state = mode, state
 
-    def start(self, inputs: Bound) -> None:
+    def start(self, inputs: Bound) -> Any:
         """Run on ``inputs``: ``run`` without its progress bar and its text in every error."""
         self.args_iter = placeholders(self.graph, inputs)
         with torch.inference_mode(False), torch.no_grad():
             for node in self.graph.nodes:
                 self.env[node] = self.run_node(node)
+        return self.env[self.graph.output_node()]
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
@@ -121,30 +124,32 @@ class Runner(fx.Interpreter):
 class Recorder(Runner):
     """Runs a graph on ChannelTensors and keeps the shape and labels of every value."""
 
-    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor], run: Run) -> None:
+    def __init__(
+        self, module: TracedModule, mode: bool, state: Mapping[str, Tensor], run: Run, region: str = ""
+    ) -> None:
         super().__init__(module, mode, state)
-        self.run_, self.values = run, dict[str, Any]()
+        self.run_, self.region, self.values = run, region, dict[str, Any]()
         self._storages: dict[int, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, with errors that name it and the user's line."""
-        self.run_.names.node = n.name
+        self.run_.names.node = within(self.region, n.name)
         try:
             result = super().run_node(n)
         except FxpruneError:
             raise
         except Exception as error:
             raise AnalysisError(f"node {where(n)} does not run on channel names: {cause(error)}") from error
-        self.values[n.name] = (
+        self.values[self.run_.names.node] = (
             self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
         )
         return result
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A module that gets what it got before, in the other mode say, gives what it gave, and merges nothing new."""
-        if kwargs or not all(isinstance(arg, ChannelTensor) for arg in args):
-            return super().call_module(target, args, kwargs)
         run = self.run_
+        if kwargs or run.real or not all(isinstance(arg, ChannelTensor) for arg in args):
+            return super().call_module(target, args, kwargs)
         given = tuple((tuple(map(place, arg.labels)), arg.data_.shape, arg.data_.stride(), arg.source) for arg in args)
         if (target, given) in run.calls:
             _, result, norms = run.calls[target, given]
@@ -161,14 +166,22 @@ class Recorder(Runner):
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Inputs have no names, and say so."""
-        value = super().placeholder(target, args, kwargs)
-        return map_tensors(lambda tensor: ChannelTensor(on_meta(tensor), (), self.run_, f"input {target}"), value)
+        """Inputs have no names, and say so; those of a region may have."""
+        return map_tensors(
+            lambda tensor: self.named(tensor, f"input {target}"), super().placeholder(target, args, kwargs)
+        )
+
+    def named(self, tensor: Tensor, source: str) -> ChannelTensor:
+        """An input as a ChannelTensor."""
+        if isinstance(tensor, ChannelTensor):
+            return tensor
+        return ChannelTensor(tensor if self.run_.real else on_meta(tensor), (), self.run_, source)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What the model returns keeps its shape."""
         result = super().output(target, args, kwargs)
-        map_tensors(lambda tensor: self.freeze_output(tensor), result)
+        if not self.region:
+            map_tensors(lambda tensor: freeze_output(tensor), result)
         return result
 
     def as_value(self, tensor: Tensor) -> Value:
@@ -180,10 +193,16 @@ class Recorder(Runner):
         self._storages[storage._cdata] = storage  # kept alive, so that its address is not used again
         return Value(tuple(data.shape), labels, data.dtype, owner)
 
-    def freeze_output(self, tensor: Tensor) -> None:
-        """Freeze the names of one returned tensor."""
-        if isinstance(tensor, ChannelTensor):
-            freeze(self.run_.names, tensor.labels, "output")
+
+def freeze_output(tensor: Tensor) -> None:
+    """Freeze the names of one returned tensor."""
+    if isinstance(tensor, ChannelTensor):
+        freeze(tensor.run.names, tensor.labels, "output")
+
+
+def within(region: str, name: str) -> str:
+    """What a node is called in the whole model: by the path of the region that it stands in, and its own name."""
+    return f"{region}/{name}" if region else name
 
 
 def place(label: Label) -> Any:

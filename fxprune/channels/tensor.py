@@ -42,6 +42,8 @@ class Run:
     """What one or more runs of a model on names bring to light."""
 
     mode: bool = False  # of the graph that is being run
+    real: bool = False  # tensors have data: for Python that looks at values
+    steering: Any = None  # what watches over plain Python while that, not a graph, calls operators; see steered.py
     heads: str = "whole"
     groups: str = "auto"
     names: Names = field(default_factory=Names)
@@ -67,7 +69,10 @@ class Run:
 
 
 class ChannelTensor(Tensor):
-    """A meta tensor with labels. ``source`` says in words what it is where it has no names."""
+    """A meta tensor with labels. ``source`` says in words what it is where it has no names.
+
+    In a run on real data the tensor inside has data.
+    """
 
     data_: Tensor
     labels: Labels
@@ -96,6 +101,8 @@ class ChannelTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in WHOLE:
                 return apply(WHOLE[func], args, kwargs or {})
+            if isinstance(args[0], ChannelTensor) and args[0].run.steering and func in args[0].run.steering.reads:
+                return args[0].run.steering.reads[func](*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -113,12 +120,19 @@ def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on meta tensors for its shape, and hand it to its rule for its labels."""
     tensors = channel_tensors((*args, *kwargs.values()))
     run = tensors[0].run
-    if "device" in kwargs:
-        kwargs = kwargs | {"device": torch.device("meta")}
-    out = result_of(func, bare(args), bare(kwargs))
+    if run.steering:
+        run.steering.locate()
+    if run.real:
+        out = func(*bare(args, real=True), **bare(kwargs, real=True))
+    else:
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": torch.device("meta")}
+        out = result_of(func, bare(args), bare(kwargs))
     call = Call(run, func, args, kwargs, out, tensors)
     run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
     labels = rule_of(func)(call)
+    if run.steering:
+        run.steering.check(call, labels)
     if func._schema.is_mutable:
         return call.mutated(labels)
     source = call.unknown or tensors[0].source
@@ -243,7 +257,8 @@ def unknown(call: Call) -> Any:
     """Freeze every channel that an operator without a rule touches."""
     operator = str(call.func).removesuffix(".default")
     call.unknown = f"the result of unknown operator {operator}"
-    call.run.unknown.setdefault(operator, call.names.node)
+    if any(tensor.labels for tensor in call.tensors):
+        call.run.unknown.setdefault(operator, call.names.node)
     for tensor in call.tensors:
         freeze(call.names, tensor.labels, f"unknown operator {operator}")
     if isinstance(call.out, (tuple, list)):
@@ -267,16 +282,16 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def bare(value: Any) -> Any:
-    """``value`` with each tensor in it replaced by one on meta, without names."""
+def bare(value: Any, real: bool = False) -> Any:
+    """``value`` with each tensor in it replaced by one without names; on meta, unless ``real``."""
     if isinstance(value, ChannelTensor):
         return value.data_
     if isinstance(value, Tensor):
-        return value if value.is_meta else on_meta(value)
+        return value if real or value.is_meta else on_meta(value)
     if isinstance(value, (list, tuple)) and not all(isinstance(item, int) for item in value):
-        return type(value)(bare(item) for item in value)
+        return type(value)(bare(item, real) for item in value)
     if isinstance(value, dict):
-        return {key: bare(item) for key, item in value.items()}
+        return {key: bare(item, real) for key, item in value.items()}
     return value
 
 

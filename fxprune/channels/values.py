@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -22,10 +22,16 @@ class Value:
     owner: bool  # False for views and results of in-place operators, which hold no memory of their own
 
 
+class Stays(Protocol):
+    """Says of each name whether it stays: bool[names], or anything that is indexed like it."""
+
+    def __getitem__(self, label: Label, /) -> Bools: ...
+
+
 class Cutter:
     """Cuts labels and values to the names that stay; a label shared by many values is cut once."""
 
-    def __init__(self, stays: Bools) -> None:
+    def __init__(self, stays: "Stays") -> None:
         self.stays = stays
         self._done: dict[int, tuple[Label, Label]] = {}
 

@@ -1,0 +1,345 @@
+"""Steered: run on channel names a model in which plain Python calls the graphs.
+
+Python can't be rewritten, so nothing that it sees of a size may change. The model runs on real data, for Python that
+looks at values, and while Python is at work it is watched: a size that it reads is frozen, and so are the channels that
+it gives to an operator whose other arguments would not fit fewer of them.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fxprune.channels.interpret import Recorder, cause, freeze_output, within
+from fxprune.channels.labels import Label, along, freeze
+from fxprune.channels.names import Bools, Names
+from fxprune.channels.tensor import Call, ChannelTensor, Run, name_of, operand
+from fxprune.channels.values import Cutter, Value
+from fxprune.errors import AnalysisError, FxpruneError
+from fxprune.inputs import Bound, map_tensors
+from fxprune.regions import layers
+from fxprune.trace import is_users
+from fxprune.traced import TracedModule, regions
+
+logger = logging.getLogger("fxprune")
+
+
+class Steered:
+    """Runs a model mode by mode. ``values`` and ``inputs`` say of each region what its graphs were given and gave.
+
+    ``values``: mode -> node -> value, a node being called "path of the region/node". A layer that Python itself calls
+    has two, "path of the layer/input" and "/output". ``inputs``: mode -> region -> its arguments.
+    """
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], run: Run) -> None:
+        self.model, self.state, self.run = model, state, run
+        self.regions = regions(model)
+        self.layers = layers(model)
+        self.steering = Steering(run)
+        self.values: dict[bool, dict[str, Any]] = {}
+        self.inputs: dict[bool, dict[str, Bound]] = {}
+
+    def start(self, mode: bool, inputs: Bound) -> None:
+        """Run the model in one mode.
+
+        Raises:
+            AnalysisError: it does not run.
+        """
+        self.values.setdefault(mode, {})
+        self.inputs.setdefault(mode, {})
+        names = (*dict(self.model.named_parameters()), *dict(self.model.named_buffers()))  # each tensor once
+        state = {name: self.state[name] for name in names}
+        self.run.mode, self.run.steering = mode, self.steering
+        try:
+            with in_mode(self.model, mode), self.watched(), torch.random.fork_rng(), torch.no_grad():
+                result = functional_call(self.model, state, *inputs)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            place = self.steering.locate()
+            raise AnalysisError(
+                f"{type(self.model).__name__} does not run on channel names in {'train' if mode else 'eval'} mode "
+                f"(last at {place}): {cause(error)}"
+            ) from error
+        finally:
+            self.run.steering = None
+        for tensor in tensors_within(result):
+            freeze_output(tensor)
+
+    def other_graphs(self, mode: bool) -> None:
+        """Run the graphs that regions have for ``mode`` on what they got in the other mode."""
+        self.run.mode = mode
+        for path, given in self.inputs[not mode].items():
+            region = self.regions[path]
+            if mode in region.distinct_graphs() and path not in self.inputs.setdefault(mode, {}):
+                self.record(path, region, mode, given)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this holds, calls of regions and layers come here."""
+        watched: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for path, region in self.regions.items():
+            watched.append((region, self.call_of_region(path, region)))
+        for path, layer in self.layers.items():
+            watched.append((layer, self.call_of_layer(path, layer.forward)))
+        try:
+            for module, forward in watched:
+                vars(module)["forward"] = forward
+            yield
+        finally:
+            for module, _ in watched:
+                vars(module).pop("forward", None)
+
+    def call_of_region(self, path: str, region: TracedModule) -> Callable[..., Any]:
+        """What stands in for the forward of a region."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.run.steering = None
+            try:
+                return map_tensors(plain, self.record(path, region, self.run.mode, (args, kwargs)))
+            finally:
+                self.run.steering = self.steering
+
+        return forward
+
+    def record(self, path: str, region: TracedModule, mode: bool, given: Bound) -> Any:
+        """Run a region on names. What it was given and what its nodes gave is kept of its first call."""
+        mine = path + "."
+        state = {name.removeprefix(mine): tensor for name, tensor in self.state.items() if name.startswith(mine)}
+        recorder = Recorder(region, mode, state, self.run, path)
+        result = recorder.start(given)
+        first = self.inputs.setdefault(mode, {}).setdefault(path, given)
+        if first is given:
+            self.values.setdefault(mode, {}).update(recorder.values)
+        elif pattern(first) != pattern(given):  # what is baked into its graph was made to fit the first call
+            for tensor in tensors_within((first, given)):
+                if isinstance(tensor, ChannelTensor):
+                    freeze(self.run.names, tensor.labels, f"{path} is called with other channels elsewhere")
+        return result
+
+    def call_of_layer(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in for the forward of a layer that Python itself calls: its attributes will follow its sizes."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.run.steering, self.run.names.node = None, within(path, "output")
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                self.run.steering = self.steering
+            for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
+                tensor = next(iter(tensors_within(value)), None)
+                if isinstance(tensor, ChannelTensor):
+                    known = Value(tuple(tensor.data_.shape), tensor.labels, tensor.dtype, False)
+                    self.values[self.run.mode].setdefault(within(path, name), known)
+            return map_tensors(plain, result)
+
+        return call
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor without names is an ordinary one to Python."""
+    return tensor.data_ if isinstance(tensor, ChannelTensor) and not tensor.labels else tensor
+
+
+def pattern(given: Bound) -> list[Any]:
+    """Where the channels of a call's arguments stand: the sizes of the axes along which they vary."""
+    return [
+        [label.shape for label in tensor.labels] if isinstance(tensor, ChannelTensor) else []
+        for tensor in tensors_within(given)
+    ]
+
+
+def tensors_within(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, in lists, dicts and the attributes of objects."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        each = waiting.pop(0)
+        if isinstance(each, Tensor):
+            yield each
+        elif id(each) not in seen and not isinstance(each, (str, type, nn.Module)):
+            seen.add(id(each))
+            if isinstance(each, Mapping):
+                waiting += each.values()
+            elif isinstance(each, (list, tuple, set)):
+                waiting += each
+            elif hasattr(each, "__dict__"):
+                waiting += vars(each).values()
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """The whole model in train or eval mode, and back."""
+    before = [(part, part.training) for part in model.modules() if part.training != mode]
+    for part, training in before:
+        part.training = not training
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+class Steering:
+    """Watches what plain Python reads of ChannelTensors and what it calls with them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.reads: dict[Any, Callable[..., Any]] = {
+            Tensor.shape.__get__: self.shape,  # type: ignore[attr-defined]
+            Tensor.size: lambda tensor, dim=None: self.shape(tensor) if dim is None else self.size(tensor, dim),
+            Tensor.__len__: lambda tensor: self.size(tensor, 0),
+            Tensor.numel: lambda tensor: math.prod(self.shape(tensor)),
+            Tensor.nelement: lambda tensor: math.prod(self.shape(tensor)),
+            Tensor.tolist: lambda tensor: self.data(tensor).tolist(),
+            Tensor.numpy: lambda tensor: self.data(tensor).numpy(),
+            Tensor.__array__: lambda tensor, *dtype: np.asarray(self.data(tensor), *dtype),
+        }
+
+    def locate(self) -> str:
+        """Say where in the user's Python the run is, for the reasons of what is frozen."""
+        frame = sys._getframe(1)
+        while frame is not None and not is_users(frame.f_code.co_filename):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is not None:
+            self.run.names.node = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        return self.run.names.node
+
+    def shape(self, tensor: ChannelTensor) -> Any:
+        """The shape; reading one of its sizes freezes that."""
+        return Sizes(tensor) if tensor.labels else tensor.data_.shape
+
+    def size(self, tensor: ChannelTensor, axis: int) -> int:
+        """One size, which may not change any more."""
+        label = along(tensor.labels, axis % tensor.data_.ndim)
+        if label is not None:
+            self.locate()
+            self.run.names.freeze(label, "plain Python reads its size")
+        return tensor.data_.shape[axis]
+
+    def data(self, tensor: ChannelTensor) -> Tensor:
+        """The data, for Python to look at."""
+        self.locate()
+        freeze(self.run.names, tensor.labels, "plain Python reads it")
+        return tensor.data_
+
+    def check(self, call: Call, labels: Any) -> None:
+        """Freeze what a call is given that would not do the same with fewer channels."""
+        given = [label for tensor in call.tensors for label in tensor.labels]
+        if not given or call.unknown:
+            return
+        results = labels if isinstance(labels, list) else [labels]
+        ends = np.unique(
+            call.names.find(np.array([name for label in given for name in (label.flat[0], label.flat[-1])]))
+        )
+        free = ends[~call.names.frozen(ends)]
+        if any(hides_a_size(call)) or not all(fits(call, results, name) for name in free.tolist()):
+            for each in (given, *results):
+                freeze(call.names, each, f"plain Python calls {name_of(call.func)} with sizes of its own")
+
+
+class Sizes(tuple[int, ...]):
+    """The shape of a tensor with names, as plain Python sees it: looking at a size freezes it."""
+
+    read: Callable[[int], int]
+
+    def __new__(cls, tensor: ChannelTensor) -> Self:
+        """As long as the tensor has axes."""
+        self = super().__new__(cls, tensor.data_.shape)
+        self.read = lambda axis: tensor.run.steering.size(tensor, axis) if tensor.run.steering else tensor.shape[axis]
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        axes = range(len(self))[key]
+        return self.read(axes) if isinstance(axes, int) else torch.Size(map(self.read, axes))
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.read, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return tuple(self) != other
+
+    def __add__(self, other: Any) -> Any:
+        return tuple(self) + tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def numel(self) -> int:
+        """The product of all sizes."""
+        return math.prod(self)
+
+
+def hides_a_size(call: Call) -> Iterator[bool]:
+    """Whether the meaning of a call depends on a size that none of its arguments shows."""
+    name = name_of(call.func)
+    if name in ("group_norm", "native_group_norm"):
+        yield along(operand(call.args[0]).labels, 1) is not None
+    if "scaled_dot_product" in name:
+        yield call.arg("scale") is None and along(operand(call.args[0]).labels, -1) is not None
+
+
+def fits(call: Call, labels: list[Any], name: int) -> bool:
+    """Whether the call as it stands gives what is predicted where the channel of ``name`` is gone."""
+    cut = Cutter(Without(call.names, name))
+
+    def narrowed(tensor: Tensor) -> Tensor:
+        its = tensor.labels if isinstance(tensor, ChannelTensor) else ()
+        data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
+        order = sorted(range(data.ndim), key=data.stride, reverse=True)  # views depend on it
+        shape = cut.value(Value(tuple(data.shape), its, data.dtype, False)).shape
+        dense = torch.empty([shape[axis] for axis in order], dtype=data.dtype, device="meta")
+        return dense.permute([order.index(axis) for axis in range(data.ndim)])
+
+    kwargs = {**call.kwargs, "device": "meta"} if "device" in call.kwargs else call.kwargs
+    outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
+    try:
+        found = call.func(*map_tensors(narrowed, tuple(call.args)), **map_tensors(narrowed, kwargs))
+        expected = [
+            cut.value(Value(tuple(out.shape), its, out.dtype, False)).shape
+            for out, its in zip(outs, labels, strict=False)
+            if isinstance(out, Tensor)
+        ]
+    except Exception:  # too few channels for a size that the call names, or not a rectangle
+        return False
+    return [tuple(tensor.shape) for tensor in tensors_within(found)][: len(expected)] == expected
+
+
+class Without:
+    """Stands in for the bools that say which names stay: all but the class of one."""
+
+    def __init__(self, names: Names, name: int) -> None:
+        self.names, self.name = names, name
+
+    def __getitem__(self, label: Label) -> Bools:
+        result: Bools = self.names.find(label) != self.name
+        return result
+
+
+def run_steered(
+    model: nn.Module, inputs: Bound, state: Mapping[str, Tensor], run: Run
+) -> tuple[dict[bool, dict[str, Bound]], dict[bool, dict[str, Any]], str]:
+    """Run ``model`` in both modes. Returns what regions were given, all values, and why train mode could not be run.
+
+    Not every model trains on what it evaluates; then the graphs that its regions have for train mode are run alone.
+    """
+    steered = Steered(model, state, run)
+    steered.start(False, inputs)
+    problem = ""
+    try:
+        steered.start(True, inputs)
+    except AnalysisError as error:
+        problem = str(error)
+        logger.info("%s", problem)
+    steered.other_graphs(True)
+    steered.other_graphs(False)
+    return steered.inputs, steered.values, problem

@@ -1,0 +1,196 @@
+"""TracedModule: a GraphModule with a graph for each mode. A model is one, or has them for its parts: its regions."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.errors import FxpruneError, require
+
+ATOMS = (type(None), bool, int, float, str)
+Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
+
+
+class TracedModule(fx.GraphModule):
+    """A ``GraphModule`` with one graph for each mode. ``.training`` decides which one runs, and is ``.graph``.
+
+    Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
+    """
+
+    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
+        """Take over everything that ``root`` holds, except its class.
+
+        Without ``compiled`` it can't be called before ``recompile``: for one whose graphs are still to be edited.
+        """
+        self.__dict__["_both"] = None
+        self.__dict__["_observers"] = {}
+        super().__init__(nn.Module(), fx.Graph())
+        own = self.__dict__
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+            own[name] = root.__dict__[name]
+        own.update(carried(root))
+        self.meta.update(getattr(root, "meta", {}))
+        self.set_graphs(train_graph, eval_graph, compiled=compiled)
+
+    @property
+    def graphs(self) -> dict[bool, fx.Graph]:
+        """The graph of each mode, by the value of ``training``; the same object twice where the modes agree."""
+        both: dict[bool, fx.Graph] = self.__dict__["_both"]
+        return both
+
+    def distinct_graphs(self) -> dict[bool, fx.Graph]:
+        """The graphs without repetition: {False: eval} or {False: eval, True: train}."""
+        return {
+            mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]
+        }
+
+    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
+        """Replace both graphs and recompile."""
+        self.__dict__["_both"] = {True: train_graph, False: eval_graph}
+        for graph in (train_graph, eval_graph):
+            graph.owning_module = self
+        if compiled:
+            self.recompile()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        if self.__dict__["_both"] is None:
+            return super().graph
+        return self.graphs[self.training]
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        if self.__dict__["_both"] is None:
+            fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
+            return
+        train, evaluate = self.graphs[True], self.graphs[False]
+        shared = train is evaluate
+        self.set_graphs(
+            graph if self.training or shared else train, evaluate if self.training and not shared else graph
+        )
+
+    def observe(self, observers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """In train mode, call ``observers[name](value)`` when the node called ``name`` has its value.
+
+        Only the code that runs has these calls. The graphs, copies, pickles and exports of this model do not.
+        ``observers`` replace those before; {} takes them off.
+        """
+        self.__dict__["_observers"] = dict(observers)
+        self.recompile()
+
+    def recompile(self) -> Any:
+        """Make ``forward`` anew from the graphs; one that looks at ``training`` where they differ."""
+        if self.__dict__["_both"] is None:  # while it is being made
+            return None
+        cls = type(self)
+        forwards, codes = {}, {}
+        graphs = self.distinct_graphs()
+        if observers := self.__dict__["_observers"]:
+            graphs[True] = observed(self.graphs[True], observers)
+        for mode, graph in graphs.items():
+            self._graph = graph
+            codes[mode] = super().recompile()
+            forwards[mode] = cls.forward
+        if True in forwards:
+            cls.forward = by_mode(forwards[True], forwards[False])
+        return codes[self.training if self.training in codes else False]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
+        root = copy.deepcopy(self.root(), memo)
+        train, evaluate = self.graphs[True], self.graphs[False]
+        new_train = copy_graph(train)
+        new = TracedModule(root, new_train, new_train if evaluate is train else copy_graph(evaluate))
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        """Plain GraphModules that share their submodules: torch knows how to pickle these."""
+        root = self.root()
+        graphs = self.distinct_graphs()
+        return rebuild, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
+
+    def root(self) -> nn.Module:
+        """A plain module with everything this one holds except its graphs."""
+        root = nn.Module()
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+            root.__dict__[name] = self.__dict__[name]
+        root.__dict__.update(carried(self))
+        root.__dict__["meta"] = self.meta
+        return root
+
+
+def carried(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps, of its attributes, when it becomes a graph: tensors that graphs use, and plain values."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+        or (not name.startswith("_") and not hasattr(fx.GraphModule, name) and name != "training" and is_plain(value))
+    }
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, text, or a tuple or list of these."""
+    return type(value) in ATOMS or (type(value) in (tuple, list) and all(type(each) in ATOMS for each in value))
+
+
+def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(evaluate)  # type: ignore[attr-defined]
+    return forward
+
+
+def observed(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:
+    """A copy of ``graph`` that also calls ``observers`` with the values of the nodes that they are named after."""
+    copied = copy_graph(graph)
+    for node in [node for node in copied.nodes if node.name in observers]:
+        with copied.inserting_after(node):
+            copied.call_function(observers[node.name], (node,))
+    return copied
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` with the same node names and its output."""
+    return copy.deepcopy(graph)
+
+
+def rebuild(root: nn.Module, modules: dict[bool, fx.GraphModule]) -> TracedModule:
+    """Undo ``TracedModule.__reduce__``."""
+    evaluate = modules[False].graph
+    return TracedModule(root, modules[True].graph if True in modules else evaluate, evaluate)
+
+
+def regions(model: nn.Module) -> dict[str, TracedModule]:
+    """The graphs of a traced model by their paths. One that is a graph as a whole has that one, at "".
+
+    In the others plain Python, the model's own, steers the graphs: what ``torch.fx`` can't follow.
+    """
+    if isinstance(model, TracedModule):
+        return {"": model}
+    return {path: part for path, part in model.named_modules() if isinstance(part, TracedModule)}
+
+
+def of_region(values: Mapping[str, Any], region: str) -> Mapping[str, Any]:
+    """What belongs to the nodes of one region, by their own names."""
+    if not region:
+        return values
+    mine = region + "/"
+    return {name.removeprefix(mine): value for name, value in values.items() if name.startswith(mine)}
+
+
+def require_traced(value: object, what: str, error: type[FxpruneError]) -> None:
+    """Raise ``error`` unless ``value``, which the user gave for ``what``, is a traced model."""
+    if not is_traced(value):
+        require(value, TracedModule, what, error)
+
+
+def is_traced(model: object) -> bool:
+    """Whether ``trace`` returned this, or a copy of it."""
+    return isinstance(model, TracedModule) or (isinstance(model, nn.Module) and "steers" in vars(model))
