@@ -117,7 +117,7 @@ def test_a_model_that_can_not_be_traced() -> None:
 
 def test_a_model_that_can_not_be_traced_in_parts_either() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Branching())
-    message = r"can't trace module 1 .*one by one either: Sequential does not run on example_inputs: RuntimeError: .*mat1"
+    message = r"can't trace module 1 .*one by one either: Sequential does not run on example_inputs: .*mat1"
     with unchanged(model), pytest.raises(TraceError, match=message):
         fxprune.trace(model, torch.randn(2, 5))
 
