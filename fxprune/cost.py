@@ -132,6 +132,18 @@ class Cost:
             counts[number] += positions[kept].sum()
         return float((self.scales * counts[self.factors].prod(1)).sum())
 
+    def slopes(self, widths: Ints) -> Floats:
+        """float64[groups]: what one more channel of each group costs where the groups have these widths."""
+        each = self.each.copy()
+        for number, positions in self.uneven.items():
+            each[number] = np.bincount(self.group, positions) / np.bincount(self.group)
+        counts = (self.fixed + each @ widths)[self.factors]
+        total = np.zeros(len(widths))
+        for at in range(counts.shape[1]):
+            rest = self.scales * np.delete(counts, at, axis=1).prod(1)
+            total += rest @ each[self.factors[:, at]]
+        return total
+
 
 def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
     """The cost "flops", "macs", "params", "memory" (bytes) or "channels" as a function of the channels that stay.

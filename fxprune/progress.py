@@ -1,8 +1,9 @@
-"""The progress bar of a session: steps of the epoch and what the log says. Only on a terminal, and only with rich."""
+"""Progress bars, of a session and of any loop. Only on a terminal, and only with rich."""
 
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fxprune import distributed
 from fxprune.log import Epoch
@@ -10,14 +11,33 @@ from fxprune.log import Epoch
 if TYPE_CHECKING:
     from fxprune.session import Session
 
+T = TypeVar("T")
+
+
+def visible(wanted: bool | None = None) -> bool:
+    """Whether bars are shown; where it is not said, they are if standard error is a terminal."""
+    wanted = sys.stderr.isatty() if wanted is None else wanted
+    return wanted and importlib.util.find_spec("rich") is not None and distributed.rank() == 0
+
+
+def track(items: Iterable[T], text: str) -> Iterator[T]:
+    """``items``, with a bar that goes when they are through."""
+    if not visible():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    total = len(items) if isinstance(items, Sized) else None
+    yield from bar(items, text, total=total, console=Console(stderr=True), transient=True)
+
 
 class Progress:
     """A bar for the steps of each epoch and a line for each epoch that has ended; does nothing when it is not shown."""
 
     def __init__(self, shown: bool | None) -> None:
         """``shown``: default, where standard error is a terminal; never on any but the first rank."""
-        wanted = sys.stderr.isatty() if shown is None else shown
-        self._shown = wanted and importlib.util.find_spec("rich") is not None and distributed.rank() == 0
+        self._shown = visible(shown)
         self._bar: Any = None
         self._task: Any = None
         self._steps: int | None = None

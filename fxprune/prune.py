@@ -60,4 +60,6 @@ def prune(
     dump.write("compact", compact, analysis.after(plan, compact))
     if verify:
         check(graph, compact, param_map, example_inputs)
+    if finish := getattr(criterion, "finish", None):
+        finish(graph, compact, param_map)
     return compact

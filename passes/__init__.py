@@ -1,25 +1,41 @@
 """The pruning methods and graph rewrites, one file each."""
 
+from .activation import Activation
 from .activation_density import ActivationDensity
+from .allocator import Allocator
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
+from .before_training import BeforeTraining
+from .erdos_renyi import ErdosRenyi
+from .fisher import Fisher
 from .gate_channels import GateChannels
+from .geometric_median import GeometricMedian
 from .grow_batch import GrowBatch
 from .magnitude import Magnitude
+from .precrop import PreCrop
 from .prunetrain import PruneTrain
 from .random import Random
 from .single_shot import SingleShot
 from .taylor import Taylor
+from .uniform import Uniform
 
 __all__ = [
+    "Activation",
     "ActivationDensity",
+    "Allocator",
     "BatchNormScale",
+    "BeforeTraining",
     "Criterion",
+    "ErdosRenyi",
+    "Fisher",
     "GateChannels",
+    "GeometricMedian",
     "GrowBatch",
     "Magnitude",
+    "PreCrop",
     "PruneTrain",
     "Random",
     "SingleShot",
     "Taylor",
+    "Uniform",
 ]

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.budget import Bounds, Budget, patterns_of
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 from fxprune.cost import Floats
 from fxprune.errors import BudgetError, PlanError, require
+from fxprune.param_map import ParamMap
 from fxprune.plan import Plan
 from fxprune.solve import solve
 
@@ -51,6 +52,9 @@ class Criterion(Bounds, ABC):
             scope=self.scope,
         )
         return solve(analysis, self.score(analysis), budget, bounds)
+
+    def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
+        """What a method does to ``compact`` after the cut from ``graph``: nothing, for most."""
 
 
 def weights_of(analysis: Analysis) -> dict[str, Tensor]:
@@ -122,7 +126,17 @@ def normalized(scores: Floats) -> Floats:
     return scores / mean if mean > 0 else scores
 
 
-def detached(parameter: Tensor) -> Tensor:
-    """A parameter without its gradient history, in float32 at least."""
-    value = parameter.detach()
+def detached(tensor: Tensor) -> Tensor:
+    """A tensor without its gradient history, in float32 at least."""
+    value = tensor.detach()
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def input_axis(graph: nn.Module, parameter: str) -> int | None:
+    """The axis along which a weight reads its layer's input, if it has one."""
+    path, _, leaf = parameter.rpartition(".")
+    module = graph.get_submodule(path)
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or leaf != "weight":
+        return None
+    depthwise = getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1
+    return None if depthwise else 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1

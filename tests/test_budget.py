@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from criteria import CRITERIA
 from laws import random_plan
 from models import MODELS, prepare, randomize
 from torch import Tensor, nn
@@ -63,6 +64,15 @@ def test_a_budget_is_met_as_counted_on_the_compact_model(model: str, kind: str) 
     for limit, asked in ((0.6, 0.6 * whole), (int(0.6 * whole), int(0.6 * whole))):
         plan = passes.Magnitude().plan(analysis, Budget(**{kind: limit}))
         assert 0.99 * asked <= counted(analysis, plan, kind) <= asked
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "Magnitude"])
+@pytest.mark.parametrize("kind", ["flops", "params"])
+def test_every_criterion_meets_it(criterion: str, kind: str) -> None:
+    analysis = zoo("resnet18")
+    whole = counted(analysis, Plan({}, analysis.sizes), kind)
+    plan = CRITERIA[criterion]((X,)).plan(analysis, Budget(**{kind: 0.5}))
+    assert 0.495 * whole <= counted(analysis, plan, kind) <= 0.5 * whole
 
 
 def test_several_limits_hold_at_once() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from criteria import CRITERIA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import (
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune import Analysis, Plan, TracedModule
+from fxprune import Analysis, Budget, Plan, TracedModule
+from fxprune.errors import BudgetError
 
 PRUNABLE = [name for name, case in MODELS.items() if case.prunable]
 every_case = pytest.mark.parametrize("name", MODELS)
@@ -96,6 +98,19 @@ def test_analysis_after_a_plan_is_that_of_the_compact_model(name: str) -> None:
     assert after.shapes == fresh.shapes == {key: tuple(t.shape) for key, t in compact.state_dict().items()}
     assert after.sizes == fresh.sizes
     assert channels(after) == channels(fresh)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["residual_projection", "densenet", "depthwise_separable", "grouped", "swiglu", "vit"])
+def test_the_plans_of_every_criterion_obey(name: str, criterion: str) -> None:
+    _, example, graph, analysis = analysed(name)
+    try:
+        plan = CRITERIA[criterion](example).plan(analysis, Budget(params=0.7, tolerance=0.2))
+    except BudgetError:
+        assert criterion == "BatchNormScale"  # has nothing to say of models without batch norm
+        return
+    slice_is_zero(graph, example, analysis, plan, modes_of(name))
+    slice_commutes_with_a_step(graph, example, analysis, plan, OPTIMIZERS["momentum"], modes_of(name)[-1])
 
 
 def test_a_plan_that_keeps_everything_changes_nothing() -> None:

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from criteria import CRITERIA, WITHOUT_VALUES, batch
+from criteria import cross_entropy as loss
+from laws import zero_removed
 from models import MODELS, prepare, randomize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fxprune
-from fxprune import Analysis, Budget, passes
+from fxprune import Analysis, Budget, Plan, passes
 from fxprune.errors import PlanError
 from fxprune.passes.base import Sums
 
@@ -111,16 +113,6 @@ def test_batch_norm_scale_leaves_groups_without_one_whole() -> None:
 # ------------------------------------------------------------------------------------------------ Taylor
 
 
-def loss(output: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(output, y)
-
-
-def batch(inputs: Any, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(inputs[0].shape, generator=generator, dtype=inputs[0].dtype)
-    return x, torch.randint(0, 4, (len(x),), generator=generator)
-
-
 def taylor_by_hand(analysis: Analysis, data: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """|sum w dL/dw| of each channel, summed over batches."""
     total: dict[str, Any] = {name: 0 for name in analysis.groups}
@@ -189,6 +181,129 @@ def test_taylor_says_what_is_wrong_with_its_data(data: Any, of: Any, message: st
         passes.Taylor(batch(inputs) if data is None else data, of).score(analysis)
 
 
+# ------------------------------------------------------------------------------------------------ Fisher
+
+
+@pytest.mark.parametrize("name", ["residual_projection", "vgg_flatten"])
+def test_fisher_is_half_the_squares_of_weight_times_gradient(name: str) -> None:
+    analysis, inputs = analysed(name)
+    data = [batch(inputs, seed) for seed in range(2)]
+    total: dict[str, Any] = {group: 0 for group in analysis.groups}
+    for x, y in data:
+        model = copy.deepcopy(analysis.graph).requires_grad_()
+        loss(model(x), y).backward()
+        products = {key: p * p.grad for key, p in model.named_parameters() if p.grad is not None}
+        sums = by_hand(analysis, lambda _, product: product.square().sum().item() / 2, products)
+        total = {group: total[group] + np.array(sums[group]) for group in total}
+    assert_proportional(passes.Fisher(data, loss).score(analysis), total)
+
+
+# --------------------------------------------------------------------------------------- GeometricMedian
+
+
+@pytest.mark.parametrize("name", ["residual_projection", "vgg_flatten", "shufflenet", "tied_parameter"])
+def test_geometric_median_is_the_sum_of_distances(name: str) -> None:
+    analysis, _ = analysed(name)
+    weights = {key: w.detach() for key, w in analysis.graph.named_parameters() if w.ndim > 1}
+    expected = {}
+    for group in analysis.groups.values():
+        slices: list[list[Tensor]] = [[] for _ in range(group.size)]
+        for member in group.members:
+            if member.parameter in weights:
+                for position, channel in zip(member.index, member.channel, strict=True):
+                    slices[channel].append(weights[member.parameter].select(member.axis, int(position)).flatten())
+        rows = [torch.cat(each) for each in slices]
+        expected[group.name] = [sum((mine - its).norm().item() for its in rows) for mine in rows]
+    assert_proportional(passes.GeometricMedian().score(analysis), expected)
+
+
+def test_geometric_median_takes_what_others_can_stand_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[1].weight.fill_(0.5)
+        model[0].weight.copy_(torch.tensor([9.0, 3.0, 4.0, -8.0]).reshape(4, 1, 1, 1))
+    plan = passes.GeometricMedian(round_to=1).plan(
+        fxprune.analyze(model, torch.randn(1, 3, 4, 4)), Budget(channels=0.5)
+    )
+    assert plan.keep == {"0": (0, 3)}  # the large ones, but for their size: 3 and 4 lie between them
+
+
+# -------------------------------------------------------------------------------------------- Activation
+
+
+class Watched(nn.Module):
+    """What its layers with weights read is at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+        self.c, self.fc = nn.Conv2d(6, 8, 3), nn.Linear(8 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x)).relu()
+        self.first = x
+        self.second = x + self.b(x)
+        self.third = self.c(self.second).relu()
+        return self.fc(self.third.flatten(1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("statistic", ["mean", "variance"])
+def test_activation_is_the_statistic_of_what_is_read(statistic: str, training: bool) -> None:
+    model = randomize(Watched(), 0).double().train(training)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    analysis = fxprune.analyze(model, x)
+    data = [(torch.randn(size, 3, 8, 8, dtype=torch.float64), 0) for size in (2, 3)]
+    seen: dict[str, list[Tensor]] = {"a": [], "c": []}
+    with torch.no_grad():
+        for each, _ in data:
+            copy.deepcopy(model)(each)
+            model(each)  # in train mode the norm's averages change, which the activations do not see
+            seen["a"] += [model.first.transpose(0, 1).flatten(1), model.second.transpose(0, 1).flatten(1)]
+            seen["c"] += [model.third.transpose(0, 1).flatten(1)]
+    values = {name: torch.cat(its, 1) for name, its in seen.items()}
+    expected = {
+        name: (its.abs().mean(1) if statistic == "mean" else its.var(1, correction=0)).numpy()
+        for name, its in values.items()
+    }
+    assert_proportional(passes.Activation(data, statistic).score(analysis), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mha_exact", "attention_gqa", "functional_conv", "depthwise_separable", "grouped", "densenet", "tied_parameter"],
+)
+def test_activation_of_dead_channels_is_zero(name: str) -> None:
+    """Whatever the architecture: channels whose slices are all zero carry no signal, and are those that go."""
+    model, inputs = prepare(MODELS[name])
+    analysis = fxprune.analyze(model, inputs)
+    scores = passes.Activation([(inputs, 0)]).score(analysis)
+    dead = Plan({group: range(1, size) for group, size in analysis.sizes.items()}, analysis.sizes, analysis.options)
+    _, param_map = fxprune.rewrite(analysis.graph, analysis, dead)
+    masked = copy.deepcopy(analysis.graph)
+    zero_removed(masked, param_map)
+    again = passes.Activation([(inputs, 0)]).score(fxprune.analyze(masked, inputs))
+    assert set(again) == set(scores)
+    assert len(scores) >= len(analysis.groups) / 2
+    for group, values in scores.items():
+        assert values[0] > 0, group
+        assert again[group][0] == 0, group
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: passes.Activation([]).score, "Activation got no batches"),
+        (lambda x: passes.Activation([(x[:, :2], 0)]).score, r"model\(x\) fails on this data: RuntimeError"),
+        (lambda x: passes.Activation(x, "median"), "statistic='median' is not known; use 'mean' or 'variance'"),
+    ],
+)
+def test_activation_says_what_is_wrong(make: Any, message: str) -> None:
+    analysis, inputs = analysed("chain")
+    with pytest.raises(PlanError, match=message):
+        make(inputs[0])(analysis)
+
+
 # ------------------------------------------------------------------------------------------------ Random
 
 
@@ -203,27 +318,26 @@ def test_random_is_a_function_of_the_seed() -> None:
 # -------------------------------------------------------------------------------------- all the criteria
 
 
-def criteria(inputs: Any) -> list[passes.Criterion]:
-    return [passes.Magnitude(), passes.BatchNormScale(), passes.Random(), passes.Taylor(batch(inputs), loss)]
-
-
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_frozen_models_of_any_precision(dtype: torch.dtype, number: int) -> None:
+def test_frozen_models_of_any_precision(dtype: torch.dtype, name: str) -> None:
     model, inputs = prepare(MODELS["frozen_parameters"], dtype=dtype)
-    compact = fxprune.prune(model, inputs, criteria(inputs)[number], budget=HALF)
+    compact = fxprune.prune(model, inputs, CRITERIA[name](inputs), budget=HALF)
     assert {parameter.dtype for parameter in compact.parameters()} == {dtype}
     assert not any(parameter.requires_grad for parameter in compact.parameters())
     assert compact(*inputs).shape == model(*inputs).shape
 
 
-@pytest.mark.parametrize("number", [0, 1, 3])
-def test_weights_without_values(number: int) -> None:
+@pytest.mark.parametrize("name", CRITERIA)
+def test_weights_without_values(name: str) -> None:
     analysis, inputs = analysed("chain")
     model = MODELS["chain"].make().to("meta")
-    with pytest.raises(PlanError, match=r"on the meta device and have no values to score. Use passes.Random"):
-        criteria(inputs)[number].plan(fxprune.analyze(model, inputs), HALF)
-    assert passes.Random().plan(fxprune.analyze(model, inputs), HALF) == passes.Random().plan(analysis, HALF)
+    criterion = CRITERIA[name](inputs)
+    if name in WITHOUT_VALUES:
+        assert criterion.plan(fxprune.analyze(model, inputs), HALF) == criterion.plan(analysis, HALF)
+    else:
+        with pytest.raises(PlanError, match=r"on the meta device and have no values to score. Use passes.Random"):
+            criterion.plan(fxprune.analyze(model, inputs), HALF)
 
 
 def test_a_criterion_of_ones_own() -> None:

@@ -110,6 +110,32 @@ def test_compute_awareness_spares_cheap_channels() -> None:
         np.testing.assert_allclose(aware[name] * flops[name], blind[name])
 
 
+def test_without_the_cost_the_resolution_does_not_matter() -> None:
+    """The scores are those of the data; ``example_inputs``, which set the FLOPs, may have another size."""
+    model = resnet18(weights=None, num_classes=5)
+    data = torch.randn(4, 3, 32, 32), torch.randint(0, 5, (4,))
+    small, large = (fxprune.analyze(model, torch.randn(1, 3, size, size)) for size in (32, 96))
+    blind, again = (
+        passes.SingleShot(data, F.cross_entropy, compute_aware=False).score(each) for each in (small, large)
+    )
+    assert all(np.array_equal(blind[name], again[name]) for name in blind)
+    aware, other = (passes.SingleShot(data, F.cross_entropy).score(each) for each in (small, large))
+    assert not any(np.allclose(aware[name], other[name]) for name in aware)
+
+
+def test_what_is_left_is_the_network_without_the_activations() -> None:
+    model = plain().eval()
+    x, y = batch()
+    analysis = fxprune.analyze(model, x.double())
+    plan = passes.SingleShot((x.double(), y), F.cross_entropy, round_to=1).plan(analysis, Budget(channels=0.5))
+    compact, _ = fxprune.rewrite(analysis.graph, analysis, plan)
+    model.gates_before = False
+    with torch.no_grad():
+        for gate, name in zip(model.gates, ("conv1", "conv2"), strict=True):
+            gate[:, [channel for channel in range(gate.shape[1]) if channel not in plan.keep[name]]] = 0
+        torch.testing.assert_close(compact.eval()(x.double()), model(x.double()), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("kept", [0.25, 0.5, 0.8])
 def test_the_target_is_met_exactly(kept: float) -> None:
     x, y = batch()
@@ -123,10 +149,12 @@ def test_the_target_is_met_exactly(kept: float) -> None:
 def test_the_caller_keeps_model_statistics_and_random_numbers() -> None:
     model = resnet18(weights=None, num_classes=5)
     x = torch.randn(4, 3, 32, 32)
-    calls = []
+    forward: list[str] = []
+    backward: list[str] = []
 
     def loss(output: Tensor, y: Tensor) -> Tensor:
-        calls.append(1)
+        forward.append("once")
+        output.register_hook(lambda grad: backward.append("once"))
         return F.cross_entropy(output, y)
 
     analysis = fxprune.analyze(model, x)
@@ -135,7 +163,7 @@ def test_the_caller_keeps_model_statistics_and_random_numbers() -> None:
     loader: Any = [(x, torch.randint(0, 5, (4,))) for _ in range(3)]
     state = torch.get_rng_state()
     plan = passes.SingleShot(loader, loss).plan(analysis, Budget(flops=0.5))
-    assert len(calls) == 1
+    assert forward == backward == ["once"]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -154,11 +182,100 @@ def test_zero_initialised_branches_are_named() -> None:
         if isinstance(module, nn.Module) and hasattr(module, "bn2"):
             nn.init.zeros_(module.bn2.weight)
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    with pytest.warns(UserWarning, match=r"does not feel 8 of 12 groups \(layer1.0.conv1.*zero_init_residual"):
+    message = r"does not feel 8 of 12 groups \(layer1.0.conv1.*of layer1.0.bn2.weight.*and 4 more are zero, as zero"
+    with pytest.warns(UserWarning, match=message):
         passes.SingleShot((x, y), F.cross_entropy).score(fxprune.analyze(model, x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         passes.SingleShot((x, y), F.cross_entropy).score(fxprune.analyze(resnet18(weights=None), x))
+
+
+def test_silence_without_zero_norms_is_told_too() -> None:
+    model = plain()
+    nn.init.zeros_(model.fc.weight)
+    x, y = batch()
+    with pytest.warns(UserWarning, match=r"does not feel 2 of 2 groups \(conv1, conv2\).*Are weights on the way"):
+        passes.SingleShot((x.double(), y), F.cross_entropy).score(fxprune.analyze(model, x.double()))
+
+
+# ------------------------------------------------------------------------------------------ initial weights
+
+
+class Wired(nn.Module):
+    """A convolution of each kind, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up = nn.ConvTranspose2d(8, 12, 2, stride=2)
+        self.last, self.fc = nn.Conv2d(12, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.depthwise(self.norm(self.first(x)).relu())).relu()
+        return self.fc(self.last(x).relu().mean((2, 3)))
+
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def halved(weights: str) -> tuple[fxprune.TracedModule, fxprune.TracedModule, fxprune.ParamMap]:
+    """The network, half of it under ``weights``, and what is kept."""
+    criterion = passes.Uniform(weights=weights, round_to=1)
+    graph = fxprune.trace(Wired(), X)
+    analysis = fxprune.analyze(graph, X)
+    compact, param_map = fxprune.rewrite(graph, analysis, criterion.plan(analysis, Budget(channels=0.5)))
+    criterion.finish(graph, compact, param_map)
+    return graph, compact, param_map
+
+
+def test_rescale_makes_up_for_the_inputs_that_are_gone() -> None:
+    graph, compact, param_map = halved("rescale")
+    before = dict(graph.named_parameters())
+    axes = {"up.weight": 0, "last.weight": 1, "fc.weight": 1}  # none reads the image's three, nor the depthwise one
+    for name, weight in compact.named_parameters():
+        sliced = param_map.slice(name, before[name].detach())
+        factor = 1.0
+        if name in axes:
+            factor = math.sqrt(before[name].shape[axes[name]] / weight.shape[axes[name]])
+            assert factor > 1.2
+        torch.testing.assert_close(weight.detach(), sliced * factor)
+
+
+def test_keep_keeps_and_reinit_draws_for_the_new_widths() -> None:
+    graph, compact, param_map = halved("keep")
+    for name, weight in compact.named_parameters():
+        assert torch.equal(weight, param_map.slice(name, dict(graph.named_parameters())[name]))
+
+    def drawn(seed: int) -> fxprune.TracedModule:
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        criterion = passes.SingleShot((X, torch.tensor([0, 1])), F.cross_entropy, weights="reinit", round_to=1)
+        torch.manual_seed(seed)
+        found = fxprune.prune(model, X, criterion, budget=Budget(channels=0.5))
+        torch.set_rng_state(state)
+        return found
+
+    model = Wired()
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    weights = [dict(each.named_parameters()) for each in (one, same, other)]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name])
+        assert torch.equal(weights[0][name], weights[2][name]) == name.startswith("norm."), name
+    bound = 1 / math.sqrt(weights[0]["fc.weight"].shape[1])  # nn.Linear's, for the inputs that there are now
+    assert 0.7 * bound < weights[0]["fc.weight"].abs().max() <= bound
+
+
+def test_prune_changes_the_weights_after_the_proof() -> None:
+    """Which compares the cut with the masked original: the model is that of the stages."""
+    model = Wired()
+    plain, rescaled = (
+        fxprune.prune(model, X, passes.Uniform(weights=each, round_to=1), budget=Budget(channels=0.5))
+        for each in ("keep", "rescale")
+    )
+    ratio = rescaled.fc.weight / plain.fc.weight
+    assert (ratio > 1.2).all()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, math.sqrt(6 / plain.fc.weight.shape[1])))
 
 
 def test_no_batch_is_an_error() -> None:

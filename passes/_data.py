@@ -1,0 +1,115 @@
+"""What the criteria that look at data share: batches, the model's gradients on them, and means over all ranks."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxprune import distributed
+from fxprune.channels.analysis import Analysis
+from fxprune.cost import Floats, device_of
+from fxprune.errors import PlanError
+from fxprune.inputs import bind, map_tensors
+from fxprune.progress import track
+
+from .base import detached, weights_of
+
+Batch = tuple[Any, Any]
+HALF_SCALE = 2.0**16  # of a loss whose gradients are float16, in which small ones would be 0
+
+
+def batches(data: Any, name: str = "") -> Iterator[Batch]:
+    """``data`` as batches (x, y), with a bar called ``name`` on a terminal."""
+    one = is_pair(data) and not (is_pair(data[0]) and is_pair(data[1]))
+    source: Iterable[Any] = [data] if one else data
+    for batch in track(source, name):
+        if not is_pair(batch):
+            raise PlanError(
+                f"data must be one batch (x, y) or an iterable of batches; got a {type(batch).__name__} in it"
+            )
+        yield batch[0], batch[1]
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether ``batch`` looks like (x, y)."""
+    return isinstance(batch, (tuple, list)) and len(batch) == 2
+
+
+def mean_over(
+    analysis: Analysis, data: Iterable[Batch], name: str, of: Callable[[fx.GraphModule, Batch], Mapping[str, Floats]]
+) -> dict[str, Floats]:
+    """The mean of ``of(model, batch)``, float64 arrays by name, over all batches of all ranks.
+
+    ``model`` is a copy in the mode that the analysed one is in: that keeps its parameters, gradients and buffers, and
+    torch its random numbers. Every rank calls this, with its share of the data; all get the same.
+
+    Raises:
+        PlanError: there is no batch, here or on another rank, or ``of`` raises it.
+    """
+    weights_of(analysis)  # raises where they have no values
+    totals: dict[str, Floats] = {}
+    count = 0
+    with distributed.all_or_none(), copied(analysis.graph) as model:
+        device, _ = device_of(model)
+        for batch in data:
+            for key, values in of(model, map_tensors(lambda tensor: tensor.to(device), batch)).items():
+                totals[key] = totals[key] + values if key in totals else values
+            count += 1
+        if not count:
+            raise PlanError(f"{name} got no batches: data must be one batch (x, y) or an iterable of batches")
+    row = np.concatenate([*totals.values(), [count]])
+    *means, batches_a_rank = distributed.mean(torch.from_numpy(row).to(device)).tolist()
+    split = np.split(np.array(means) / batches_a_rank, np.cumsum([len(values) for values in totals.values()])[:-1])
+    return dict(zip(totals, split, strict=True))
+
+
+@contextmanager
+def copied(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """A copy of ``graph`` to run data through, with random numbers that do not depend on the caller's."""
+    model = copy.deepcopy(graph)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield model
+
+
+def weights_times_gradients(
+    model: fx.GraphModule, batch: Batch, loss: Callable[[Any, Any], Tensor]
+) -> dict[str, Tensor]:
+    """The products w * dL/dw of every parameter, in float32 at least, by its name."""
+    x, y = batch
+    args, kwargs = bind(x)
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
+    with torch.enable_grad():
+        try:
+            value = loss(model(*args, **kwargs), y)
+        except Exception as error:
+            raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
+        grads = gradients(value, list(parameters.values()), HALF_SCALE if in_half_precision(model) else 1.0)
+    return {
+        name: detached(parameter) * grad
+        for (name, parameter), grad in zip(parameters.items(), grads, strict=True)
+        if grad is not None
+    }
+
+
+def gradients(value: Tensor, parameters: list[Tensor], scale: float) -> list[Tensor | None]:
+    """Of ``value``, taken of ``scale`` times it and divided; smaller scales follow where that overflows."""
+    grads = torch.autograd.grad(
+        value.float() * scale if scale > 1 else value, parameters, allow_unused=True, retain_graph=scale > 1
+    )
+    if scale > 1 and not all(grad is None or grad.isfinite().all() for grad in grads):
+        return gradients(value, parameters, scale / 16)
+    return [None if grad is None else detached(grad) / scale for grad in grads]
+
+
+def in_half_precision(model: fx.GraphModule) -> bool:
+    """Whether gradients pass through float16: that of the weights, or of an autocast that is on."""
+    device, dtype = device_of(model)
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return autocast or dtype == torch.float16

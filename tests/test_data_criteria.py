@@ -1,0 +1,183 @@
+"""Criteria that look at data: in half precision, on several ranks, with a bar on a terminal."""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from criteria import CRITERIA, WITH_DATA
+from ranks import Ranks
+from test_distributed import Net, batch, mine
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fxprune
+from fxprune import Budget, passes
+from fxprune.errors import FxpruneError, PlanError
+
+HALF = Budget(channels=0.5, tolerance=0.2)
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output, y)
+
+
+def made(name: str, data: Any, loss: Any = cross_entropy) -> passes.Criterion:
+    """A criterion of that name with these data; round_to=1 lets it show what it thinks."""
+    match name.split():
+        case ["Activation", statistic]:
+            return passes.Activation(data, statistic, round_to=1)
+        case [method]:
+            found: passes.Criterion = getattr(passes, method)(data, loss, round_to=1)
+            return found
+    raise AssertionError(name)
+
+
+# ------------------------------------------------------------------------------------------ half precision
+
+
+def small() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(24 * 16, 4),
+    )  # fmt: skip
+    return model, torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_autocast_is_taken_up(name: str, dtype: torch.dtype) -> None:
+    """The scores are those of float32, but for the precision; and are really taken in ``dtype``."""
+    model, x, y = small()
+    analysis = fxprune.analyze(model, x)
+    expected = made(name, (x, y)).score(analysis)
+    with torch.autocast("cpu", dtype):
+        found = made(name, (x, y)).score(analysis)
+    for group, scores in expected.items():
+        assert found[group].dtype == np.float64
+        assert not np.array_equal(found[group], scores)
+        assert np.abs(found[group] - scores).mean() < 0.1 * scores.mean()
+
+
+@pytest.mark.parametrize("name", ["Taylor", "Fisher", "SingleShot"])
+@pytest.mark.parametrize("factor", [1e-5, 1e4])
+def test_float16_neither_loses_nor_overflows(name: str, factor: float) -> None:
+    """Gradients 1e-5 as large are 0 in float16; those of a loss 1e4 times as large, scaled up, are infinite."""
+    model, x, y = small()
+    analysis = fxprune.analyze(model, x)
+    with torch.autocast("cpu", torch.float16):
+        expected = made(name, (x, y)).score(analysis)
+        found = made(name, (x, y), lambda output, y: factor * F.cross_entropy(output, y)).score(analysis)
+    for group, scores in expected.items():
+        mine, its = found[group] / found[group].mean(), scores / scores.mean()
+        assert np.abs(mine - its).mean() < 0.1
+
+
+# ----------------------------------------------------------------------------------------------- the ranks
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.stop()
+
+
+def scores_of(name: str, data: Any) -> Any:
+    """Scores and plan on the network of the distributed tests."""
+    criterion = made(name, data)
+    analysis = fxprune.analyze(Net(), batch(0, 0)[0])
+    return criterion.score(analysis), criterion.plan(analysis, HALF).keep
+
+
+def shares(rank: int, name: str, several: bool) -> Any:
+    """On each rank: either a batch of its own, or its share of one batch."""
+    return scores_of(name, [batch(0, rank)] if several else [batch(0, 0, mine())])
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_ranks_agree_on_the_mean_over_all_their_data(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    """Batches on several ranks are as many on one; a gate's gradient, an activation too, is that of the whole batch."""
+    several = name in ("Taylor", "Fisher")
+    one, other = ranks(2, tmp_path / "store", shares, name, several)
+    expected = scores_of(name, [batch(0, 0), batch(0, 1)] if several else [batch(0, 0)])
+    for scores, keep in (one, other):
+        assert keep == expected[1]
+        for group, its in expected[0].items():
+            np.testing.assert_allclose(scores[group], its, rtol=1e-9)
+    assert all(np.array_equal(one[0][group], other[0][group]) for group in one[0])
+
+
+def one_has_none(rank: int) -> str:
+    try:
+        scores_of("Taylor", [batch(0, 0)] if rank else [])
+    except FxpruneError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_without_data_is_an_error_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    messages = ranks(2, tmp_path / "store", one_has_none)
+    assert "Taylor got no batches" in messages[0]
+    assert "failed on some: rank 0: PlanError: Taylor got no batches" in messages[1]
+
+
+def while_it_trains(rank: int) -> Any:
+    """The scores of a model that DistributedDataParallel wraps; it trains on as before."""
+    model = DistributedDataParallel(Net())
+    x, y = batch(0, 0, mine())
+    found = []
+    for scored in (False, True):
+        if scored:
+            passes.Taylor((x, y), cross_entropy).score(fxprune.analyze(model.module, x))
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    return all(torch.equal(before, after) for before, after in zip(*found, strict=True))
+
+
+def test_scoring_does_not_disturb_a_wrapped_model(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, tmp_path / "store", while_it_trains) == [True, True]
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_a_bar_on_a_terminal_and_nothing_elsewhere(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    model, x, y = small()
+    analysis = fxprune.analyze(model, x)
+    made(name, [(x, y)] * 3).score(analysis)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    made(name, [(x, y)] * 3).score(analysis)
+    assert name.split()[0] in sys.stderr.getvalue()
+
+
+def test_what_fails_in_a_loop_takes_the_bar_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    model, x, y = small()
+    analysis = fxprune.analyze(model, x)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for _ in range(2):  # a bar that is left behind would be in the way of the next
+        with pytest.raises(PlanError, match="got a Tensor in it"):
+            passes.Taylor([(x, y), (x, y), x], cross_entropy).score(analysis)
+
+
+def test_every_criterion_with_data_is_here() -> None:
+    assert {name for name, make in CRITERIA.items() if hasattr(make([torch.zeros(1)]), "data")} == set(WITH_DATA)
