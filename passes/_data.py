@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxprune import distributed
 from fxprune.channels.analysis import Analysis
@@ -40,7 +40,7 @@ def is_pair(batch: Any) -> bool:
 
 
 def mean_over(
-    analysis: Analysis, data: Iterable[Batch], name: str, of: Callable[[fx.GraphModule, Batch], Mapping[str, Floats]]
+    analysis: Analysis, data: Iterable[Batch], name: str, of: Callable[[nn.Module, Batch], Mapping[str, Floats]]
 ) -> dict[str, Floats]:
     """The mean of ``of(model, batch)``, float64 arrays by name, over all batches of all ranks.
 
@@ -68,7 +68,7 @@ def mean_over(
 
 
 @contextmanager
-def copied(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
+def copied(graph: nn.Module) -> Iterator[nn.Module]:
     """A copy of ``graph`` to run data through, with random numbers that do not depend on the caller's."""
     model = copy.deepcopy(graph)
     with torch.random.fork_rng():
@@ -76,9 +76,7 @@ def copied(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
         yield model
 
 
-def weights_times_gradients(
-    model: fx.GraphModule, batch: Batch, loss: Callable[[Any, Any], Tensor]
-) -> dict[str, Tensor]:
+def weights_times_gradients(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
     """The products w * dL/dw of every parameter, in float32 at least, by its name."""
     x, y = batch
     args, kwargs = bind(x)
@@ -108,7 +106,7 @@ def gradients(value: Tensor, parameters: list[Tensor], scale: float) -> list[Ten
     return [None if grad is None else detached(grad) / scale for grad in grads]
 
 
-def in_half_precision(model: fx.GraphModule) -> bool:
+def in_half_precision(model: nn.Module) -> bool:
     """Whether gradients pass through float16: that of the weights, or of an autocast that is on."""
     device, dtype = device_of(model)
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16

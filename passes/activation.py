@@ -1,20 +1,20 @@
 """Activation: channels that carry little signal matter little."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import placeholders
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.cost import Channels, Floats
 from fxprune.errors import PlanError
 from fxprune.inputs import bind
+from fxprune.traced import observed, of_region, regions
 
 from ._data import Batch, batches, mean_over
 from .base import Criterion, detached, normalized
@@ -47,16 +47,17 @@ class Activation(Criterion):
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group that some layer reads."""
         channels = Channels.of(analysis)
-        reads = readings(analysis)
+        watch = _Watch(analysis, channels)
 
-        def sums(model: fx.GraphModule, batch: Batch) -> dict[str, Floats]:
-            watcher = _Watcher(model, reads, analysis, channels)
-            with torch.no_grad():
-                try:
-                    watcher.run(*placeholders(model.graph, bind(batch[0])))
-                except Exception as error:
-                    raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
-            return watcher.sums
+        def sums(model: nn.Module, batch: Batch) -> dict[str, Floats]:
+            watch.put_on(model)
+            args, kwargs = bind(batch[0])
+            try:
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            except Exception as error:
+                raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
+            return watch.sums
 
         found = mean_over(analysis, batches(self.data, "Activation"), "Activation", sums)
         count = np.maximum(found["count"], 1)
@@ -70,66 +71,53 @@ class Activation(Criterion):
         }
 
 
-def readings(analysis: Analysis) -> dict[str, list[tuple[str, Label]]]:
-    """The nodes that have weights of some group -> the nodes that they read, and their labels; each is read once."""
-    graph, mode = analysis.graph, analysis.graph.training
-    values = analysis.values[mode if mode in analysis.values else False]
-    weights = {
-        member.parameter
-        for group in analysis.groups.values()
-        for member in group.members
-        if len(analysis.shapes[member.parameter]) > 1
-    }
-    weights = {name for name, first in analysis.aliases.items() if first in weights}
+def what_is_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
+    """The nodes of a region that layers with weights of some group read, with the label of their channels."""
+    graph = regions(analysis.graph)[region]
+    values = of_region(analysis.values[graph.training if graph.training in analysis.values else False], region)
+    members = {member.parameter for group in analysis.groups.values() for member in group.members}
+    known = {name for name, first in analysis.aliases.items() if first in members and len(analysis.shapes[first]) > 1}
+    weights = {name.removeprefix(f"{region}.") for name in known}
     owners = {name.rpartition(".")[0] for name in weights}
-    found: dict[str, list[tuple[str, Label]]] = {}
-    taken: set[str] = set()
+    found: dict[str, list[Label]] = {}
     for node in graph.graph.nodes:
-        sources = [each for each in node.all_input_nodes if each.op != "get_attr"]
         constants = [each.target for each in node.all_input_nodes if each.op == "get_attr"]
-        layer = node.op == "call_module" and node.target in owners
-        if not layer and weights.isdisjoint(constants):
-            continue
-        for source in sources:
-            value = values[source.name]
-            if source.name not in taken and isinstance(value, Value):
-                taken.add(source.name)
-                found.setdefault(node.name, []).extend((source.name, label) for label in value.labels)
-    return found
+        if (node.op == "call_module" and node.target in owners) or not weights.isdisjoint(constants):
+            for source in node.all_input_nodes:
+                if source.op != "get_attr" and isinstance(value := values[source.name], Value):
+                    found[source.name] = list(value.labels)
+    return [(name, label) for name, labels in found.items() for label in labels]
 
 
-class _Watcher(fx.Interpreter):
-    """Runs the model, and sums over each channel what the nodes with weights read.
+class _Watch:
+    """``sums`` over each channel: "count", "sum", "size" (of absolute values) and "square", each float64[channels]."""
 
-    ``sums``: "count", "sum", "size" (of absolute values) and "square", each float64[channels].
-    """
+    def __init__(self, analysis: Analysis, channels: Channels) -> None:
+        self.analysis, self.channels = analysis, channels
+        self.model: nn.Module | None = None
+        self.sums: dict[str, Floats] = {}
 
-    def __init__(
-        self,
-        model: fx.GraphModule,
-        reads: Mapping[str, list[tuple[str, Label]]],
-        analysis: Analysis,
-        channels: Channels,
-    ) -> None:
-        super().__init__(model, graph=model.graph)
-        self.reads, self.analysis, self.channels = reads, analysis, channels
-        self.sums = {name: np.zeros(len(channels.group)) for name in ("count", "sum", "size", "square")}
+    def put_on(self, model: nn.Module) -> None:
+        """Begin anew, and have ``model``, a copy that runs in this mode alone, say what is read."""
+        self.sums = {name: np.zeros(len(self.channels.group)) for name in ("count", "sum", "size", "square")}
+        if model is self.model:
+            return
+        for path, region in regions(model).items():
+            graph = observed(region.graph, {name: self.of(label) for name, label in what_is_read(self.analysis, path)})
+            region.set_graphs(graph, graph)
+        self.model = model
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Look at what the node reads, and run it."""
-        for source, label in self.reads.get(n.name, ()):
-            value = next(self.env[each] for each in n.all_input_nodes if each.name == source)
-            self.take(value, label)
-        return super().run_node(n)
-
-    def take(self, value: Tensor, label: Label) -> None:
-        """Add the values of each channel of ``label``."""
+    def of(self, label: Label) -> Callable[[Tensor], None]:
+        """What adds a value with that label."""
         channel = self.channels.of_root[self.analysis.names.find(label).ravel()]
-        here = channel >= 0
-        size = len(self.channels.group)
-        over = [axis for axis, size in enumerate(label.shape) if size == 1]
-        value = detached(value)
-        for name, each in (("sum", value), ("size", value.abs()), ("square", value.square())):
-            total = (each.sum(over) if over else each).double().cpu().numpy().ravel()
-            self.sums[name] += np.bincount(channel[here], total[here], minlength=size)
-        self.sums["count"] += value.numel() / label.size * np.bincount(channel[here], minlength=size)
+        here, size = channel >= 0, len(self.channels.group)
+        over = [axis for axis, length in enumerate(label.shape) if length == 1]
+
+        def add(value: Tensor) -> None:
+            value = detached(value)
+            for name, each in (("sum", value), ("size", value.abs()), ("square", value.square())):
+                total = (each.sum(over) if over else each).double().cpu().numpy().ravel()
+                self.sums[name] += np.bincount(channel[here], total[here], minlength=size)
+            self.sums["count"] += value.numel() / label.size * np.bincount(channel[here], minlength=size)
+
+        return add

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fxprune.distributed import gather
 from fxprune.errors import PlanError
 from fxprune.param_map import ParamMap
 
+from .activation_density import check_fresh
 from .base import Criterion, input_axis
 
 WEIGHTS = ("keep", "reinit", "rescale")
@@ -32,11 +34,14 @@ class BeforeTraining(Criterion):
             raise PlanError(f"weights={self.weights!r} is not known; use one of {', '.join(map(repr, WEIGHTS))}")
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
-        """Give ``compact``, cut from ``graph``, its initial weights. ``fxprune.prune`` calls this after the cut."""
+        """Give ``compact``, cut from ``graph``, its initial weights. ``fxprune.prune`` calls this after the cut.
+
+        Raises:
+            PlanError: "reinit" can't, because a parameter belongs to a module without ``reset_parameters``.
+        """
         if self.weights == "reinit":
-            for module in compact.modules():
-                if callable(reset := getattr(module, "reset_parameters", None)):
-                    reset()
+            check_fresh(compact)
+            draw(compact)
         if self.weights == "rescale":
             before = dict(graph.named_parameters())
             for name, weight in compact.named_parameters():
@@ -44,3 +49,12 @@ class BeforeTraining(Criterion):
                 if axis is not None and param_map[name][axis] is not None:
                     with torch.no_grad():
                         weight.mul_(math.sqrt(before[name].shape[axis] / weight.shape[axis]))
+
+
+def draw(model: nn.Module) -> None:
+    """New weights for all layers, the same on every rank: torch's random numbers give the seed."""
+    seed = gather(int(torch.randint(2**62, ())))[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            getattr(module, "reset_parameters", lambda: None)()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
@@ -30,7 +30,7 @@ class Fisher(Criterion):
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
 
-        def changes(model: fx.GraphModule, batch: Batch) -> dict[str, Floats]:
+        def changes(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             products = weights_times_gradients(model, batch, self.loss)
             sums = Sums(analysis, products, lambda product: product.square() / 2)
             return {name: sums(group) for name, group in analysis.groups.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxprune.channels.analysis import Analysis, abridged
 from fxprune.channels.groups import Group
@@ -43,7 +43,7 @@ class SingleShot(BeforeTraining):
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
 
-        def signed(model: fx.GraphModule, batch: Batch) -> dict[str, Floats]:
+        def signed(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             sums = Sums(analysis, weights_times_gradients(model, batch, self.loss))
             return {name: sums(readers(analysis, group)) for name, group in analysis.groups.items()}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
@@ -36,7 +36,7 @@ class Taylor(Criterion):
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
 
-        def changes(model: fx.GraphModule, batch: Batch) -> dict[str, Floats]:
+        def changes(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             sums = Sums(analysis, weights_times_gradients(model, batch, self.loss))
             return {name: np.abs(sums(group)) for name, group in analysis.groups.items()}
 

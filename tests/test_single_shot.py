@@ -278,6 +278,13 @@ def test_prune_changes_the_weights_after_the_proof() -> None:
     torch.testing.assert_close(ratio, torch.full_like(ratio, math.sqrt(6 / plain.fc.weight.shape[1])))
 
 
+def test_reinit_where_a_module_can_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PReLU(8), nn.Conv2d(8, 8, 1))
+    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    with pytest.raises(PlanError, match=r"can't start \S+ again: its module has no reset_parameters"):
+        passes.Uniform(weights="reinit").finish(model, model, None)  # type: ignore[arg-type]
+
+
 def test_no_batch_is_an_error() -> None:
     x, _ = batch()
     with pytest.raises(PlanError, match="SingleShot got no batch"):
