@@ -6,6 +6,7 @@ from fxprune.channels.analysis import Analysis, analyze
 from fxprune.errors import FxpruneError
 from fxprune.export import export_onnx
 from fxprune.files import load, save
+from fxprune.initialize import initialize
 from fxprune.param_map import ParamMap
 from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "analyze",
     "cost",
     "export_onnx",
+    "initialize",
     "load",
     "prune",
     "rewrite",

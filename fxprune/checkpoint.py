@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from fxprune import distributed
 from fxprune.channels.analysis import analyze
 from fxprune.errors import FileError, FxpruneError, require
-from fxprune.files import check_state
+from fxprune.files import check_state, without_aliases
 from fxprune.log import Log
 from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
+from fxprune.sparse import packed, start_in, unpacked
+from fxprune.start import Start, start_of
 from fxprune.trace import trace
 from fxprune.training import TrainingPass
 
@@ -49,6 +51,7 @@ class Saved:
     plan: Plan
     passes: tuple[TrainingPass, ...]
     options: dict[str, Any]
+    start: Start | None  # of the model before any cut
 
 
 def write(session: "Session", path: str | Path) -> None:
@@ -72,12 +75,18 @@ def write(session: "Session", path: str | Path) -> None:
 
 def contents(session: "Session", random_states: list[Any]) -> dict[str, Any]:
     """Everything that goes into the file."""
+    for training_pass, memory in session._pairs():
+        training_pass.before_save(session, memory)
+    state, aliases = without_aliases(dict(session.graph.state_dict()))
+    state, sparse = packed(state, start_of(session.graph))
     record = session.graph.meta.get("fxprune")
     plan = Plan.from_json(record["plan"]) if record else Plan({}, session.analysis.sizes, session.analysis.options)
     return {
         "format": FORMAT,
         "plan": plan.to_json(),
-        "model": dict(session.graph.state_dict()),
+        "model": state,
+        "aliases": aliases,
+        "start": sparse,
         "optimizer": {"kind": type(session.optimizer).__name__, **session.optimizer.state_dict()},
         "passes": [
             {"name": type(each).__name__, "options": options_of(each), "saved": memory.saved}
@@ -146,6 +155,10 @@ def read(
         options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
         graph = trace(model, example_inputs)
         compact, param_map = rewrite(graph, analyze(graph, example_inputs, **options), plan)
+        start = start_in(data["start"], graph) if data["start"] is not None else None
+        if start is not None:
+            data["model"] = unpacked(data["model"], data["start"], start.after(param_map))
+        data["model"] |= {name: data["model"][first] for name, first in data["aliases"].items()}
         check_state(compact, data["model"])
         check_owned(optimizer, set(graph.parameters()))
         check_optimizer(optimizer, data["optimizer"], param_map)
@@ -157,7 +170,7 @@ def read(
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
         raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
-    return Saved(data, plan, found, options | {"batch_size": data["batch_size"]})
+    return Saved(data, plan, found, options | {"batch_size": data["batch_size"]}, start)
 
 
 def check_optimizer(optimizer: Optimizer, state: dict[str, Any], param_map: ParamMap) -> None:

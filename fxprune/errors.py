@@ -26,6 +26,10 @@ class PlanError(FxpruneError):
     """A plan is malformed, empties a layer, or was made for another model."""
 
 
+class InitializeError(FxpruneError):
+    """A model can't be given start values from a seed, or does not have those that it should."""
+
+
 class BudgetError(FxpruneError):
     """A budget is malformed or out of reach; names the nearest value that can be reached."""
 

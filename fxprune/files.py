@@ -1,5 +1,9 @@
-"""Save and load a compact model: one safetensors file with the weights and, as JSON, the plan. No pickle."""
+"""Save and load a compact model: one safetensors file with the weights and, as JSON, the plan. No pickle.
 
+Of a model from ``fxprune.initialize`` the file has the seed, and only the weights that differ from what it gives.
+"""
+
+import copy
 import json
 import os
 from pathlib import Path
@@ -15,7 +19,9 @@ from fxprune.errors import FileError, FxpruneError, require
 from fxprune.inputs import imagine, map_tensors
 from fxprune.plan import Plan
 from fxprune.rewrite import rewrite
-from fxprune.trace import trace
+from fxprune.sparse import packed, start_in, unpacked
+from fxprune.start import forget, remember, start_of
+from fxprune.trace import trace, unwrap
 from fxprune.traced import Model
 
 FORMAT = "fxprune model 1"
@@ -23,26 +29,31 @@ EXAMPLE = "example_inputs/"  # names of tensors that are not the model's: those 
 
 
 def save(compact: nn.Module, path: str | Path) -> None:
-    """Write a compact model that ``rewrite`` or ``prune`` returned. The file appears whole or not at all.
+    """Write a model that ``rewrite``, ``prune`` or ``initialize`` returned. The file appears whole or not at all.
 
     Raises:
-        FileError: the model did not come from fxprune, so there is no plan to write; or nothing can be written there.
+        FileError: the model did not come from fxprune, so there is neither a plan nor a seed to write; or nothing can
+            be written there.
     """
     require(path, (str, Path), "path", FileError)
-    record = getattr(compact, "meta", {}).get("fxprune")
-    if record is None:
+    require(compact, nn.Module, "compact", FileError)
+    compact = unwrap(compact)
+    record = getattr(compact, "meta", {}).get("fxprune", {})
+    start = start_of(compact)
+    if not record and not (start and start.fits(compact)):
         raise FileError(
-            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite or fxprune.prune "
-            "returned can be saved. Save the state_dict of others with safetensors."
+            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite, fxprune.prune or "
+            "fxprune.initialize returned can be saved. Save the state_dict of others with safetensors."
         )
     path = Path(path)
     state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
     state, aliases = without_aliases(state)
+    state, sparse = packed(state, start)
     partial = path.with_name(path.name + ".partial")
     try:
         state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
         known = {key: value for key, value in record.items() if key != "example"}
-        description = json.dumps({"format": FORMAT, "aliases": aliases, **known})
+        description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, **known})
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
         os.replace(partial, path)
     except (OSError, SafetensorError, TypeError) as error:
@@ -52,11 +63,15 @@ def save(compact: nn.Module, path: str | Path) -> None:
 
 
 def load(path: str | Path, model: nn.Module) -> Model:
-    """Read a compact model: ``model`` is traced, the plan carried out on it, and the weights of the file put in.
+    """Read a model that ``save`` wrote.
 
     Args:
-        path: what ``save`` wrote.
+        path: of the file.
         model: the dense model, built as it was before; its weights do not matter and it is not changed.
+
+    Returns:
+        Where the model was cut, the compact GraphModule: ``model`` is traced and the plan carried out on it. Otherwise
+        a copy of ``model``. The weights are those of the file, bit for bit.
 
     Raises:
         FileError: the file is truncated, is no such file, or belongs to another model. Nothing is changed.
@@ -64,15 +79,26 @@ def load(path: str | Path, model: nn.Module) -> Model:
     require(path, (str, Path), "path", FileError)
     record, state = read(path)
     try:
-        plan = Plan.from_json(record["plan"])
-        inputs = imagine(record["example_inputs"])
-        example = [state.pop(name) for name in sorted(state, key=number_of) if name.startswith(EXAMPLE)]
-        if example:
-            remaining = iter(example)
-            inputs = map_tensors(lambda _: next(remaining), inputs)
-        graph = trace(model, inputs)
-        options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
-        compact, _ = rewrite(graph, analyze(graph, inputs, **options), plan)
+        sparse = record.get("start") or {}
+        start = start_in(sparse, unwrap(model)) if sparse else None
+        if "plan" in record:
+            plan = Plan.from_json(record["plan"])
+            inputs = imagine(record["example_inputs"])
+            example = [state.pop(name) for name in sorted(state, key=number_of) if name.startswith(EXAMPLE)]
+            if example:
+                remaining = iter(example)
+                inputs = map_tensors(lambda _: next(remaining), inputs)
+            graph = trace(model, inputs)
+            options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
+            compact, param_map = rewrite(graph, analyze(graph, inputs, **options), plan)
+            start = start and start.after(param_map)
+        else:
+            compact = copy.deepcopy(unwrap(model))
+        if start is not None:
+            state = unpacked(state, sparse, start)
+            remember(compact, start)
+        else:
+            forget(compact)
         state |= {name: state[first] for name, first in record["aliases"].items()}
         check_state(compact, state)
     except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -27,7 +27,7 @@ from fxprune.inputs import describe, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
 from fxprune.plan import Plan
 from fxprune.trace import copy_modules, named_tensors
-from fxprune.traced import Model, TracedModule, copy_graph, of_region, regions, require_traced
+from fxprune.traced import START, Model, TracedModule, copy_graph, of_region, regions, require_traced
 
 Shape = tuple[int, ...]
 
@@ -87,8 +87,9 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
                 before, after = (of_region(values[mode], path) for values in (analysis.values, predicted))
                 Fitter(region, mode, before, after, stays).start(analysis.inputs[mode][path])
         region.recompile()
-    record(compact, analysis, plan)
-    return compact, ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
+    param_map = ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
+    record(compact, analysis, plan, param_map)
+    return compact, param_map
 
 
 def copy_onto(graph: Model, tensors: dict[int, Tensor]) -> Model:
@@ -128,14 +129,16 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
     return kept
 
 
-def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
-    """Leave on the compact model what ``save`` needs: the plan from the model that was traced first."""
+def record(compact: Model, analysis: Analysis, plan: Plan, param_map: ParamMap) -> None:
+    """Leave on the compact model what ``save`` needs: the plan from the model that was traced first, and its start."""
     before = compact.meta.get("fxprune")
     whole = Plan.from_json(before["plan"]).then(plan) if before else plan
     example = before["example_inputs"] if before else describe(analysis.example_inputs)
     compact.meta["fxprune"] = {"plan": whole.to_json(), "example_inputs": example}
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
+    if START in compact.meta:
+        compact.meta[START] = compact.meta[START].after(param_map)
 
 
 def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) -> None:

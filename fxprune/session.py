@@ -20,6 +20,7 @@ from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.progress import Progress
 from fxprune.reconfigure import reconfigure
+from fxprune.start import remember
 from fxprune.trace import trace, unwrap
 from fxprune.traced import Model, is_traced, regions
 from fxprune.training import Memory, TrainingPass
@@ -301,6 +302,8 @@ class Session:
         """
         with distributed.all_or_none():
             saved = read(path, model, example_inputs, optimizer, passes)
+        if saved.start is not None:
+            remember(model, saved.start)
         session = cls(model, example_inputs, optimizer, saved.passes, **{**saved.options, **options})
         restore(session, saved)
         return session

@@ -23,7 +23,7 @@ from fxprune.attention import REPLACEMENTS
 from fxprune.errors import TraceError, require
 from fxprune.inputs import bind, tensors_in
 from fxprune.regions import trace_regions
-from fxprune.traced import ATOMS, TracedModule, carried, is_traced
+from fxprune.traced import ATOMS, START, TracedModule, carried, is_traced
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(__file__) + os.sep
@@ -57,15 +57,18 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     working = working_copy(model)
     constants = unused_arguments(working, example_inputs)
     try:
-        return trace_whole(working, constants)
+        traced: Any = trace_whole(working, constants)
     except TraceError as whole:
         inputs = bind(example_inputs)
         if not any(inputs):
             raise
         try:
-            return trace_regions(working_copy(model).eval(), inputs, trace_whole).train(model.training)
+            traced = trace_regions(working_copy(model).eval(), inputs, trace_whole).train(model.training)
         except TraceError as error:
             raise TraceError(f"{whole} Its parts could not be traced one by one either: {error}.") from whole
+    if START in vars(model):
+        traced.meta[START] = vars(model)[START]
+    return traced
 
 
 def trace_whole(working: nn.Module, constants: dict[str, Any]) -> TracedModule:

@@ -23,6 +23,8 @@ FORMAT = "fxprune progress 1"
 
 def progress(session: Session) -> dict[str, Any]:
     """What a session adds to the checkpoints of the trainer: plain data, and the tensors that passes remember."""
+    for training_pass, memory in session._pairs():
+        training_pass.before_save(session, memory)
     return {
         "format": FORMAT,
         "plan": (plan_of(session.graph) or Plan({}, session.analysis.sizes, session.analysis.options)).to_json(),

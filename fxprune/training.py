@@ -59,6 +59,9 @@ class TrainingPass:
     def close(self, session: "Session", memory: Memory) -> None:
         """Called when the session closes: take off what was put on the model."""
 
+    def before_save(self, session: "Session", memory: Memory) -> None:
+        """Called before a checkpoint is written: put into ``memory.saved`` what isn't there at other times."""
+
     def report(self, session: "Session", memory: Memory) -> Mapping[str, float]:
         """Numbers for the log."""
         return {}

@@ -6,6 +6,7 @@ from .allocator import Allocator
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
 from .before_training import BeforeTraining
+from .dropback import DropBack
 from .erdos_renyi import ErdosRenyi
 from .fisher import Fisher
 from .gate_channels import GateChannels
@@ -26,6 +27,7 @@ __all__ = [
     "BatchNormScale",
     "BeforeTraining",
     "Criterion",
+    "DropBack",
     "ErdosRenyi",
     "Fisher",
     "GateChannels",

@@ -1,0 +1,46 @@
+"""An optimizer's state of some weights only: between steps the others' takes no memory."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Of a weight that has made no step yet these are zero, so where they are missing zeros stand for them.
+ZERO = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum"}
+State = dict[str, dict[str, Tensor]]  # parameter -> kind of state -> the values of its tracked weights, by their index
+
+
+def packed(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> State:
+    """Take the state out of ``optimizer`` and return that of the weights in ``masks``; nothing large stays there."""
+    its = {
+        name: {key: optimizer.state[p][key][masks[name]] for key in kinds(optimizer, p)}
+        for name, p in parameters.items()
+    }
+    empty(optimizer, parameters, its)
+    return its
+
+
+def empty(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], its: State) -> None:
+    """Let one zero take the place of each tensor of what ``packed`` returned, in its shape."""
+    for name, kept in its.items():
+        for key, values in kept.items():
+            optimizer.state[parameters[name]][key] = values.new_zeros(()).expand(parameters[name].shape)
+
+
+def unpack(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], its: State
+) -> None:
+    """Put the state that ``packed`` returned back, with zeros for all other weights."""
+    for name, kept in its.items():
+        for key, values in kept.items():
+            whole = torch.zeros_like(parameters[name], dtype=values.dtype, memory_format=torch.preserve_format)
+            optimizer.state[parameters[name]][key] = whole.masked_scatter_(masks[name], values.to(whole.device))
+
+
+def kinds(optimizer: Optimizer, parameter: nn.Parameter) -> list[str]:
+    """The kinds of state of a parameter that start at zero and are shaped like it."""
+    state = optimizer.state.get(parameter, {})
+    return [
+        key for key, its in state.items() if key in ZERO and isinstance(its, Tensor) and its.shape == parameter.shape
+    ]
