@@ -6,7 +6,7 @@ goes out of the graph: with its constant (the sum becomes its other operand), or
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,34 +190,39 @@ def refusal(node: fx.Node) -> str:
 
 
 def remove_branches(compact: Model, values: Mapping[bool, Mapping[str, Any]], dropped: frozenset[str]) -> None:
-    """Take the branches without channels out of ``compact``, region by region; see ``remove_branches_of``."""
+    """Take the branches that ``values``, the predicted shapes, leave without channels out of ``compact``.
+
+    Region by region; see ``remove_from``.
+    """
     traced = regions(compact)
     for path, region in traced.items():
         mine = path + "." if path else ""
         its = {mode: of_region(values[mode], path) for mode in values}
-        remove_branches_of(region, its, frozenset(name.removeprefix(mine) for name in dropped if name.startswith(mine)))
+        graphs = region.distinct_graphs().items()
+        branches = {mode: dead_branches(region, graph, its[mode]) for mode, graph in graphs}
+        remove_from(region, branches, frozenset(name.removeprefix(mine) for name in dropped if name.startswith(mine)))
     for name, value in ((name, value) for its in values.values() for name, value in its.items()):
         layer = name.rpartition("/")[0]
         if layer and layer not in traced and is_empty(value):
             raise PlanError(f"the plan keeps no channel at {layer}, which is not inside a residual branch; keep one")
 
 
-def remove_branches_of(
-    compact: TracedModule, values: Mapping[bool, Mapping[str, Any]], dropped: frozenset[str]
+def remove_from(
+    compact: TracedModule, branches: Mapping[bool, Sequence[Branch]], dropped: frozenset[str] = frozenset()
 ) -> None:
-    """Take the branches without channels out of ``compact``, and the modules that nothing calls any more.
+    """Take branches out of ``compact``, all but their constants, and the modules that nothing calls any more.
 
     Args:
-        compact: with its parameters cut already; changed in place.
-        values: mode -> node -> predicted value.
+        compact: changed in place.
+        branches: those of each mode's graph. What their last contraction gives is its bias, or does not matter.
         dropped: the modules that belong to branches whose constant goes too.
 
     Raises:
-        PlanError: a group was emptied that is not inside a residual branch.
+        PlanError: the constant of a branch can't be kept.
     """
     before = called(compact)
     for mode, graph in compact.distinct_graphs().items():
-        for branch in dead_branches(compact, graph, values[mode]):
+        for branch in branches[mode]:
             nodes, join, other = branch.nodes(), branch.join, branch.other
             whole = any(node.target in dropped for node in nodes if node.op == "call_module")
             constant = None if whole else keep_constant(compact, graph, branch)

@@ -24,6 +24,7 @@ from fxprune.verify import TOLERANCE, difference, outputs_of
 
 logger = logging.getLogger("fxprune")
 Pass = Callable[[fx.GraphModule], Any]
+EXAMPLE = "example_inputs"  # where a pass finds the Pipeline's, in the meta of its module
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Pipeline:
     def step(self, each: Pass, module: TracedModule) -> TracedModule:
         """Run and check one pass."""
         name = type(each).__name__ if not hasattr(each, "__name__") else each.__name__
+        module.meta[EXAMPLE] = self.example_inputs
         before = copy.deepcopy(module)
         start = time.perf_counter()
         try:
@@ -94,6 +96,8 @@ class Pipeline:
             after.recompile()
         except Exception as error:
             raise PassError(f"{self.place(name)} failed: {type(error).__name__}: {error}") from error
+        for held in (module, before, expected, after):
+            held.meta.pop(EXAMPLE, None)
         seconds = time.perf_counter() - start
         if not modified and code_of(after) != code_of(before):
             raise PassError(f"{self.place(name)} says it changed nothing, but the graph is another one")
@@ -131,6 +135,20 @@ class Pipeline:
         """The pass and those that ran before it."""
         before = ", ".join(step.name for step in self.steps)
         return f"pass {name} (after {before})" if before else f"pass {name} (the first)"
+
+
+def example_of(module: fx.GraphModule, given: Any = None) -> Any:
+    """The example inputs for a pass over ``module``: ``given`` to the pass, or to the Pipeline that runs it.
+
+    Raises:
+        PassError: there are none.
+    """
+    example = module.meta.get(EXAMPLE) if given is None else given
+    if example is None:
+        raise PassError(
+            "this pass needs example inputs: Pipeline([...], example_inputs), or example_inputs= of the pass"
+        )
+    return example
 
 
 def code_of(module: TracedModule) -> list[str]:

@@ -2,6 +2,7 @@
 
 from .activation import Activation
 from .activation_density import ActivationDensity
+from .align import Align
 from .allocator import Allocator
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
@@ -9,6 +10,8 @@ from .before_training import BeforeTraining
 from .dropback import DropBack
 from .erdos_renyi import ErdosRenyi
 from .fisher import Fisher
+from .fold_batchnorm import FoldBatchNorm
+from .fold_constants import FoldConstants
 from .gate_channels import GateChannels
 from .geometric_median import GeometricMedian
 from .grow_batch import GrowBatch
@@ -16,6 +19,7 @@ from .magnitude import Magnitude
 from .precrop import PreCrop
 from .prunetrain import PruneTrain
 from .random import Random
+from .remove_branches import RemoveBranches
 from .single_shot import SingleShot
 from .taylor import Taylor
 from .uniform import Uniform
@@ -23,6 +27,7 @@ from .uniform import Uniform
 __all__ = [
     "Activation",
     "ActivationDensity",
+    "Align",
     "Allocator",
     "BatchNormScale",
     "BeforeTraining",
@@ -30,6 +35,8 @@ __all__ = [
     "DropBack",
     "ErdosRenyi",
     "Fisher",
+    "FoldBatchNorm",
+    "FoldConstants",
     "GateChannels",
     "GeometricMedian",
     "GrowBatch",
@@ -37,6 +44,7 @@ __all__ = [
     "PreCrop",
     "PruneTrain",
     "Random",
+    "RemoveBranches",
     "SingleShot",
     "Taylor",
     "Uniform",

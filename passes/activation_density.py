@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.budget import patterns_of
 from fxprune.channels.analysis import Analysis, abridged
+from fxprune.channels.interpret import within
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.cost import Channels, Floats
@@ -22,6 +23,7 @@ from fxprune.param_map import ParamMap
 from fxprune.plan import Plan
 from fxprune.session import Session, copies_in
 from fxprune.solver import held
+from fxprune.traced import of_region, regions
 from fxprune.training import Memory, TrainingPass
 
 # What gives exact zeros.
@@ -93,18 +95,20 @@ class ActivationDensity(TrainingPass):
         if not memory.saved:
             memory.saved |= {"settled": 0, "since": 0, "cuts": 0, "densities": {}, "counts": {}}
             memory.saved["left"] = self._left(session, measured)
-        counts, counters = memory.saved["counts"], {}
+        counts = memory.saved["counts"]
         device = next(session.graph.parameters()).device
-        for node, label in measured:
+        for name, label in measured:
             fresh = torch.zeros(label.size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-            counts[node.name] = [tensor.to(device) for tensor in counts.get(node.name, fresh)]
-            counters[node.name] = counter(label, *counts[node.name])
+            counts[name] = [tensor.to(device) for tensor in counts.get(name, fresh)]
         memory.derived["measured"] = measured
-        session.graph.observe(counters)
+        counters = {name: counter(label, *counts[name]) for name, label in measured}
+        for path, region in regions(session.graph).items():
+            region.observe(of_region(counters, path))
 
     def close(self, session: Session, memory: Memory) -> None:
         """Count no more."""
-        session.graph.observe({})
+        for region in regions(session.graph).values():
+            region.observe({})
 
     def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
         """The plan, when the densities have settled and are not all near 1."""
@@ -130,8 +134,8 @@ class ActivationDensity(TrainingPass):
 
         Over all ranks, since the last epoch ended. Empty where the model was not called.
         """
-        measured: list[tuple[fx.Node, Label]] = memory.derived["measured"]
-        counts = [tensor.flatten() for node, _ in measured for tensor in memory.saved["counts"][node.name]]
+        measured: list[tuple[str, Label]] = memory.derived["measured"]
+        counts = [tensor.flatten() for name, _ in measured for tensor in memory.saved["counts"][name]]
         flat = mean(torch.cat(counts).double()).cpu().numpy() if counts else np.zeros(0)
         parts = iter(np.split(flat, np.cumsum([len(each) for each in counts])))
         rows = Channels.of(session.analysis)
@@ -161,7 +165,7 @@ class ActivationDensity(TrainingPass):
         count = min(-(-count // self.round_to) * self.round_to, size)
         return tuple(sorted(np.argsort(-channels, kind="stable")[:count].tolist()))
 
-    def _left(self, session: Session, measured: list[tuple[fx.Node, Label]]) -> list[str]:
+    def _left(self, session: Session, measured: list[tuple[str, Label]]) -> list[str]:
         """The groups that stay whole, because an option says so or because they can't be measured; the latter named."""
         analysis = session.analysis
         rows = Channels.of(analysis)
@@ -204,19 +208,19 @@ class ActivationDensity(TrainingPass):
         return lowest | {"training_macs": sum(epochs), "complexity": sum(epochs) / (len(epochs) * epochs[0] or 1)}
 
 
-def activations(analysis: Analysis) -> Iterator[tuple[fx.Node, Label]]:
-    """The nodes of the train graph that give exact zeros, with the names of the channels there."""
-    graph = analysis.graph
-    values = analysis.values[True in analysis.values]  # of the train graph, where there are two
+def activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
+    """The nodes of the train graphs that give exact zeros, with the names of the channels there."""
     rows = Channels.of(analysis)
-    for node in graph.graphs[True].nodes:
-        value = values.get(node.name)
-        if not gives_zeros(graph, node) or not isinstance(value, Value):
-            continue
-        for label in value.labels:  # two, where features vary beside channels: each group is on one
-            if (rows.of_root[analysis.names.find(label)] >= 0).any() and 1 in label.shape:
-                yield node, label
-                break
+    for path, region in regions(analysis.graph).items():
+        values = of_region(analysis.values.get(True, {}), path) or of_region(analysis.values[False], path)
+        for node in region.graphs[True].nodes:
+            value = values.get(node.name)
+            if not gives_zeros(region, node) or not isinstance(value, Value):
+                continue
+            for label in value.labels:  # two, where features vary beside channels: each group is on one
+                if (rows.of_root[analysis.names.find(label)] >= 0).any() and 1 in label.shape:
+                    yield within(path, node.name), label
+                    break
 
 
 def gives_zeros(model: nn.Module, node: fx.Node) -> bool:

@@ -193,6 +193,34 @@ def test_a_depthwise_convolution_shares_the_density_of_its_channels() -> None:
     assert depthwise.groups == depthwise.in_channels == session.analysis.sizes["0.0"] < 8
 
 
+class Steered(nn.Module):
+    """Plain Python between the layers, which torch.fx can't follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(conv_bn(3, 8), conv_bn(8, 12)), head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if float(x.detach().sum()) < 0:
+            raise ValueError("never")
+        return self.head(x)
+
+
+def test_graphs_that_python_steers_are_counted_too() -> None:
+    model = randomize(Steered(), 0).double().train()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    value = model.body[0](x)
+    session = session_of(model, x, EAGER)
+    assert set(saved(session)["counts"]) == {"body/_0_2"}, "a sum of all channels holds the others"
+    session.model(x)
+    assert densities(session) == {"body.0.0": pytest.approx(share(value), abs=1e-15)}
+    session.epoch_end()
+    cut(session, [x], 1)
+    session.close()
+    assert not any("count_nonzero" in region.code for region in fxprune.traced.regions(session.graph).values())
+
+
 class Bottleneck(nn.Module):
     """MobileNetV2's: the sum is linear, so nothing there gives zeros."""
 
