@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxprune.cost import device_of
 from fxprune.dump import Dump
 from fxprune.errors import PassError
 from fxprune.inputs import bind, map_tensors
@@ -47,7 +48,8 @@ class Pipeline:
 
     After each pass the graph is linted and recompiled, a pass that says it changed nothing is held to it, and with
     ``example_inputs`` the shapes and values of the outputs are compared with those before, in float64, in every mode
-    that the pass keeps (one with ``inference_only = True`` answers for eval mode only). A pass that means to change
+    that the pass keeps (one with ``inference_only = True`` answers for eval mode only), to 1e-10; where the pass has
+    ``computes_weights = True``, to what rounding them to the model's dtype does. A pass that means to change
     what the model computes has a method ``reference(graph)``, and the comparison is with the module that this returns.
     Where the environment variable FXPRUNE_DUMP names a folder, graph and groups are written there after each pass.
 
@@ -103,16 +105,20 @@ class Pipeline:
             raise PassError(f"{self.place(name)} says it changed nothing, but the graph is another one")
         gap = None
         if self.example_inputs is not None:
-            gap = self.compare(name, expected, after, getattr(each, "inference_only", False))
+            dtype = device_of(before)[1] if getattr(each, "computes_weights", False) else torch.float64
+            modes = (False,) if getattr(each, "inference_only", False) else (False, True)
+            gap = self.compare(name, expected, after, modes, TOLERANCE.get(dtype, 1e-2))
         self.steps.append(Step(name, modified, seconds, gap))
         return after
 
-    def compare(self, name: str, before: TracedModule, after: TracedModule, inference_only: bool) -> float:
-        """The largest relative difference of the outputs; raises PassError above 1e-10."""
+    def compare(
+        self, name: str, before: TracedModule, after: TracedModule, modes: Sequence[bool], tolerance: float
+    ) -> float:
+        """The largest relative difference of the outputs in ``modes``; raises PassError above ``tolerance``."""
         inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind(self.example_inputs))
         old, new = before.double(), copy.deepcopy(after).double()
         worst = 0.0
-        for mode in (False,) if inference_only else (False, True):
+        for mode in modes:
             where = "train mode" if mode else "eval mode"
             expected = outputs_of(old, mode, inputs, False, None).outputs
             try:
@@ -126,7 +132,7 @@ class Pipeline:
                 raise PassError(f"{self.place(name)} changed the output shapes in {where} from {were} to {shapes}")
             for a, b in zip(expected, found, strict=True):
                 gap = difference(a, b)
-                if not gap <= TOLERANCE[torch.float64]:
+                if not gap <= tolerance:
                     raise PassError(f"{self.place(name)} changed the outputs in {where} by {gap:.2e} (relative)")
                 worst = max(worst, gap)
         return worst

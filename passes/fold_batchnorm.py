@@ -30,7 +30,7 @@ class FoldBatchNorm(PassBase):
             only shapes tell whether both mean the same axis.
     """
 
-    inference_only = True
+    inference_only = computes_weights = True
     example_inputs: Any = field(default=None, repr=False)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -44,6 +44,7 @@ class FoldConstants(PassBase):
             batch norm a dead channel has another value in training, unless the norm's scale is zero.
     """
 
+    computes_weights = True
     example_inputs: Any = field(default=None, repr=False)
     inference_only: bool = False
 

@@ -559,6 +559,25 @@ def test_all_of_them_in_a_row(tmp_path: Path) -> None:
     exported(compact, inputs, tmp_path)
 
 
+def test_weights_that_are_computed_are_rounded_to_the_model_s_precision() -> None:
+    model, inputs = with_silent_branches("resnet18", "scale")
+    model, inputs = scale_by_zero(model).float(), (inputs[0].float(),)
+    pipeline = Pipeline([RemoveBranches(), Align(8), FoldConstants(inference_only=True), FoldBatchNorm()], inputs)
+    compact = pipeline(fxprune.trace(model, inputs)).graph_module
+    assert {parameter.dtype for parameter in compact.parameters()} == {torch.float32}
+    exact, rounded = [step.difference for step in pipeline.steps[:2]], pipeline.steps[-1].difference
+    assert max(exact) <= 1e-10 < rounded <= 1e-5
+
+    class Wrong(FoldBatchNorm):
+        def call(self, graph_module: Any) -> Any:
+            result = super().call(graph_module)
+            result.graph_module.get_parameter("conv1.bias").data.add_(1e-3)
+            return result
+
+    with pytest.raises(PassError, match=r"pass Wrong .* changed the outputs in eval mode by"):
+        Pipeline([Wrong()], inputs)(fxprune.trace(model, inputs))
+
+
 @pytest.mark.parametrize("each", [FoldConstants, RemoveBranches, Align])
 def test_example_inputs_are_needed(each: Any) -> None:
     model, inputs = prepare(MODELS["chain"])
