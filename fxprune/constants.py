@@ -59,6 +59,7 @@ def kind(model: nn.Module, node: fx.Node) -> str:
     if node.op == "call_module":
         layer = model.get_submodule(str(node.target))
         plain = len(node.args) == 1 and not node.kwargs and not getattr(layer, "return_indices", False)
+        plain = plain and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
         found = next((name for name, types in LAYERS.items() if type(layer) in types), "")
         return found if plain and (found != "contraction" or "weight" in layer._parameters) else ""
     if node.op in ("call_function", "call_method"):

@@ -255,14 +255,19 @@ def check_fresh(model: nn.Module) -> None:
 
 
 def start_again(session: Session) -> None:
-    """New weights for all layers, the same on every rank and in every copy, and optimizers without state."""
-    seed = gather(int(torch.randint(2**62, ())))[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in session.graph.modules():
-            getattr(module, "reset_parameters", lambda: None)()
+    """New weights for all layers, the same in every copy, and optimizers without state."""
+    draw(session.graph)
     for optimizer in session._optimizers():
         for parameter in session.graph.parameters():
             optimizer.state.pop(parameter, None)
     for copied in (copied for thing in session.registered.values() for copied in copies_in(thing)):
         copied.load_state_dict(session.graph.state_dict())
+
+
+def draw(model: nn.Module) -> None:
+    """New weights for all layers, the same on every rank: torch's random numbers give the seed."""
+    seed = gather(int(torch.randint(2**62, ())))[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            getattr(module, "reset_parameters", lambda: None)()

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fxprune.distributed import gather
 from fxprune.errors import PlanError
 from fxprune.param_map import ParamMap
 
-from .activation_density import check_fresh
+from .activation_density import check_fresh, draw
 from .base import Criterion, input_axis
 
 WEIGHTS = ("keep", "reinit", "rescale")
@@ -49,12 +48,3 @@ class BeforeTraining(Criterion):
                 if axis is not None and param_map[name][axis] is not None:
                     with torch.no_grad():
                         weight.mul_(math.sqrt(before[name].shape[axis] / weight.shape[axis]))
-
-
-def draw(model: nn.Module) -> None:
-    """New weights for all layers, the same on every rank: torch's random numbers give the seed."""
-    seed = gather(int(torch.randint(2**62, ())))[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in model.modules():
-            getattr(module, "reset_parameters", lambda: None)()

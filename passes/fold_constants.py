@@ -64,7 +64,8 @@ class FoldConstants(PassBase):
         compact, param_map = rewrite(copied, analysis, plan)
         for path, bias in biases.items():
             rows = param_map[f"{path}.weight"][0]
-            compact.get_submodule(path).bias = nn.Parameter(bias if rows is None else bias[rows])
+            layer = compact.get_submodule(path)
+            layer.bias = nn.Parameter(bias if rows is None else bias[rows], layer.weight.requires_grad)
             compact.meta.pop("fxprune", None)  # the plan does not tell of this parameter
         return PassResult(compact, True)
 
@@ -102,7 +103,7 @@ class _Constants:
         channel = self.rows.of_root[self.analysis.names.find(label).ravel()]
         if len(channel) != len(reading.value):  # they vary along another axis too
             return self.block(channel[channel >= 0], f"{where(reading.node)} reads a part of it")
-        constant, value = reading.constant.numpy(), reading.value.numpy()
+        constant, value = reading.constant.cpu().numpy(), reading.value.cpu().numpy()
         before, its = self.values.setdefault(path, (channel, value))
         if not np.array_equal(before, channel):
             return self.block(np.concatenate([before, channel]), f"{path} reads several")

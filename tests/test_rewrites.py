@@ -235,6 +235,19 @@ def test_a_layer_without_a_bias_uses_the_norm_behind_it_or_gets_one(tmp_path: Pa
         exported(compact, inputs, tmp_path)
 
 
+def test_a_hook_may_do_anything() -> None:
+    model, inputs = net(nn.Conv2d(6, 4, 1), 0.7, activation=nn.ReLU())
+    model.activation.register_forward_hook(lambda module, given, output: output + given[0].mean())
+    rewritten(FoldConstants(), model, inputs, changes=False)
+
+
+def test_a_new_bias_trains_if_the_weights_do() -> None:
+    for trains in (False, True):
+        model, inputs = net(nn.Conv2d(6, 4, 1, bias=False), 0.7)
+        compact = rewritten(FoldConstants(), model.requires_grad_(trains), inputs)
+        assert compact.get_parameter("read.bias").requires_grad == trains
+
+
 class ReadBy(nn.Module):
     def __init__(self, *readers: nn.Module) -> None:
         super().__init__()
