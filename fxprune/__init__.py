@@ -3,6 +3,7 @@
 from fxprune import cost
 from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
+from fxprune.channels.custom import register_operator
 from fxprune.errors import FxpruneError
 from fxprune.export import export_onnx
 from fxprune.files import load, save
@@ -37,6 +38,7 @@ __all__ = [
     "initialize",
     "load",
     "prune",
+    "register_operator",
     "rewrite",
     "save",
     "trace",

@@ -110,6 +110,9 @@ def size_of(tensor: Tensor) -> int:
 
 
 def examples(example_inputs: Any) -> int:
-    """How many samples the example inputs hold."""
+    """How many samples the example inputs hold: a batch, or a list of images."""
+    args, _ = bind(example_inputs)
+    if args and isinstance(args[0], list):
+        return max(len(args[0]), 1)
     first = next((tensor for tensor in tensors_in(bind(example_inputs)) if tensor.ndim), None)
     return 1 if first is None else max(first.shape[0], 1)

@@ -100,7 +100,7 @@ def take_over(module: nn.Module, other: nn.Module) -> None:
         held = module._modules.get(name)
         if held is None or child is None:
             module._modules[name] = child
-        elif type(held) is not type(child):  # what is left of a branch
+        elif type(held) is not type(child) and not isinstance(child, TracedModule):  # what is left of a branch
             take_over_tensors(held, child)
             module._modules[name] = child
         else:

@@ -30,9 +30,8 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Analysis, ParamMap, Plan, TracedModule
-from fxprune.channels.interpret import placeholders
 from fxprune.inputs import bind
-from fxprune.verify import MaskedNorms
+from fxprune.verify import masked_norms
 
 RTOL = 1e-10
 BOTH_MODES = (False, True)
@@ -150,10 +149,7 @@ def outcome(model: TracedModule, inputs: Any, mode: bool, norms: Mapping[Any, An
     model.zero_grad(set_to_none=True)
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, bind(inputs))
     torch.manual_seed(seed)
-    if norms:
-        arguments = placeholders(model.graphs[mode], (args, kwargs))
-        outputs = MaskedNorms(model, mode, norms).run(*arguments, enable_io_processing=False)
-    else:
+    with masked_norms(model, norms):
         outputs = model(*args, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros((), dtype=torch.float64)

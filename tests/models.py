@@ -29,6 +29,7 @@ class Case:
     inexact: bool = False  # a norm across channels runs over an axis that may be pruned
     random: bool = False  # train mode draws random numbers whose shape holds prunable channels
     note: str = ""
+    steered: bool = False  # plain Python calls its parts: it is no single graph
 
 
 MODELS: dict[str, Case] = {}
@@ -43,9 +44,10 @@ def register(
     prunable: bool = True,
     inexact: bool = False,
     random: bool = False,
+    steered: bool = False,
 ) -> None:
     assert name not in MODELS, f"two cases are called {name}"
-    MODELS[name] = Case(name, make, inputs or IMAGE, prunable, inexact, random, note)
+    MODELS[name] = Case(name, make, inputs or IMAGE, prunable, inexact, random, note, steered)
 
 
 def normal(*shapes: tuple[int, ...]) -> Callable[[], tuple[Any, ...]]:
@@ -1635,3 +1637,5 @@ register(
     lambda: image_net(conv_bn(8, 12), Opaque(), cout=12),
     "a custom operator freezes",
 )
+
+import steered_models  # noqa: E402, F401  (registers more)

@@ -58,7 +58,7 @@ class Steered:
         state = {name: self.state[name] for name in names}
         self.run.mode, self.run.steering = mode, self.steering
         try:
-            with in_mode(self.model, mode), self.watched(), torch.random.fork_rng(), torch.no_grad():
+            with in_mode(self.model, mode), self.watched(), untouched():
                 result = functional_call(self.model, state, *inputs)
         except FxpruneError:
             raise
@@ -171,6 +171,13 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
                 waiting += each
             elif hasattr(each, "__dict__"):
                 waiting += vars(each).values()
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Without gradients, even in inference mode, and with the random stream put back."""
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        yield
 
 
 @contextmanager
