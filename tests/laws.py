@@ -7,6 +7,7 @@ the traced model and calls that copy. Each law raises AssertionError and says wh
 import copy
 import random
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ def outcome(model: TracedModule, inputs: Any, mode: bool, norms: Mapping[Any, An
     model.zero_grad(set_to_none=True)
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, bind(inputs))
     torch.manual_seed(seed)
-    with masked_norms(model, norms):
+    with masked_norms(model, norms) if norms else nullcontext():
         outputs = model(*args, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros((), dtype=torch.float64)

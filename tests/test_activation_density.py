@@ -22,6 +22,7 @@ import fxprune
 from fxprune import Analysis, Plan, Session, distributed
 from fxprune.errors import PlanError
 from fxprune.passes import ActivationDensity
+from fxprune.traced import regions
 from fxprune.training import Memory, TrainingPass
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActivationDensity leaves:UserWarning")
@@ -428,7 +429,8 @@ def test_counting_and_cutting_under_the_laws(name: str) -> None:
 
 
 def code(graph: fxprune.TracedModule) -> list[str]:
-    return [each.python_code("self").src for each in graph.distinct_graphs().values()]
+    graphs = [each for region in regions(graph).values() for each in region.distinct_graphs().values()]
+    return [each.python_code("self").src for each in graphs]
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
