@@ -198,7 +198,7 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bo
         pairs = [(a.cpu().double(), b.double()) for a, b in zip(expected, found, strict=True)]
         gaps = [difference(a, b) for a, b in pairs]
         if not ordered:  # detections, which stand in the order of scores that may be nearly equal
-            sorted_gaps = [difference(*(each.sort(0).values if each.ndim else each for each in pair)) for pair in pairs]
-            gaps = [*map(min, gaps, sorted_gaps)]
+            again = [(a.sort(0).values, b.sort(0).values) if a.ndim else (a, b) for a, b in pairs]
+            gaps = [min(gap, difference(a, b)) for gap, (a, b) in zip(gaps, again, strict=True)]
         worst = max([worst, *gaps], key=lambda gap: float("inf") if math.isnan(gap) else gap)
     return worst

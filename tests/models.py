@@ -1639,3 +1639,5 @@ register(
 )
 
 import steered_models  # noqa: E402, F401  (registers more)
+
+GRAPHS = [name for name, case in MODELS.items() if not case.steered]  # those that are one graph as a whole

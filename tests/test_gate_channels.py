@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, args_kwargs, prepare, randomize
+from models import GRAPHS, MODELS, args_kwargs, prepare, randomize
 from test_prunetrain import Concat, Plus, chain, mobile, resnet20
 from torch import Tensor, nn
 
@@ -107,7 +107,7 @@ def test_it_is_the_model_with_the_other_slices_at_zero(name: str) -> None:
     assert graph.state_dict()[next(iter(kept))].shape != compact.state_dict()[next(iter(kept))].shape
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not MODELS[name].steered])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_every_model_is_gated_or_left_alone(name: str) -> None:
     model, inputs = prepare(MODELS[name])
     graph = fxprune.trace(with_dead_slices(model), inputs)

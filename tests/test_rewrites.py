@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from laws import random_plan
-from models import MODELS, Residual, conv, conv_bn, head, image_net, prepare, randomize
+from models import GRAPHS, MODELS, Residual, conv, conv_bn, head, image_net, prepare, randomize
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -97,7 +97,7 @@ def exported(compact: TracedModule, inputs: Any, path: Path) -> None:
 # --------------------------------------------------------------------------------------------- constants
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_what_is_called_constant_does_not_move(name: str) -> None:
     """The masks beside the values of other inputs: what they call constant is what it was, bit for bit or nearly."""
     model, inputs = prepare(MODELS[name])
@@ -128,7 +128,7 @@ text_classifier tied_language_model keyword_input train_only_coupling dropout co
 
 
 @pytest.mark.filterwarnings("ignore:FoldConstants leaves:UserWarning")
-@pytest.mark.parametrize("name", [*MODELS, "resnet18"])
+@pytest.mark.parametrize("name", [*GRAPHS, "resnet18"])
 def test_channels_behind_a_scale_of_zero_go_in_both_modes(name: str) -> None:
     model, inputs = made(name)
     graph = fxprune.trace(scale_by_zero(model), inputs)
@@ -371,7 +371,7 @@ def test_branches_that_add_a_constant_go(name: str, how: str, tmp_path: Path) ->
     exported(compact, inputs, tmp_path)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_branches_that_add_something_stay(name: str) -> None:
     model, inputs = prepare(MODELS[name])
     rewritten(RemoveBranches(), model, inputs, changes=False)
@@ -437,7 +437,7 @@ def test_what_is_left_trains_in_a_session() -> None:
 # ---------------------------------------------------------------------------------------- fold batch norm
 
 
-@pytest.mark.parametrize("name", [*MODELS, "resnet18"])
+@pytest.mark.parametrize("name", [*GRAPHS, "resnet18"])
 def test_norms_go_into_the_layers_before_them(name: str) -> None:
     model, inputs = made(name)
     graph = fxprune.trace(model, inputs)
@@ -503,7 +503,7 @@ def test_a_norm_over_another_axis_than_the_linear_layer_s_stays() -> None:
 # ------------------------------------------------------------------------------------------------- align
 
 
-@pytest.mark.parametrize("name", [*MODELS, "resnet18"])
+@pytest.mark.parametrize("name", [*GRAPHS, "resnet18"])
 def test_widths_grow_to_multiples(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)
     graph = fxprune.trace(model, inputs)
