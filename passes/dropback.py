@@ -134,7 +134,7 @@ class DropBack(TrainingPass):
             self._choose(session, memory)
         self._decay_start(session, memory)
         for name, p in layout.parameters.items():
-            p.copy_(torch.where(masks[name], p, self._start(session, memory, name)))
+            torch.where(masks[name], p, self._start(session, memory, name).to(p.dtype), out=p)
         if self.tracked_state:
             memory.saved["state"] = packed(session.optimizer, layout.parameters, masks)
 
