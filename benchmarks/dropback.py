@@ -126,7 +126,7 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
         "",
         "The forward and the backward pass are the same for all, so their median over all variants counts. A step with "
         "`select_every=10` is nine tenths of a step without a choice and one tenth of one with it (exact). Smaller "
-        "images or batches make the ratio worse, larger ones better: the update depends on the number of weights alone.",
+        "images or batches make the ratio worse, larger ones better: the update depends on the weights alone.",
     ]
     for name, its in results.items():
         lines += [

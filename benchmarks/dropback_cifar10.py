@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS
+from common import RESULTS, in_words, machine, table, write
 from torch import Tensor, nn
 
 import fxprune
@@ -153,8 +153,8 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
         [
             "# DropBack on CIFAR-10, the dense network beside it",
             "",
-            f"{options.model} ({dense['weights']:,} weights), {options.epochs} epochs of {images:,} training images that "
-            f"were re-encoded as JPEG, all 10,000 test images, batch {options.batch_size}, plain SGD, learning rate "
+            f"{options.model} ({dense['weights']:,} weights), {options.epochs} epochs of {images:,} training images "
+            f"re-encoded as JPEG, all 10,000 test images, batch {options.batch_size}, plain SGD, learning rate "
             f"{options.lr:g} with drops to a tenth after epochs {milestones(options)[0]} and {milestones(options)[1]}, "
             "weight decay 5e-4, exact rule at every step; the same start, seed and batches for all. One seed: "
             "differences of a point say nothing.",
@@ -163,9 +163,9 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
             "",
             table([*header, "processor time"], rows),
             "",
-            "The accuracy is that of a network loaded from the file. `file` is what `fxprune.save` writes, batch norm's "
-            f"averages ({dense['buffers']:,} bytes) included; `bytes each` is without them. `processor time` of training "
-            "is beside the dense run's.",
+            "The accuracy is that of a network loaded from the file, which `fxprune.save` wrote; batch norm's averages "
+            f"({dense['buffers']:,} bytes) are in it, but not in `bytes each`. `processor time` is of training, beside "
+            "the dense run's.",
         ]
     )
     print(text)
