@@ -22,6 +22,7 @@ from fxprune.errors import InitializeError, PlanError
 from fxprune.largest import about_largest, largest
 from fxprune.passes import DropBack, PruneTrain
 from fxprune.start import start_of
+from fxprune.trainers import progress, resume
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -309,6 +310,17 @@ def test_the_quantile_rule_comes_close_from_below(share: float) -> None:
     assert sum(each == k for each in counts) <= 4  # else it was exact all the time, and saved nothing
 
 
+def test_a_sample_that_misleads_breaks_no_budget() -> None:
+    numbers = torch.rand(1 << 21)
+    numbers[::17] /= 1000  # what turn 0 looks at
+    out, exact = torch.empty(len(numbers), dtype=torch.bool), torch.empty(len(numbers), dtype=torch.bool)
+    about_largest(numbers, 100_000, out, turn=0)
+    largest(numbers, 100_000, exact)
+    assert torch.equal(out, exact)
+    about_largest(numbers, 100_000, out, turn=1)
+    assert 90_000 < out.sum() < 100_000
+
+
 # ---------------------------------------------------------------------------------------------- options
 
 
@@ -561,6 +573,18 @@ def test_a_checkpoint_loads_into_a_model_that_was_not_initialised(tmp_path: Path
     model = nn.Sequential(conv_bn(3, 8), Residual(8, 8), Residual(8, 8), head(8)).train()
     again = Session.load(tmp_path / "run.pt", model, EXAMPLE, MOMENTUM(model.parameters()), progress=False)
     assert train(again, 2, 3) == train(session, 2, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"start_decay": 0.9}, {"tracked_state": True}])
+def test_a_trainer_goes_on_with_its_own_checkpoint_of_the_weights(options: dict[str, Any]) -> None:
+    first = begin(DropBack(0.2, **options), MOMENTUM)
+    train(first, 3)
+    second = begin(DropBack(0.2, **options), MOMENTUM)
+    second.graph.load_state_dict(first.graph.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    resume(second, copy.deepcopy(progress(first)))
+    assert train(second, 3, 3) == train(first, 3, 3)
+    assert_same_weights(second, first)
 
 
 def test_a_session_goes_on_from_a_sparse_file(tmp_path: Path) -> None:
