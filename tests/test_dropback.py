@@ -520,6 +520,33 @@ def test_a_step_after_a_cut_is_that_of_algorithm_1() -> None:
         assert not torch.equal(p, before[name]) or not chosen[name].any()
 
 
+class Steered(nn.Module):
+    """Plain Python that looks at values calls the parts, which have graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = conv_bn(3, 8), nn.Sequential(Residual(8, 8), head(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.body(x if x.sum() > 0 else x.flip(0))
+
+
+def test_models_that_plain_python_steers(tmp_path: Path) -> None:
+    model = fxprune.initialize(Steered().train(), 3)
+    example = torch.randn(2, 3, 8, 8)
+    session = Session(model, example, MOMENTUM(model.parameters()), [Thin(), DropBack(0.2)], progress=False)
+    for epoch in range(2):
+        train(session, 3, 10 * epoch)
+        assert count(changed(session)) == budget(session)
+        assert session.epoch_end().removed > 0
+    fxprune.save(session.graph, tmp_path / "model.safetensors")
+    again = fxprune.load(tmp_path / "model.safetensors", Steered().train())
+    assert_equal("state", dict(again.state_dict()), dict(session.graph.state_dict()))
+    x, _ = batch(0)
+    assert torch.equal(again(x), session.model(x))
+
+
 def test_prunetrain_beside_dropback() -> None:
     """Start values that decay let channels reach zero, where PruneTrain finds them."""
     pruner = PruneTrain(ratio=0.6, interval=1, threshold=1e-3, proximal=True)
