@@ -350,6 +350,8 @@ SCRIPT: list[float] = []
         ([0.5, 0.505, 0.94, 0.94, 0.94], {"patience": 1, "cooldown": 1, "stop": 0.9}, [2]),
         ([0.5] * 9, {"patience": 1, "cooldown": 1, "cuts": 3}, [2, 4, 6]),
         ([0.99] * 4, {"patience": 1, "cooldown": 1}, []),
+        ([0.94] * 3, {"patience": 1, "cooldown": 1}, [2]),  # of twelve channels one would go
+        ([0.94] * 3, {"patience": 1, "cooldown": 1, "stop": 0.94}, []),
     ],
 )
 def test_when_it_cuts(script: list[float], options: dict[str, Any], cuts: list[int]) -> None:
