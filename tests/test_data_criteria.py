@@ -146,6 +146,19 @@ def test_scoring_does_not_disturb_a_wrapped_model(ranks: Ranks, tmp_path: Path) 
     assert ranks(2, tmp_path / "store", while_it_trains) == [True, True]
 
 
+def drawn(rank: int) -> list[Tensor]:
+    """New weights on ranks whose random numbers differ."""
+    model = Net()
+    torch.manual_seed(rank)
+    compact = fxprune.prune(model, batch(0, 0)[0], passes.Uniform(weights="reinit", round_to=1), budget=HALF)
+    return [parameter.detach() for parameter in compact.parameters()]
+
+
+def test_new_weights_are_the_same_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    one, other = ranks(2, tmp_path / "store", drawn)
+    assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------ progress
 
 
