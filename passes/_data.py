@@ -50,6 +50,8 @@ def mean_over(
     Raises:
         PlanError: there is no batch, here or on another rank, or ``of`` raises it.
     """
+    if not analysis.groups:
+        return {}
     weights_of(analysis)  # raises where they have no values
     totals: dict[str, Floats] = {}
     count = 0

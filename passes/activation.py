@@ -60,6 +60,8 @@ class Activation(Criterion):
             return watch.sums
 
         found = mean_over(analysis, batches(self.data, "Activation"), "Activation", sums)
+        if not found:
+            return {}
         count = np.maximum(found["count"], 1)
         values = found["size"] / count
         if self.statistic == "variance":

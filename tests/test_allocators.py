@@ -150,12 +150,6 @@ def test_widths_need_no_data_and_no_chance(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_a_model_without_groups_is_an_error(name: str) -> None:
-    with pytest.raises(PlanError, match="nothing in this model can be pruned"):
-        ALLOCATORS[name]().plan(fxprune.analyze(nn.Linear(4, 2), torch.randn(1, 4)), Budget(flops=0.5))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -354,6 +354,15 @@ class Steered(nn.Module):
 
 
 @pytest.mark.parametrize("name", CRITERIA)
+def test_a_model_without_groups(name: str) -> None:
+    inputs = (torch.randn(2, 4),)
+    analysis = fxprune.analyze(nn.Linear(4, 2), inputs)
+    assert CRITERIA[name](inputs).score(analysis) == {}
+    with pytest.raises(PlanError, match="nothing in this model can be pruned"):
+        CRITERIA[name](inputs).plan(analysis, HALF)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
 def test_models_that_plain_python_steers(name: str) -> None:
     model = randomize(Steered(), 0).eval()
     inputs = (torch.randn(2, 3, 8, 8),)
