@@ -315,6 +315,31 @@ def test_constants_that_something_else_reads_are_named(reader: Callable[[], nn.M
         assert "conv" in said[0]
 
 
+class Gram(ReadBy):
+    """What is multiplied with itself is read by no layer there."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.relu(self.conv(x))
+        flat = x.flatten(2)
+        return [self.readers[0](x), flat.transpose(1, 2) @ flat]
+
+
+def test_constants_that_no_layer_reads_are_named() -> None:
+    model, inputs = dead(Gram(nn.Conv2d(6, 2, 1)), [2, 5], [0.4, 0.6])
+    graph = fxprune.trace(model, inputs)
+    assert fxprune.analyze(graph, inputs).sizes == {"conv": 6}, "to the analysis they are channels like others"
+    with pytest.warns(UserWarning, match="leaves 2 channels that hold a constant, of conv: matmul .* reads it"):
+        assert not FoldConstants(example_inputs=inputs)(graph).modified
+
+
+@pytest.mark.filterwarnings("ignore:FoldConstants leaves 3 .* shares its weights:UserWarning")
+def test_layers_that_share_their_weights_carry_nothing() -> None:
+    first, second = (nn.Conv2d(6, 3, 3, padding=1) for _ in range(2))
+    second.weight = first.weight
+    model, inputs = dead(ReadBy(first, second), [1, 2, 5], [0.4, 0.6, 0.5])
+    rewritten(FoldConstants(), model, inputs, changes=False)
+
+
 def test_a_group_of_constants_keeps_one() -> None:
     model, inputs = net(nn.Conv2d(6, 4, 1), -1.0, dead=range(6))
     compact = rewritten(FoldConstants(), model, inputs)
@@ -500,6 +525,20 @@ def test_folded_norms_by_hand(tmp_path: Path) -> None:
     torch.testing.assert_close(compact.get_parameter("conv1.weight"), model.conv1.weight * scale[:, None, None, None])
     torch.testing.assert_close(compact.get_parameter("conv1.bias"), model.bn1.bias - model.bn1.running_mean * scale)
     exported(compact, inputs, tmp_path)
+
+
+def test_a_layer_that_something_else_reads_too_keeps_its_norm() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    inputs = (torch.randn(2, 3, 7, 7, dtype=torch.float64),)
+    rewritten(FoldBatchNorm(), randomize(Twice(), 0).double(), inputs, [False], changes=False)
 
 
 def test_a_norm_over_another_axis_than_the_linear_layer_s_stays() -> None:
