@@ -183,6 +183,23 @@ def test_a_flattened_map_counts_for_its_channel() -> None:
     assert channels(session, "conv") == pytest.approx(expected.tolist(), abs=1e-15)
 
 
+class Half(nn.Module):
+    """An activation on half of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.conv(x).chunk(2, 1)
+        return self.read(torch.cat([F.relu(left), right], 1))
+
+
+def test_a_group_is_measured_where_all_of_it_is() -> None:
+    with pytest.raises(PlanError, match="of 1 groups, 1 have no activation that gives zeros"):
+        session_of(Half().train(), torch.randn(2, 3, 4, 4))
+
+
 def test_a_depthwise_convolution_shares_the_density_of_its_channels() -> None:
     model = nn.Sequential(conv_bn(3, 8, 1), conv_bn(8, 8, groups=8), conv_bn(8, 12, 1), head(12)).double().train()
     session = session_of(model, x := torch.randn(4, 3, 8, 8, dtype=torch.float64), EAGER)
