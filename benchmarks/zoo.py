@@ -1,28 +1,33 @@
-"""Every torchvision model that can be traced: pruned to half its FLOPs, the law checked, exported to ONNX.
+"""Every torchvision model: pruned to half its FLOPs, the law checked, exported to ONNX.
 
     python benchmarks/zoo.py                     all models, each in a process of its own
     python benchmarks/zoo.py --models resnet18   some
-    python benchmarks/zoo.py --onnx              ONNX parity of the classification models too
+    python benchmarks/zoo.py --onnx              ONNX parity of the classification and detection models too
+    python benchmarks/zoo.py --again             check anew what is there; the ONNX column stays
 
 Appends a line a model to results/zoo.jsonl, skips what is there, and writes results/zoo.md.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 BIG = 150_000_000  # parameters from which the law is checked in float32, outputs only
+SINGLE = {"keypointrcnn_resnet50_fpn"}  # takes float32 targets only
+EXPORTED = ("classification", "detection", "optical_flow")
 
 
 def names() -> dict[str, str]:
-    """The builders that symbolic tracing reaches, with their kind: 80 + 6 + 9 + 12."""
+    """All builders with their kind: 80 + 6 + 9 + 12 that are one graph, and 12 + 2 that plain Python steers."""
     from torchvision import models
 
     kinds = {
@@ -30,6 +35,8 @@ def names() -> dict[str, str]:
         "segmentation": models.segmentation,
         "video": models.video,
         "quantizable": models.quantization,
+        "detection": models.detection,
+        "optical_flow": models.optical_flow,
     }
     return {name: kind for kind, module in kinds.items() for name in models.list_models(module=module)}
 
@@ -41,8 +48,12 @@ def build(name: str) -> Any:
 
     options: dict[str, Any] = {"weights": None}
     kind = names()[name]
-    if kind == "segmentation":
+    if kind in ("segmentation", "detection"):
         options["weights_backbone"] = None
+    if kind == "detection" and not name.startswith("ssd"):
+        options |= {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:
+        options |= {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10}
     if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     if kind == "quantizable":
@@ -72,6 +83,10 @@ def example(name: str) -> Any:
 
     torch.manual_seed(1)
     kind = names()[name]
+    if kind == "optical_flow":
+        return torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128)
+    if kind == "detection":
+        return [torch.rand(3, 96, 128), torch.rand(3, 100, 90)], [target(name, 96, 128), target(name, 100, 90)]
     if kind == "video":
         large = name == "s3d" or "mvit" in name
         return torch.randn(1, 3, 16, 224, 224) if large else torch.randn(2, 3, 8, 64, 64)
@@ -82,8 +97,20 @@ def example(name: str) -> Any:
     return torch.randn(2, 3, 96, 96)
 
 
+def target(name: str, height: int, width: int) -> dict[str, Any]:
+    """Two objects in an image, as detectors train on them."""
+    import torch
+
+    found = {"boxes": torch.tensor([[5.0, 5, 60, 70], [20, 30, 80, 85]]), "labels": torch.tensor([1, 1])}
+    if "mask" in name:
+        found["masks"] = (torch.rand(2, height, width) > 0.5).to(torch.uint8)
+    if "keypoint" in name:
+        found["keypoints"] = torch.cat([torch.rand(2, 17, 2) * 60 + 10, torch.ones(2, 17, 1)], -1)
+    return found
+
+
 def parity(name: str) -> float:
-    """The difference between onnxruntime and PyTorch for a model pruned to half its FLOPs."""
+    """The difference between onnxruntime and PyTorch for a model pruned to half its FLOPs, in eval mode."""
     import torch
 
     import fxprune
@@ -91,7 +118,7 @@ def parity(name: str) -> float:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    x = example(name)
+    x = example(name)[:1] if names()[name] == "detection" else example(name)
     compact = fxprune.prune(build(name), x, passes.Magnitude(), budget=fxprune.Budget(flops=0.5), verify=False)
     with tempfile.TemporaryDirectory() as folder:
         return fxprune.export_onnx(compact, x, Path(folder) / "model.onnx").difference
@@ -103,11 +130,13 @@ def check(name: str) -> dict[str, Any]:
 
     import fxprune
     from fxprune import cost, passes
+    from fxprune.traced import regions
+    from fxprune.verify import mask_
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     model, x = build(name), example(name)
-    big = cost.params(model) > BIG
+    big = cost.params(model) > BIG or name in SINGLE
     start = time.process_time()
     graph = fxprune.trace(model, x)
     traced = time.process_time()
@@ -119,26 +148,33 @@ def check(name: str) -> dict[str, Any]:
         graph, compact, param_map, x, dtype=torch.float32 if big else torch.float64, gradients=not big
     )
     graph.eval(), compact.eval()
+    whole = graph
+    if not isinstance(graph, fxprune.TracedModule):  # what boxes there are depends on the weights: count on the same
+        whole = copy.deepcopy(graph)
+        mask_(whole, param_map)
     axes = [axis for axis in analysis.axes.values() if not axis.weak and axis.axis == 0]
-    frozen = sum(
-        len(item.index)
-        for item in analysis.frozen
-        if item.axis == 0 and (item.parameter, 0) in {(axis.parameter, 0) for axis in axes}
-    )
+    rows = {(axis.parameter, 0) for axis in axes}
+    reasons = Counter[str]()
+    for item in analysis.frozen:
+        if (item.parameter, item.axis) in rows:
+            reasons[item.reason.text] += len(item.index)
     return {
         "model": name,
         "kind": names()[name],
-        "graphs": len(graph.distinct_graphs()),
+        "graphs": sum(len(region.distinct_graphs()) for region in regions(graph).values()),
+        "regions": [path for path in regions(graph) if path],
         "groups": len(analysis.groups),
         "channels": sum(analysis.sizes.values()),
         "inexact": sum(group.size for group in analysis.groups.values() if group.inexact),
-        "frozen": frozen / max(1, sum(axis.size for axis in axes)),
+        "frozen": reasons.total() / max(1, sum(axis.size for axis in axes)),
+        "reasons": dict(reasons.most_common(4)),
         "unknown": sorted(analysis.unknown),
-        "flops": cost.flops(compact, x) / cost.flops(graph, x),
+        "flops": cost.flops(compact, x) / cost.flops(whole, x),
         "params": cost.params(compact) / cost.params(graph),
         "dtype": "float32" if big else "float64",
         "outputs": result.outputs,
         "gradients": None if big else result.gradients,
+        "trained": result.trained,
         "moved": result.moved,
         "trace_s": traced - start,
         "analyze_s": analysed - traced,
@@ -149,16 +185,17 @@ def check(name: str) -> dict[str, Any]:
 def report(rows: list[dict[str, Any]]) -> str:
     """The table, as Markdown."""
     lines = [
-        "# torchvision, every model that symbolic tracing reaches",
+        "# torchvision, every model",
         "",
         "Each is pruned to half its FLOPs by the defaults of `passes.Magnitude`, with random weights and",
         "randomised norms. `law` is the largest difference between the masked original and the compact model,",
         "outputs and gradients, eval and train, relative to the largest value (allowed: 1e-10 in float64,",
         "1e-5 in float32). `onnx` is that between onnxruntime and PyTorch in float32. `frozen` is the share",
-        "of weight rows that can't go. `moved` is how far the cut itself moved the outputs; `CPU s` is the",
-        "time of trace and analyze.",
+        "of weight rows that can't go, with the reasons of most of them. `moved` is how far the cut itself moved",
+        "the outputs; `CPU s` is the time of trace and analyze. `graph` counts the graphs of the model, one for",
+        "each mode where these differ; where plain Python steers it, those of its regions.",
         "",
-        "| model | graphs | groups | channels | frozen | FLOPs | params | law | moved | onnx | CPU s |",
+        "| model | graph | groups | channels | frozen | FLOPs | params | law | moved | onnx | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["kind"], row["model"])):
@@ -167,9 +204,11 @@ def report(rows: list[dict[str, Any]]) -> str:
             continue
         law = max(row["outputs"], row["gradients"] or 0)
         note = " (f32)" if row["dtype"] == "float32" else ""
+        parts = f"{len(row['regions'])} regions" if row.get("regions") else str(row["graphs"])
+        why = ", ".join(reason for reason in row.get("reasons", ()) if row["frozen"] >= 0.005)
         onnx = f"{row['onnx']:.0e}" if isinstance(row["onnx"], float) else "error" if row["onnx"] else ""
         lines.append(
-            f"| {row['model']} | {row['graphs']} | {row['groups']} | {row['channels']} | {row['frozen']:.1%} | "
+            f"| {row['model']} | {parts} | {row['groups']} | {row['channels']} | {row['frozen']:.1%} {why} | "
             f"{row['flops']:.1%} | {row['params']:.1%} | {law:.0e}{note} | {row['moved']:.2f} | {onnx} | "
             f"{row['trace_s'] + row['analyze_s']:.2f} |"
         )
@@ -199,7 +238,8 @@ def main() -> None:
     """Check the models that are not in the results yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="", help="comma-separated; default all")
-    parser.add_argument("--onnx", action="store_true", help="compare onnxruntime with PyTorch too (classification)")
+    parser.add_argument("--onnx", action="store_true", help="compare onnxruntime with PyTorch too")
+    parser.add_argument("--again", action="store_true", help="check anew what is in the results")
     parser.add_argument("--limit-s", type=float, default=1200)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -212,10 +252,12 @@ def main() -> None:
     rows = {row["model"]: row for row in found if "error" not in row}
     kinds = names()
     for name in options.models.split(",") if options.models else kinds:
-        if name not in rows:
+        if name not in rows or options.again:
+            before = rows.get(name, {})
             rows[name] = {"model": name, "kind": kinds[name], **one(name, False, options.limit_s)}
+            rows[name]["onnx"] = before.get("onnx")
             print(name, rows[name].get("error", "passes"), file=sys.stderr, flush=True)
-        if options.onnx and kinds[name] == "classification" and rows[name].get("onnx") is None:
+        if options.onnx and kinds[name] in EXPORTED and rows[name].get("onnx") is None:
             rows[name]["onnx"] = one(name, True, options.limit_s)
             print(name, "onnx", rows[name]["onnx"], file=sys.stderr, flush=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))

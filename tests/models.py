@@ -94,7 +94,7 @@ def prepare(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64) -> tu
     return model, cast(case.inputs(), dtype)
 
 
-def randomize(model: nn.Module, seed: int) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter and BatchNorm statistic so that no channel is blind; returns ``model``.
 
     Initial values hide mistakes: zero biases, unit scales and equal statistics look alike in every

@@ -196,6 +196,11 @@ class Analysis:
         for frozen in self.frozen:
             by_reason.setdefault(frozen.reason.text, []).append(f"{frozen.parameter}[{frozen.axis}]")
         lines += [f"frozen, {reason}: {abridged(axes)}" for reason, axes in by_reason.items()]
+        if not isinstance(self.graph, TracedModule):
+            graphs = abridged(list(regions(self.graph)), limit=20) or "none"
+            lines.append(f"graphs: {graphs}. The rest of {type(self.graph).__name__} is plain Python")
+        if self.not_run:
+            lines.append(f"not run: {self.not_run}")
         return "\n".join(lines)
 
 

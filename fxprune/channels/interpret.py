@@ -39,7 +39,7 @@ def name_parameters(
         if aliases[name] != name:
             state[name] = state[aliases[name]]
         elif not (tensor.is_floating_point() or tensor.is_complex()):
-            state[name] = tensor.clone()
+            state[name] = own(tensor)
         else:
             labels = []
             for axis, size in enumerate(tensor.shape):
@@ -47,9 +47,15 @@ def name_parameters(
                     names = run.names.fresh(size)
                     axes[name, axis] = Axis(name, axis, names, weak=not isinstance(tensor, nn.Parameter))
                     labels.append(on_axis(names, axis, tensor.ndim))
-            data = tensor.detach().clone() if run.real else on_meta(tensor)
+            data = own(tensor) if run.real else on_meta(tensor)
             state[name] = ChannelTensor(data, tuple(labels), run, name, name)
     return state, axes, aliases
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy that the run may write into, even when it is made in inference mode."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 class Runner(fx.Interpreter):

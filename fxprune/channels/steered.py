@@ -10,17 +10,20 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fxprune.channels.interpret import Recorder, cause, freeze_output, within
 from fxprune.channels.labels import Label, along, freeze
 from fxprune.channels.names import Bools, Names
-from fxprune.channels.tensor import Call, ChannelTensor, Run, name_of, operand
+from fxprune.channels.tensor import WHOLE, ChannelTensor, Run, apply
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, map_tensors
@@ -56,9 +59,9 @@ class Steered:
         self.inputs.setdefault(mode, {})
         names = (*dict(self.model.named_parameters()), *dict(self.model.named_buffers()))  # each tensor once
         state = {name: self.state[name] for name in names}
-        self.run.mode, self.run.steering = mode, self.steering
+        self.run.mode = mode
         try:
-            with in_mode(self.model, mode), self.watched(), untouched():
+            with in_mode(self.model, mode), self.watched(), untouched(), self.steering:
                 result = functional_call(self.model, state, *inputs)
         except FxpruneError:
             raise
@@ -68,8 +71,6 @@ class Steered:
                 f"{type(self.model).__name__} does not run on channel names in {'train' if mode else 'eval'} mode "
                 f"(last at {place}): {cause(error)}"
             ) from error
-        finally:
-            self.run.steering = None
         for tensor in tensors_within(result):
             freeze_output(tensor)
 
@@ -101,11 +102,8 @@ class Steered:
         """What stands in for the forward of a region."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.run.steering = None
-            try:
+            with self.steering.away():
                 return map_tensors(plain, self.record(path, region, self.run.mode, (args, kwargs)))
-            finally:
-                self.run.steering = self.steering
 
         return forward
 
@@ -128,11 +126,9 @@ class Steered:
         """What stands in for the forward of a layer that Python itself calls: its attributes will follow its sizes."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.run.steering, self.run.names.node = None, within(path, "output")
-            try:
+            self.run.names.node = within(path, "output")
+            with self.steering.away():
                 result = forward(*args, **kwargs)
-            finally:
-                self.run.steering = self.steering
             for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
                 tensor = next(iter(tensors_within(value)), None)
                 if isinstance(tensor, ChannelTensor):
@@ -194,10 +190,11 @@ def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 
 
 class Steering:
-    """Watches what plain Python reads of ChannelTensors and what it calls with them."""
+    """Watches what plain Python reads of ChannelTensors and what it calls with them, while this context holds."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.inside = False  # a function that Python called is at work
         self.reads: dict[Any, Callable[..., Any]] = {
             Tensor.shape.__get__: self.shape,  # type: ignore[attr-defined]
             Tensor.size: lambda tensor, dim=None: self.shape(tensor) if dim is None else self.size(tensor, dim),
@@ -208,6 +205,37 @@ class Steering:
             Tensor.numpy: lambda tensor: self.data(tensor).numpy(),
             Tensor.__array__: lambda tensor, *dtype: np.asarray(self.data(tensor), *dtype),
         }
+
+    def __enter__(self) -> None:
+        ChannelTensor.steering, self.inside = self, False
+
+    def __exit__(self, *error: object) -> None:
+        ChannelTensor.steering = None
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """While a graph or a layer is at work, which can be rewritten."""
+        ChannelTensor.steering = None
+        try:
+            yield
+        finally:
+            ChannelTensor.steering = self
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One call of a function by Python. What it gives without names is an ordinary tensor."""
+        if self.inside:
+            return apply(WHOLE[func], args, kwargs) if func in WHOLE else func(*args, **kwargs)
+        self.locate()
+        if func in self.reads:
+            return self.reads[func](*args, **kwargs)
+        before = map_tensors(known, (args, kwargs))
+        self.inside = True
+        try:
+            result = apply(WHOLE[func], args, kwargs) if func in WHOLE else func(*args, **kwargs)
+            self.check(func, before, result)
+        finally:
+            self.inside = False
+        return result if any(result is each for each in args) else map_tensors(plain, result)  # in place: the same
 
     def locate(self) -> str:
         """Say where in the user's Python the run is, for the reasons of what is frozen."""
@@ -232,23 +260,23 @@ class Steering:
 
     def data(self, tensor: ChannelTensor) -> Tensor:
         """The data, for Python to look at."""
-        self.locate()
         freeze(self.run.names, tensor.labels, "plain Python reads it")
         return tensor.data_
 
-    def check(self, call: Call, labels: Any) -> None:
+    def check(self, func: Any, given: Any, result: Any) -> None:
         """Freeze what a call is given that would not do the same with fewer channels."""
-        given = [label for tensor in call.tensors for label in tensor.labels]
-        if not given or call.unknown:
+        names = self.run.names
+        labels = [label for value in values_in(given) for label in value.labels]
+        ends = [name for label in labels for name in (label.flat[0], label.flat[-1])]
+        roots = np.unique(names.find(np.array(ends, dtype=np.int64)))
+        free = roots[~names.frozen(roots)].tolist()
+        if not free:
             return
-        results = labels if isinstance(labels, list) else [labels]
-        ends = np.unique(
-            call.names.find(np.array([name for label in given for name in (label.flat[0], label.flat[-1])]))
-        )
-        free = ends[~call.names.frozen(ends)]
-        if any(hides_a_size(call)) or not all(fits(call, results, name) for name in free.tolist()):
-            for each in (given, *results):
-                freeze(call.names, each, f"plain Python calls {name_of(call.func)} with sizes of its own")
+        found = [known(tensor) for tensor in tensors_within(result)]
+        if hides_a_size(func, given) or not all(fits(names, func, given, found, name) for name in free):
+            called = getattr(func, "__name__", str(func))
+            for value in (*values_in(given), *found):
+                freeze(names, value.labels, f"plain Python calls {called} with sizes of its own")
 
 
 class Sizes(tuple[int, ...]):
@@ -259,7 +287,8 @@ class Sizes(tuple[int, ...]):
     def __new__(cls, tensor: ChannelTensor) -> Self:
         """As long as the tensor has axes."""
         self = super().__new__(cls, tensor.data_.shape)
-        self.read = lambda axis: tensor.run.steering.size(tensor, axis) if tensor.run.steering else tensor.shape[axis]
+        watch = ChannelTensor.steering
+        self.read = lambda axis: watch.size(tensor, axis)
         return self
 
     def __getitem__(self, key: Any) -> Any:
@@ -286,39 +315,52 @@ class Sizes(tuple[int, ...]):
         return math.prod(self)
 
 
-def hides_a_size(call: Call) -> Iterator[bool]:
-    """Whether the meaning of a call depends on a size that none of its arguments shows."""
-    name = name_of(call.func)
-    if name in ("group_norm", "native_group_norm"):
-        yield along(operand(call.args[0]).labels, 1) is not None
-    if "scaled_dot_product" in name:
-        yield call.arg("scale") is None and along(operand(call.args[0]).labels, -1) is not None
+@dataclass(frozen=True)
+class Known(Value):
+    """What is known of a tensor, and the order of its axes in memory: views depend on it."""
+
+    order: tuple[int, ...] = ()
 
 
-def fits(call: Call, labels: list[Any], name: int) -> bool:
-    """Whether the call as it stands gives what is predicted where the channel of ``name`` is gone."""
-    cut = Cutter(Without(call.names, name))
+def known(tensor: Tensor) -> Known:
+    """What is known of a tensor at this moment."""
+    data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
+    labels = tensor.labels if isinstance(tensor, ChannelTensor) else ()
+    order = tuple(sorted(range(data.ndim), key=data.stride, reverse=True))
+    return Known(tuple(data.shape), labels, data.dtype, False, order)
 
-    def narrowed(tensor: Tensor) -> Tensor:
-        its = tensor.labels if isinstance(tensor, ChannelTensor) else ()
-        data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
-        order = sorted(range(data.ndim), key=data.stride, reverse=True)  # views depend on it
-        shape = cut.value(Value(tuple(data.shape), its, data.dtype, False)).shape
-        dense = torch.empty([shape[axis] for axis in order], dtype=data.dtype, device="meta")
-        return dense.permute([order.index(axis) for axis in range(data.ndim)])
 
-    kwargs = {**call.kwargs, "device": "meta"} if "device" in call.kwargs else call.kwargs
-    outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
-    try:
-        found = call.func(*map_tensors(narrowed, tuple(call.args)), **map_tensors(narrowed, kwargs))
-        expected = [
-            cut.value(Value(tuple(out.shape), its, out.dtype, False)).shape
-            for out, its in zip(outs, labels, strict=False)
-            if isinstance(out, Tensor)
-        ]
-    except Exception:  # too few channels for a size that the call names, or not a rectangle
+def values_in(tree: Any) -> list[Known]:
+    """The values in a tree of arguments."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Known)]
+
+
+def hides_a_size(func: Any, given: Any) -> bool:
+    """Whether the meaning of a call depends on a size of a value that none of its arguments shows."""
+    if func in (F.group_norm, torch.group_norm, F.multi_head_attention_forward):
+        return True
+    if func is not F.scaled_dot_product_attention:
         return False
-    return [tuple(tensor.shape) for tensor in tensors_within(found)][: len(expected)] == expected
+    args, kwargs = given
+    return kwargs.get("scale") is None and along(args[0].labels, -1) is not None
+
+
+def fits(names: Names, func: Any, given: Any, found: list[Known], name: int) -> bool:
+    """Whether the call as it stands gives what is predicted where the channel of ``name`` is gone."""
+    cut = Cutter(Without(names, name))
+
+    def narrowed(value: Known) -> Tensor:
+        shape = cut.value(value).shape
+        dense = torch.empty([shape[axis] for axis in value.order], dtype=value.dtype, device="meta")
+        return dense.permute([value.order.index(axis) for axis in range(len(shape))])
+
+    try:
+        args, kwargs = pytree.tree_map_only(Known, narrowed, given)
+        result = func(*args, **({**kwargs, "device": "meta"} if "device" in kwargs else kwargs))
+        expected = [cut.value(value).shape for value in found]
+    except Exception:  # too few channels for a size that the call names, or what is left is no rectangle
+        return False
+    return [tuple(tensor.shape) for tensor in tensors_within(result)] == expected
 
 
 class Without:

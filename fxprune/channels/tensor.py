@@ -7,7 +7,7 @@ shape, and is handed to the rule of its family for its labels. An operator witho
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,6 @@ class Run:
 
     mode: bool = False  # of the graph that is being run
     real: bool = False  # tensors have data: for Python that looks at values
-    steering: Any = None  # what watches over plain Python while that, not a graph, calls operators; see steered.py
     heads: str = "whole"
     groups: str = "auto"
     names: Names = field(default_factory=Names)
@@ -79,6 +78,7 @@ class ChannelTensor(Tensor):
     run: Run
     source: str
     parameter: str | None
+    steering: ClassVar[Any] = None  # watches over plain Python while that, not a graph, calls functions: see steered.py
 
     @staticmethod
     def __new__(
@@ -99,10 +99,10 @@ class ChannelTensor(Tensor):
     ) -> Any:
         """Functions that torch would take apart on the way, but that have a rule as a whole, go straight to it."""
         with torch._C.DisableTorchFunctionSubclass():
+            if cls.steering is not None:
+                return cls.steering.call(func, args, kwargs or {})
             if func in WHOLE:
                 return apply(WHOLE[func], args, kwargs or {})
-            if isinstance(args[0], ChannelTensor) and args[0].run.steering and func in args[0].run.steering.reads:
-                return args[0].run.steering.reads[func](*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -110,6 +110,8 @@ class ChannelTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Every operator that no function above took whole."""
+        if cls.steering is not None and not cls.steering.inside:
+            return cls.steering.call(func, args, kwargs or {})
         return apply(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -120,8 +122,6 @@ def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on meta tensors for its shape, and hand it to its rule for its labels."""
     tensors = channel_tensors((*args, *kwargs.values()))
     run = tensors[0].run
-    if run.steering:
-        run.steering.locate()
     if run.real:
         out = func(*bare(args, real=True), **bare(kwargs, real=True))
     else:
@@ -131,8 +131,6 @@ def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     call = Call(run, func, args, kwargs, out, tensors)
     run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
     labels = rule_of(func)(call)
-    if run.steering:
-        run.steering.check(call, labels)
     if func._schema.is_mutable:
         return call.mutated(labels)
     source = call.unknown or tensors[0].source
