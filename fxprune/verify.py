@@ -5,9 +5,10 @@ its statistics run over the kept ones only: there the two functions differ by na
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -125,7 +126,7 @@ def compare(
             if trained:
                 raise
             break
-        found = outputs_of(small, mode, inputs, gradients, None)
+        found = outputs_of(small, mode, inputs, gradients, None, expected.within)
         for kind, name, error in differences(expected, found, param_map):
             worst[kind] = max(worst[kind], error)
             if not error <= tolerance:
@@ -151,11 +152,11 @@ class Result(NamedTuple):
 
 def outputs_of_both(a: Result, b: Result) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Outputs by their names; of what was seen within, only what has the same channels in both."""
-    for number, pair in enumerate(zip(a.outputs, b.outputs, strict=True)):
-        yield str(number), *pair
     for (name, one), (_, two) in zip(a.within, b.within, strict=True):
         if one.shape == two.shape:
             yield f"of {name}", one, two
+    for number, pair in enumerate(zip(a.outputs, b.outputs, strict=True)):
+        yield str(number), *pair
 
 
 def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterator[tuple[str, str, float]]:
@@ -190,7 +191,14 @@ def difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return gap / size if size else gap
 
 
-def outputs_of(model: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap | None) -> Result:
+def outputs_of(
+    model: Model,
+    mode: bool,
+    inputs: Bound,
+    gradients: bool,
+    param_map: ParamMap | None,
+    seen_before: Sequence[tuple[str, Tensor]] = (),
+) -> Result:
     """The output tensors of ``model`` in one mode, and the gradients of a fixed random sum of them."""
     model.train(mode)
     for parameter in model.parameters():
@@ -202,7 +210,7 @@ def outputs_of(model: Model, mode: bool, inputs: Bound, gradients: bool, param_m
     torch.manual_seed(0)
     args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
     dtype = device_of(model)[1]
-    with torch.set_grad_enabled(gradients), Comparable(dtype), masked_norms(model, norms) as seen:
+    with torch.set_grad_enabled(gradients), Comparable(dtype), masked_norms(model, norms, seen_before) as seen:
         result = model(*args, **kwargs)
     outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
     if gradients:
@@ -219,18 +227,26 @@ def outputs_of(model: Model, mode: bool, inputs: Bound, gradients: bool, param_m
 
 
 @contextmanager
-def masked_norms(model: Model, norms: Mapping[tuple[bool, str], Kept]) -> Iterator[list[tuple[str, Tensor]]]:
+def masked_norms(
+    model: Model, norms: Mapping[tuple[bool, str], Kept], before: Sequence[tuple[str, Tensor]] = ()
+) -> Iterator[list[tuple[str, Tensor]]]:
     """While this holds, the norms in ``norms`` see only what is kept of their input.
 
-    Yields a list that fills with what is given by the regions, and the layers, that plain Python calls.
+    Yields a list that fills with what is given by the regions, and the layers, that plain Python calls. Where
+    ``before`` is the list of another model, Python gets the values of that: it may decide by rounding, as sorting does.
     """
     seen: list[tuple[str, Tensor]] = []
 
+    def note(path: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        seen.append((path, tensor))
+        other = before[len(seen) - 1][1] if len(seen) <= len(before) else tensor
+        return other.detach() + (tensor - tensor.detach()) if other.shape == tensor.shape else tensor
+
     def noting(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            seen.extend((path, tensor) for tensor in tensors_in(result) if path and tensor.is_floating_point())
-            return result
+            return map_tensors(partial(note, path) if path else lambda tensor: tensor, forward(*args, **kwargs))
 
         return noted
 
