@@ -198,14 +198,14 @@ class ActivationDensity(TrainingPass):
             start_again(session)
 
     def report(self, session: Session, memory: Memory) -> Mapping[str, float]:
-        """The lowest density, and the paper's training complexity: the sum of epochs x MACs of a sample.
+        """The lowest density, and the paper's training complexity until now.
 
-        ``complexity`` is that sum over what it would be had no epoch cost less than the first.
+        That is the sum of epochs x MACs of a sample, over what it would be had each epoch cost as much as the first.
         """
         epochs = [each.flops / 2 for each in session.log] + [counted(session, "macs")[0]]
         densities = memory.saved["densities"].values()
         lowest = {"density": min(densities)} if densities else {}
-        return lowest | {"training_macs": sum(epochs), "complexity": sum(epochs) / (len(epochs) * epochs[0] or 1)}
+        return lowest | {"complexity": sum(epochs) / (len(epochs) * epochs[0] or 1)}
 
 
 def activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:

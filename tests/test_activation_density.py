@@ -198,6 +198,12 @@ class Half(nn.Module):
 def test_a_group_is_measured_where_all_of_it_is() -> None:
     with pytest.raises(PlanError, match="of 1 groups, 1 have no activation that gives zeros"):
         session_of(Half().train(), torch.randn(2, 3, 4, 4))
+    model = Half().train()
+    model.conv = nn.Sequential(conv_bn(3, 12), nn.Conv2d(12, 8, 1))
+    session = session_of(model, x := torch.randn(4, 3, 4, 4), EAGER)
+    cut(session, [x])
+    assert session.analysis.sizes["conv.1"] == 8
+    assert session.analysis.sizes["conv.0.0"] < 12
 
 
 def test_a_depthwise_convolution_shares_the_density_of_its_channels() -> None:
@@ -404,7 +410,6 @@ def test_the_training_complexity_is_the_sum_of_the_log() -> None:
         train(session, inputs, 1)
         record = session.epoch_end()
         macs = [each.flops / 2 for each in session.log]
-        assert record.values["training_macs"] == sum(macs)
         assert record.values["complexity"] == pytest.approx(sum(macs) / (len(macs) * macs[0]), rel=1e-15)
         assert record.values["density"] > 0
     per_image = fxprune.cost.flops(traced("residual")[0], inputs) / len(inputs[0])
