@@ -103,7 +103,9 @@ def load(path: str | Path, model: nn.Module) -> Model:
         check_state(compact, state)
     except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
-    compact.load_state_dict(state)
+    own = compact.state_dict()  # with the versions of the modules, which some look at when they load
+    own.update(state)
+    compact.load_state_dict(own)
     return compact
 
 

@@ -156,7 +156,7 @@ ZOO = torchvision.models.list_models(module=torchvision.models)
 OTHERS = torchvision.models.list_models(module=torchvision.models.detection)
 OTHERS += torchvision.models.list_models(module=torchvision.models.segmentation)
 OTHERS += torchvision.models.list_models(module=torchvision.models.optical_flow)
-SMALL = ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"]
+SMALL = ["mobilenet_v3_small", "squeezenet1_1", "mnasnet0_5"]
 HUGE = ("vit_h", "vit_l", "regnet_y_128", "swin_b", "swin_v2_b", "vgg19", "vgg13", "convnext_l", "efficientnet_v2_l")
 
 
