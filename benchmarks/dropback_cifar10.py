@@ -148,7 +148,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
             ]
         )
     here = machine("fxprune", "torch", "torchvision")
-    header = ["weights", "differ", "test accuracy", "to dense", "training loss", "file, bytes", "smaller", "bytes each"]
+    header = ["budget", "differ", "test accuracy", "to dense", "training loss", "file, bytes", "smaller", "bytes each"]
     text = "\n".join(
         [
             "# DropBack on CIFAR-10, the dense network beside it",
@@ -165,7 +165,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
             "",
             "The accuracy is that of a network loaded from the file, which `fxprune.save` wrote; batch norm's averages "
             f"({dense['buffers']:,} bytes) are in it, but not in `bytes each`. `processor time` is of training, beside "
-            "the dense run's.",
+            "the dense run's. `differ` counts the weights that are not at their start value.",
         ]
     )
     print(text)
