@@ -97,41 +97,60 @@ def candidates(network: str, width: int, batch: tuple[Tensor, Tensor]) -> dict[s
 # -------------------------------------------------------------------------------------------------- training
 
 
+class Times:
+    """Seconds of every turn: on the wall, and of the processor, which other programs disturb less."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu.append(time.process_time() - self.start[1])
+        self.wall.append(time.perf_counter() - self.start[0])
+
+    def beside(self, dense: Times, what: str) -> dict[str, float]:
+        """Medians, and the median over the turns of the speed-up against ``dense``; the first three are warm-up."""
+        turns = zip(dense.cpu[3:], self.cpu[3:], strict=True)
+        return {
+            what: median(self.cpu[3:]),
+            f"{what}_wall": median(self.wall[3:]),
+            f"{what}_speedup": median(its / mine for its, mine in turns),
+        }
+
+
 class Run:
-    """A network in training and the seconds of each of its steps: on the wall, and of the processor."""
+    """A network in training."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, total_steps=steps, pct_start=0.3)
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
+        self.times = Times()
         self.losses: list[float] = []
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One step, timed."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
-        loss.backward()
-        self.optimizer.step()
-        self.losses.append(loss.item())
-        self.cpu.append(time.process_time() - cpu)
-        self.wall.append(time.perf_counter() - wall)
+        with self.times:
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.losses.append(loss.item())
         self.scheduler.step()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
-        return parts | {name: getattr(self, name) for name in ("wall", "cpu", "losses")}
+        return parts | {"wall": self.times.wall, "cpu": self.times.cpu, "losses": self.losses}
 
     def load(self, state: dict[str, Any]) -> None:
         """The opposite of ``state``."""
-        for name, its in state.items():
-            if name in ("model", "optimizer", "scheduler"):
-                getattr(self, name).load_state_dict(its)
-            else:
-                setattr(self, name, its)
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.times.wall, self.times.cpu, self.losses = state["wall"], state["cpu"], state["losses"]
 
 
 def train(runs: dict[str, Run], train_set: Set, epochs: int, checkpoint: Path) -> None:
@@ -178,8 +197,8 @@ def accuracy(model: nn.Module, data: Set) -> float:
 # --------------------------------------------------------------------------------------------------- figures
 
 
-def inference(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each model in onnxruntime, one thread, in turns."""
+def inference(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, Times]:
+    """The seconds of each model in onnxruntime, one thread, in turns."""
     x = torch.randn(batch, 3, 32, 32)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = settings.inter_op_num_threads = 1
@@ -189,15 +208,14 @@ def inference(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str
             path = Path(folder) / f"{number}.onnx"
             fxprune.export_onnx(model.eval(), x, path)
             sessions[name] = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    seconds = {name: Times() for name in sessions}
     order = random.Random(0)
     for _ in range(3 + rounds):
         for name in order.sample(list(sessions), len(sessions)):
             feed = {sessions[name].get_inputs()[0].name: x.numpy()}
-            start = time.perf_counter()
-            sessions[name].run(None, feed)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(its[3:]) for name, its in seconds.items()}
+            with seconds[name]:
+                sessions[name].run(None, feed)
+    return seconds
 
 
 def figures(models: dict[str, Any], runs: dict[str, Run], rounds: int) -> list[dict[str, Any]]:
@@ -207,19 +225,15 @@ def figures(models: dict[str, Any], runs: dict[str, Run], rounds: int) -> list[d
     rows = []
     for name, model in models.items():
         model.eval()
-        turns = zip(runs["dense"].wall[3:], runs[name].wall[3:], strict=True)
         rows.append(
             {
                 "model": name,
                 "flops": fxprune.cost.flops(model, x),
                 "params": fxprune.cost.params(model),
                 "widths": [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)],
-                "step_wall": median(runs[name].wall[3:]),
-                "step_cpu": median(runs[name].cpu[3:]),
-                "step_speedup": median(dense / mine for dense, mine in turns),
-                "inference": in_onnx[name],
-                "inference_speedup": in_onnx["dense"] / in_onnx[name],
             }
+            | runs[name].times.beside(runs["dense"].times, "step")
+            | in_onnx[name].beside(in_onnx["dense"], "inference")
         )
     return rows
 
@@ -247,7 +261,7 @@ def rows_of(rows: list[dict[str, Any]]) -> str:
             row["model"],
             f"{row['flops'] / 1e6:.1f} ({row['flops'] / dense['flops']:.0%})",
             f"{row['params']:,}",
-            f"{1e3 * row['step_wall']:.1f}",
+            f"{1e3 * row['step']:.1f}",
             f"{row['step_speedup']:.2f}",
             f"{1e3 * row['inference']:.2f}",
             f"{row['inference_speedup']:.2f}",
@@ -269,10 +283,11 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
         f"{options.images:,} training images, {options.epochs} epochs of {options.images // BATCH} steps of {BATCH}, "
         "SGD with one cycle up to a rate of 0.1, one seed, the same initial weights and batches for all; 10,000 test "
         f"images. The networks have 1/{FULL // options.width} of their published widths, and stems for 32 x 32 pixels. "
-        "The budget is a half and a quarter of the dense FLOPs. Step: forward, backward and update of a batch, median; "
-        "all take turns at every step, and the speed-up is the median over the turns. Inference: onnxruntime, a batch "
-        f"of {BATCH}, median of {options.rounds} turns. One CPU thread everywhere. Full width: the same times for the "
-        f"networks as published, median of {options.steps} steps, not trained.",
+        "The budget is a half and a quarter of the dense FLOPs. Step: forward, backward and update of a batch of "
+        f"{BATCH}, {options.steps} of them at full width. Inference: onnxruntime, a batch of {BATCH}, {options.rounds} "
+        "turns. All networks take turns; the speed-up is the median over the turns. One thread everywhere; times are "
+        "medians of the processor's time, because the machine was busy (those on the wall are in the JSON). Full "
+        "width: the networks as published, not trained.",
         "",
         in_words(here),
     ]
