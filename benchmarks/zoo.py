@@ -3,7 +3,7 @@
     python benchmarks/zoo.py                     all models, each in a process of its own
     python benchmarks/zoo.py --models resnet18   some
     python benchmarks/zoo.py --onnx              ONNX parity of the classification and detection models too
-    python benchmarks/zoo.py --again             check anew what is there; the ONNX column stays
+    python benchmarks/zoo.py --analyses          analyse anew, without checking the law
 
 Appends a line a model to results/zoo.jsonl, skips what is there, and writes results/zoo.md.
 """
@@ -124,24 +124,52 @@ def parity(name: str) -> float:
         return fxprune.export_onnx(compact, x, Path(folder) / "model.onnx").difference
 
 
+def analysed(model: Any, x: Any) -> tuple[Any, dict[str, Any]]:
+    """The analysis of one model, and what the table says of it."""
+    import torch
+
+    import fxprune
+    from fxprune.traced import regions
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    start = time.process_time()
+    graph = fxprune.trace(model, x)
+    traced = time.process_time()
+    analysis = fxprune.analyze(graph, x)
+    end = time.process_time()
+    axes = [axis for axis in analysis.axes.values() if not axis.weak and axis.axis == 0]
+    rows = {(axis.parameter, 0) for axis in axes}
+    reasons = Counter[str]()
+    for item in analysis.frozen:
+        if (item.parameter, item.axis) in rows:
+            reasons[item.reason.text] += len(item.index)
+    return analysis, {
+        "graphs": sum(len(region.distinct_graphs()) for region in regions(graph).values()),
+        "regions": [path for path in regions(graph) if path],
+        "groups": len(analysis.groups),
+        "channels": sum(analysis.sizes.values()),
+        "inexact": sum(group.size for group in analysis.groups.values() if group.inexact),
+        "frozen": reasons.total() / max(1, sum(axis.size for axis in axes)),
+        "reasons": dict(reasons.most_common(4)),
+        "unknown": sorted(analysis.unknown),
+        "trace_s": traced - start,
+        "analyze_s": end - traced,
+    }
+
+
 def check(name: str) -> dict[str, Any]:
     """Prune one model and check everything that is promised."""
     import torch
 
     import fxprune
     from fxprune import cost, passes
-    from fxprune.traced import regions
     from fxprune.verify import mask_
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     model, x = build(name), example(name)
     big = cost.params(model) > BIG or name in SINGLE
-    start = time.process_time()
-    graph = fxprune.trace(model, x)
-    traced = time.process_time()
-    analysis = fxprune.analyze(graph, x)
-    analysed = time.process_time()
+    analysis, row = analysed(model, x)
+    graph = analysis.graph
     plan = passes.Magnitude().plan(analysis, fxprune.Budget(flops=0.5))
     compact, param_map = fxprune.rewrite(graph, analysis, plan)
     result = fxprune.verify(
@@ -152,23 +180,9 @@ def check(name: str) -> dict[str, Any]:
     if not isinstance(graph, fxprune.TracedModule):  # what boxes there are depends on the weights: count on the same
         whole = copy.deepcopy(graph)
         mask_(whole, param_map)
-    axes = [axis for axis in analysis.axes.values() if not axis.weak and axis.axis == 0]
-    rows = {(axis.parameter, 0) for axis in axes}
-    reasons = Counter[str]()
-    for item in analysis.frozen:
-        if (item.parameter, item.axis) in rows:
-            reasons[item.reason.text] += len(item.index)
-    return {
+    return row | {
         "model": name,
         "kind": names()[name],
-        "graphs": sum(len(region.distinct_graphs()) for region in regions(graph).values()),
-        "regions": [path for path in regions(graph) if path],
-        "groups": len(analysis.groups),
-        "channels": sum(analysis.sizes.values()),
-        "inexact": sum(group.size for group in analysis.groups.values() if group.inexact),
-        "frozen": reasons.total() / max(1, sum(axis.size for axis in axes)),
-        "reasons": dict(reasons.most_common(4)),
-        "unknown": sorted(analysis.unknown),
         "flops": cost.flops(compact, x) / cost.flops(whole, x),
         "params": cost.params(compact) / cost.params(graph),
         "dtype": "float32" if big else "float64",
@@ -176,8 +190,6 @@ def check(name: str) -> dict[str, Any]:
         "gradients": None if big else result.gradients,
         "trained": result.trained,
         "moved": result.moved,
-        "trace_s": traced - start,
-        "analyze_s": analysed - traced,
         "onnx": None,
     }
 
@@ -239,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="", help="comma-separated; default all")
     parser.add_argument("--onnx", action="store_true", help="compare onnxruntime with PyTorch too")
-    parser.add_argument("--again", action="store_true", help="check anew what is in the results")
+    parser.add_argument("--analyses", action="store_true", help="analyse anew what is in the results")
     parser.add_argument("--limit-s", type=float, default=1200)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -252,10 +264,11 @@ def main() -> None:
     rows = {row["model"]: row for row in found if "error" not in row}
     kinds = names()
     for name in options.models.split(",") if options.models else kinds:
-        if name not in rows or options.again:
-            before = rows.get(name, {})
+        if name in rows and options.analyses:
+            rows[name] |= analysed(build(name), example(name))[1]
+            print(name, "analysed", file=sys.stderr, flush=True)
+        if name not in rows:
             rows[name] = {"model": name, "kind": kinds[name], **one(name, False, options.limit_s)}
-            rows[name]["onnx"] = before.get("onnx")
             print(name, rows[name].get("error", "passes"), file=sys.stderr, flush=True)
         if options.onnx and kinds[name] in EXPORTED and rows[name].get("onnx") is None:
             rows[name]["onnx"] = one(name, True, options.limit_s)
