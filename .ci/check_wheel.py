@@ -25,8 +25,9 @@ if installed.is_relative_to(CHECKOUT):
 found = modules("fxprune", installed)
 if found != expected:
     sys.exit(f"the wheel lacks {sorted(expected - found)}, has besides {sorted(found - expected)}")
-if not (installed / "py.typed").exists():
-    sys.exit("the wheel lacks fxprune/py.typed")
+for name in ("py.typed", "report.html"):
+    if not (installed / name).exists():
+        sys.exit(f"the wheel lacks fxprune/{name}")
 for name in sorted(found - {f"fxprune.{framework}" for framework in FRAMEWORKS}):
     importlib.import_module(name)
 print(f"the wheel holds all {len(found)} modules, and each imports without the extras")

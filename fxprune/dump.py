@@ -1,4 +1,4 @@
-"""Dump: what the compiler saw, as text and one self-contained HTML page, where FXPRUNE_DUMP names a folder."""
+"""Dump: what the compiler saw, as text and as HTML pages, where FXPRUNE_DUMP names a folder."""
 
 import html
 import os
@@ -24,7 +24,7 @@ class Dump:
 
     folder: Path | None
     example_inputs: Any = None
-    pages: list[tuple[str, str]] = field(default_factory=list)
+    pages: list[tuple[str, str]] = field(default_factory=list)  # title and HTML of each snapshot
 
     @classmethod
     def from_environment(cls, example_inputs: Any = None) -> "Dump":
@@ -52,13 +52,17 @@ class Dump:
             parts.append(f"# plan\n{plan}")
         text = "\n\n".join(parts) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.pages.append((title, text))
-        name = re.sub(r"\W+", "_", title)
-        (self.folder / f"{len(self.pages) - 1:03}_{name}.txt").write_text(text, encoding="utf-8")
+        name = f"{len(self.pages):03}_" + re.sub(r"\W+", "_", title)
+        (self.folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        link = ""
+        if analysis is not None:
+            analysis.to_html(self.folder / f"{name}.html")
+            link = f'<p><a href="{name}.html">graph and groups as a picture</a></p>'
+        self.pages.append((title, f"{link}<pre>{html.escape(text)}</pre>"))
         sections = "".join(
-            f"<details{' open' if i == len(self.pages) - 1 else ''}><summary>{i:03} {html.escape(name)}</summary>"
-            f"<pre>{html.escape(body)}</pre></details>"
-            for i, (name, body) in enumerate(self.pages)
+            f"<details{' open' if i == len(self.pages) - 1 else ''}><summary>{i:03} {html.escape(title)}</summary>"
+            f"{body}</details>"
+            for i, (title, body) in enumerate(self.pages)
         )
         page = (
             f"<!doctype html><meta charset=utf-8><title>fxprune</title><style>{STYLE}</style><h1>fxprune</h1>{sections}"

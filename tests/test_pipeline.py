@@ -221,7 +221,10 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, inputs = traced("auxiliary_head")
     Pipeline([Nothing(), ReluTwice()], inputs)(graph)
     files = {path.name: path.read_text() for path in (tmp_path / "dump").iterdir()}
-    assert sorted(files) == ["000_before.txt", "001_Nothing.txt", "002_ReluTwice.txt", "index.html"]
+    assert sorted(files) == [
+        *("000_before.html", "000_before.txt", "001_Nothing.html", "001_Nothing.txt"),
+        *("002_ReluTwice.html", "002_ReluTwice.txt", "index.html"),
+    ]
     assert "# eval graph" in files["002_ReluTwice.txt"]
     assert "# train graph" in files["002_ReluTwice.txt"]
     assert "torch.relu" in files["002_ReluTwice.txt"]
@@ -230,6 +233,8 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = files["index.html"]
     assert page.startswith("<!doctype html>")
     assert "ReluTwice" in page
+    assert 'href="002_ReluTwice.html"' in page
+    assert "<summary>" in files["002_ReluTwice.html"]
     assert "http" not in page, "the page needs nothing from elsewhere"
 
 
@@ -237,7 +242,9 @@ def test_dump_of_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXPRUNE_DUMP", str(tmp_path))
     graph, inputs = traced()
     fxprune.prune(graph, inputs, passes.Random(), budget=Budget(channels=0.6, tolerance=0.2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000_plan.txt", "001_compact.txt", "index.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("000_plan.html", "000_plan.txt", "001_compact.html", "001_compact.txt", "index.html")
+    ]
     assert "# plan\nplan for " in (tmp_path / "000_plan.txt").read_text()
 
 

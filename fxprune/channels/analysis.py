@@ -6,6 +6,7 @@ every value in the graph (so that the rewrite knows each new shape), and what th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -187,6 +188,16 @@ class Analysis:
             node["frozen"] += len(frozen.index)
             node["reasons"] = (*node["reasons"], str(frozen.reason))
         return graph
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one HTML page that needs nothing from elsewhere: the graph, groups by colour, what is frozen and why.
+
+        Raises:
+            FileError: nothing can be written there.
+        """
+        from fxprune.report import write_html
+
+        write_html(self, path)
 
     def __str__(self) -> str:
         total = sum(group.size for group in self.groups.values())

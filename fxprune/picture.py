@@ -1,0 +1,202 @@
+"""Picture: the rows, bars and lanes of a graph as HTML. Every text that comes from a model is escaped here."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """Some channels of a bar: how many, the id of their group or reason on the page, and what it is called."""
+
+    size: int
+    of: str  # "g3" is the fourth group, "f0" the first reason
+    text: str
+
+
+Parts = tuple[Part, ...]
+
+
+class Lanes(NamedTuple):
+    """The lines beside a row: its own lane, those that it reads, and those in use above, beside and below it."""
+
+    width: int  # lanes in the whole graph
+    at: int
+    reads: list[int]
+    above: list[int]
+    past: list[int]
+    below: list[int]
+
+
+class Row(NamedTuple):
+    """One node, or a layer that stands in no graph."""
+
+    name: str
+    kind: str
+    scope: tuple[str, ...]  # the path of the module that it stands in
+    about: str
+    gives: list[Parts]  # the channels of its result
+    axes: list[tuple[str, Parts]]  # those of its parameters
+    lanes: Lanes | None
+
+    @property
+    def touches(self) -> dict[str, Part]:
+        """The groups and reasons of its result and parameters, by their ids."""
+        return {part.of: part for parts in (*self.gives, *(its for _, its in self.axes)) for part in parts}
+
+
+def lay_out(reads: Sequence[Sequence[int]]) -> list[Lanes]:
+    """Give each row a lane, from the row itself to the last that reads it. ``reads[i]``: the rows that row i reads."""
+    last = {source: at for at, sources in enumerate(reads) for source in sources}
+    lane_of = dict[int, int]()
+    until = dict[int, int]()  # lane -> the last row that reads it
+    result = []
+    for at, sources in enumerate(reads):
+        above, mine = sorted(until), sorted({lane_of[source] for source in sources})
+        until = {lane: end for lane, end in until.items() if end > at}
+        past = sorted(until)
+        lane_of[at] = next(lane for lane in itertools.chain(mine, itertools.count()) if lane not in until)
+        if at in last:
+            until[lane_of[at]] = last[at]
+        result.append(Lanes(0, lane_of[at], mine, above, past, sorted(until)))
+    width = max(lane_of.values(), default=-1) + 1
+    return [lanes._replace(width=width) for lanes in result]
+
+
+def section(title: str, about: str, rows: Sequence[Row], is_open: bool = True) -> str:
+    """A graph, or the layers that stand in none."""
+    width = next((row.lanes.width for row in rows if row.lanes), 0)
+    return (
+        f'<section style="--lanes:{width}"><h2>{escape(title)}</h2><p>{escape(about)}</p>'
+        f"{nested(rows, is_open)}</section>"
+    )
+
+
+def nested(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0) -> str:
+    """Rows, with those of one module in a fold where they are at least three and not all.
+
+    Folds within folds start closed unless ``is_open``.
+    """
+    html = list[str]()
+    for scope, run in itertools.groupby(rows, lambda row: row.scope[: depth + 1]):
+        its = list(run)
+        if len(scope) <= depth:
+            html += map(unfolded, its)
+        elif len(its) < 3 or len(its) == len(rows):
+            html.append(nested(its, is_open, depth + 1, level))
+        else:
+            groups = {of: part for row in its for of, part in row.touches.items() if of[0] == "g"}
+            swatches = "".join(map(swatch, itertools.islice(groups.values(), 12)))
+            html.append(
+                f'<details class="fold"{" open" if is_open or not level else ""}><summary>'
+                f'{above(its[0].lanes)}<span class="name">{breakable(".".join(scope))}</span>'
+                f'<span class="kind">{len(its)} nodes</span><span class="bars">{swatches}</span></summary>'
+                f"{nested(its, is_open, depth + 1, level + 1)}</details>"
+            )
+    return "".join(html)
+
+
+def unfolded(row: Row) -> str:
+    """A row that opens: what it gives and the axes of its parameters, in bars and in words."""
+    lines = dict[Parts, list[str]]()  # axes of the same channels share a line
+    for title, parts in (*(("what it gives", parts) for parts in row.gives), *row.axes):
+        lines.setdefault(parts, []).append(title)
+    items = "".join(
+        f"<li><code>{breakable(', '.join(titles))}</code>{bar(parts)}<span>{words(parts)}</span>"
+        for parts, titles in lines.items()
+    )
+    shown = row.gives[:4]
+    sizes = " × ".join(str(sum(part.size for part in parts)) for parts in shown)
+    return (
+        f'<details class="row" data-in="{" ".join(row.touches)}"><summary>{beside(row.lanes)}'
+        f'<span class="name">{breakable(row.name)}</span><span class="kind">{breakable(row.kind)}</span>'
+        f'<span class="bars">{"".join(map(bar, shown))}{sizes}</span><span class="says">{breakable(says(shown))}</span>'
+        f'</summary><div class="more">{below(row.lanes)}<div><p>{escape(row.about)}</p><ul>{items}</ul></div></div>'
+        "</details>\n"
+    )
+
+
+def says(bars: Sequence[Parts]) -> str:
+    """The gist of some bars in words: which group, or how many, and why the rest is frozen."""
+    found = {part.of: part.text for parts in bars for part in parts}
+    groups = [text for of, text in found.items() if of[0] == "g"]
+    frozen = [text for of, text in found.items() if of[0] == "f"]
+    return ", ".join((groups if len(groups) < 2 else [f"{len(groups)} groups"]) + frozen)
+
+
+def beside(lanes: Lanes | None) -> str:
+    """The lines beside a row: what passes it, what it reads, what it gives; and its dot."""
+    if not lanes:
+        return ""
+    own = f"M{lanes.at + 0.5} 1V2" if lanes.at in lanes.below else ""
+    reads = "".join(f"M{lane + 0.5} 0Q{lane + 0.5} 1 {lanes.at + 0.5} 1" for lane in lanes.reads)
+    return gutter(lanes, down(lanes.past) + reads + own, f'<i class="dot" style="--at:{lanes.at}"></i>')
+
+
+def above(lanes: Lanes | None) -> str:
+    """The lines above a row."""
+    return gutter(lanes, down(lanes.above)) if lanes else ""
+
+
+def below(lanes: Lanes | None) -> str:
+    """The lines below a row."""
+    return gutter(lanes, down(lanes.below)) if lanes else ""
+
+
+def down(lanes: Iterable[int]) -> str:
+    """The path of lanes that only pass."""
+    return "".join(f"M{lane + 0.5} 0V2" for lane in lanes)
+
+
+def gutter(lanes: Lanes, path: str, dot: str = "") -> str:
+    """Lines, stretched to the height of what they stand beside."""
+    return (
+        f'<span class="gutter" aria-hidden="true"><svg viewBox="0 0 {lanes.width} 2" preserveAspectRatio="none">'
+        f'<path d="{path}"/></svg>{dot}</span>'
+    )
+
+
+def bar(parts: Parts) -> str:
+    """Channels as a bar whose length grows with the square root of their number."""
+    width = 3 * math.sqrt(sum(part.size for part in parts))
+    pieces = "".join(
+        f'<b class="{part.of[0]} {part.of}" data-of="{part.of}" style="flex-grow:{part.size}" '
+        f'title="{part.size} {escape(part.text)}"></b>'
+        for part in parts
+    )
+    return (
+        f'<span class="bar" role="img" aria-label="{escape(says([parts]))}" style="width:{width:.0f}px">{pieces}</span>'
+    )
+
+
+def words(parts: Parts) -> str:
+    """Channels in words, with links to the groups and reasons."""
+    return ", ".join(
+        f'{part.size} <a href="#{part.of}" data-of="{part.of}">{breakable(part.text)}</a>' for part in parts
+    )
+
+
+def swatch(part: Part) -> str:
+    """The colour of a group."""
+    return f'<b class="swatch {part.of[0]} {part.of}" data-of="{part.of}" title="{escape(part.text)}"></b>'
+
+
+def entry(of: str, name: str, size: str, about: str, members: Iterable[str]) -> str:
+    """A group or a reason in the lists beside the graphs."""
+    lines = "".join(f"<li><code>{breakable(member)}</code>" for member in members)
+    return (
+        f'<details class="entry" id="{of}"><summary><b class="swatch {of[0]} {of}"></b>'
+        f'<span class="name">{breakable(name)}</span><span class="kind">{size}</span></summary>'
+        f"<p>{escape(about)}</p><ul>{lines}</ul></details>\n"
+    )
+
+
+def breakable(text: str) -> str:
+    """A text that may break after its dots."""
+    return escape(text).replace(".", ".<wbr>")
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else many}"
