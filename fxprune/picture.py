@@ -73,31 +73,31 @@ def section(title: str, about: str, rows: Sequence[Row], is_open: bool = True) -
     )
 
 
-def nested(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0) -> str:
+def nested(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0, outer: str = "") -> str:
     """Rows, with those of one module in a fold where they are at least three and not all.
 
-    Folds within folds start closed unless ``is_open``.
+    Folds within folds start closed unless ``is_open``. ``outer``: how the names in a fold start; that is shown once.
     """
     html = list[str]()
     for scope, run in itertools.groupby(rows, lambda row: row.scope[: depth + 1]):
         its = list(run)
         if len(scope) <= depth:
-            html += map(unfolded, its)
+            html += (unfolded(row, outer) for row in its)
         elif len(its) < 3 or len(its) == len(rows):
-            html.append(nested(its, is_open, depth + 1, level))
+            html.append(nested(its, is_open, depth + 1, level, outer))
         else:
             groups = {of: part for row in its for of, part in row.touches.items() if of[0] == "g"}
             swatches = "".join(map(swatch, itertools.islice(groups.values(), 12)))
             html.append(
-                f'<details class="fold"{" open" if is_open or not level else ""}><summary>'
-                f'{above(its[0].lanes)}<span class="name">{breakable(".".join(scope))}</span>'
+                f'<details class="fold" style="--in:{level + 1}"{" open" if is_open or not level else ""}><summary>'
+                f"{above(its[0].lanes)}{named('.'.join(scope), outer)}"
                 f'<span class="kind">{len(its)} nodes</span><span class="bars">{swatches}</span></summary>'
-                f"{nested(its, is_open, depth + 1, level + 1)}</details>"
+                f"{nested(its, is_open, depth + 1, level + 1, '.'.join(scope) + '.')}</details>"
             )
     return "".join(html)
 
 
-def unfolded(row: Row) -> str:
+def unfolded(row: Row, outer: str) -> str:
     """A row that opens: what it gives and the axes of its parameters, in bars and in words."""
     lines = dict[Parts, list[str]]()  # axes of the same channels share a line
     for title, parts in (*(("what it gives", parts) for parts in row.gives), *row.axes):
@@ -110,7 +110,7 @@ def unfolded(row: Row) -> str:
     sizes = " × ".join(str(sum(part.size for part in parts)) for parts in shown)
     return (
         f'<details class="row" data-in="{" ".join(row.touches)}"><summary>{beside(row.lanes)}'
-        f'<span class="name">{breakable(row.name)}</span><span class="kind">{breakable(row.kind)}</span>'
+        f'{named(row.name, outer)}<span class="kind">{breakable(row.kind)}</span>'
         f'<span class="bars">{"".join(map(bar, shown))}{sizes}</span><span class="says">{breakable(says(shown))}</span>'
         f'</summary><div class="more">{below(row.lanes)}<div><p>{escape(row.about)}</p><ul>{items}</ul></div></div>'
         "</details>\n"
@@ -190,6 +190,13 @@ def entry(of: str, name: str, size: str, about: str, members: Iterable[str]) -> 
         f'<span class="name">{breakable(name)}</span><span class="kind">{size}</span></summary>'
         f"<p>{escape(about)}</p><ul>{lines}</ul></details>\n"
     )
+
+
+def named(name: str, outer: str) -> str:
+    """A name, of which what every name in the fold starts with is not shown."""
+    inner = name.removeprefix(outer)
+    hidden = f'<span class="outer">{breakable(outer)}</span>' if inner != name else ""
+    return f'<span class="name">{hidden}{breakable(inner)}</span>'
 
 
 def breakable(text: str) -> str:
