@@ -122,8 +122,10 @@ def check(analysis: fxprune.Analysis, folder: Path) -> Page:
         )
     assert set(entries) == {f"f{number}" for number in range(len({frozen.reason.text for frozen in analysis.frozen}))}
     rows = "".join(its for of, its in page.text.items() if of.startswith("row"))
-    for parameter, axis in analysis.axes:
-        assert f"{parameter}[{axis}]" in rows
+    for name, first in analysis.aliases.items():
+        same = f" (the same tensor as {first})" if name != first else ""
+        for axis in range(len(analysis.shapes[name])):
+            assert f"{name}[{axis}]{same}" in rows or (first, axis) not in analysis.axes
     ids = page.all("id")
     assert len(ids) == len(set(ids))
     assert set(page.all("data-of")) | set(" ".join(page.all("data-in")).split()) <= set(ids)
@@ -171,7 +173,7 @@ def test_regions_and_what_stands_between_them(tmp_path: Path) -> None:
     assert any(its.startswith("the modelSteered") for its in page.text.values())
 
 
-@pytest.mark.parametrize(("names", "steered"), [(ATTACKS, False), ((*ATTACKS, QUOTED), True)])
+@pytest.mark.parametrize(("names", "steered"), [(ATTACKS, False), ((QUOTED, *ATTACKS), True)])
 def test_names_are_text(names: tuple[str, ...], steered: bool, tmp_path: Path) -> None:
     analysis = fxprune.analyze(Named(names, steered).eval(), torch.zeros(1, 3, 4, 4))
     page = check(analysis, tmp_path)
