@@ -54,8 +54,11 @@ def narrow(label: Label, axis: int, start: int, length: int) -> Label:
 
 
 def spread(label: Label, shape: Shape) -> torch.Tensor:
-    """The label over the full shape of its value, as a view with stride 0 where the names do not vary."""
-    return torch.from_numpy(label).expand(*shape) if len(shape) else torch.from_numpy(label)
+    """The label over the full shape of its value, as a view with stride 0 where the names do not vary.
+
+    An axis that is empty, such as that of boxes where there are none, counts as one position, not to lose the names.
+    """
+    return torch.from_numpy(label).expand(*(size or 1 for size in shape)) if len(shape) else torch.from_numpy(label)
 
 
 def squash(names: torch.Tensor) -> Label:

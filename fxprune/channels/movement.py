@@ -42,16 +42,24 @@ def view_of_names(call: Call) -> Any:
     value, *rest = call.args
     shape = operand(value).shape
     labels = operand(value).labels
-    moved = [call.func(spread(label, shape), *rest, **call.kwargs) for label in labels]
     if isinstance(call.out, Tensor):
-        return settle(call.names, (squash(label) for label in moved))
-    axis = call.arg("dim", 0) % len(shape)
+        moved = [squash(call.func(spread(label, shape), *rest, **call.kwargs)) for label in labels]
+        lost = [label for label, its in zip(labels, moved, strict=True) if not its.size]
+        freeze(call.names, lost, "moved while empty")
+        return settle(call.names, (label for label in moved if label.size))
+    axis, count = call.arg("dim", 0) % len(shape), len(call.out)
+    parts_of = [
+        [squash(part) for part in call.func(spread(label, shape), *rest, **call.kwargs)]
+        if label.shape[axis] > 1
+        else [label] * count
+        for label in labels
+    ]
     return [
         settle(
             call.names,
-            (cut_from(call, whole, squash(parts[part]), axis) for whole, parts in zip(labels, moved, strict=True)),
+            (cut_from(call, whole, parts[part], axis) for whole, parts in zip(labels, parts_of, strict=True)),
         )
-        for part in range(len(call.out))
+        for part in range(count)
     ]
 
 
@@ -68,10 +76,11 @@ def cut_from(call: Call, whole: Label, part: Label, axis: int) -> Label:
 @rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "flatten", "unflatten")
 def view(call: Call) -> Labels:
     value = operand(call.args[0])
-    if 0 in value.shape:
+    before, after = ([size or 1 for size in shape] for shape in (value.shape, call.shape))
+    if math.prod(before) != math.prod(after):
         freeze(call.names, value.labels, "reshaped while empty")
         return ()
-    return settle(call.names, (reshape(label, value.shape, call.shape) for label in value.labels))
+    return settle(call.names, (reshape(label, before, after) for label in value.labels))
 
 
 @rule("select", "unbind")
