@@ -172,7 +172,7 @@ def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool, *, 
         quiet.setLevel(level)
 
 
-def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool) -> float:
+def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> float:
     """The largest difference between onnxruntime and PyTorch, relative to the largest output.
 
     Where outputs are not ``ordered``, the same values in another order are the same.
