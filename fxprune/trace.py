@@ -255,6 +255,15 @@ class Tracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The path of a module. A slice of a Sequential has none, but its layers have."""
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            if self.is_leaf_module(mod, ""):
+                raise
+            return ""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` stays a module."""
         layer = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
@@ -305,7 +314,7 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
         place = f", {where.filename}:{where.lineno}: `{where.line}`" if where else ""
         paths = {part: path for path, part in model.named_modules()}
         inner = tracer.inside[-1] if tracer.inside else model
-        module = f"{paths[inner]} ({type(inner).__name__})" if inner is not model else type(model).__name__
+        module = f"{paths.get(inner, '')} ({type(inner).__name__})" if inner is not model else type(model).__name__
         raise TraceError(
             f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
             "Python there depends on the values of tensors. With example_inputs, its parts are traced one by one; "

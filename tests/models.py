@@ -1638,6 +1638,92 @@ register(
     "a custom operator freezes",
 )
 
+# ------------------------------------------------------------------------------------------- the wild
+
+
+class Fusion(nn.Module):
+    """HRNet: branches of two resolutions exchange what they know, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.low = conv_bn(3, 6), conv_bn(6, 8, stride=2)
+        self.up, self.down = nn.ModuleList(), nn.ModuleList()
+        for _ in range(2):
+            self.up.append(nn.Sequential(conv(8, 6, 1), nn.BatchNorm2d(6)))
+            self.down.append(nn.Sequential(conv(6, 8, stride=2), nn.BatchNorm2d(8)))
+        self.last = head(14)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.stem(x)
+        low = self.low(high)
+        for up, down in zip(self.up, self.down, strict=True):
+            wide = F.interpolate(up(low), scale_factor=2.0, mode="nearest")
+            high, low = F.relu(high + wide), F.relu(low + down(high))
+        return self.last(torch.cat([high, F.interpolate(low, scale_factor=2.0)], 1))
+
+
+class Rotary(nn.Module):
+    """Grouped queries with rotary embeddings: positions turn pairs of features of a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(10, 16), nn.Linear(10, 8), nn.Linear(10, 8)
+        self.out, self.last = nn.Linear(16, 10), nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 4))
+        angle = torch.arange(5)[:, None] / 10 ** torch.arange(2)
+        self.register_buffer("cos", torch.cat([angle.cos(), angle.cos()], -1))
+        self.register_buffer("sin", torch.cat([angle.sin(), angle.sin()], -1))
+
+    def turn(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-right, left], -1) * self.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        query = self.turn(self.query(x).view(batch, length, 4, 4).transpose(1, 2))
+        key = self.turn(self.key(x).view(batch, length, 2, 4).transpose(1, 2))
+        value = self.value(x).view(batch, length, 2, 4).transpose(1, 2)
+        key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, length, -1)
+        return self.last(x + self.out(mixed))
+
+
+class Sliced(nn.Module):
+    """One Sequential, run in slices, with what is between them kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(conv_bn(3, 6), conv_bn(6, 8), conv_bn(8, 6), head(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.layers[:1](x)
+        return self.layers[-1:](self.layers[1:3](early) + early)
+
+
+class GruHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 12), nn.Linear(12, 8)
+        self.gru, self.fc = nn.GRU(8, 6, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gru(self.b(F.relu(self.a(x))))[0][:, -1])
+
+
+register("hrnet", Fusion, "branches of several resolutions, fused")
+register("attention_rotary", Rotary, "grouped queries with rotary embeddings: the heads are frozen", TOKENS)
+register("sequential_slices", Sliced, "nn.Sequential, sliced")
+register(
+    "weight_norm",
+    lambda: image_net(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 12, 3, padding=1)), cout=12),
+    "a parametrization: the norm of a filter runs over its input",
+)
+register("gru_head", GruHead, "the GRU is frozen, the first layer is not", TOKENS)
+register(
+    "channels_last",
+    lambda: image_net(conv_bn(8, 12), cout=12).to(memory_format=torch.channels_last),
+    "weights in channels_last",
+)
+
 import steered_models  # noqa: E402, F401  (registers more)
 
 GRAPHS = [name for name, case in MODELS.items() if not case.steered]  # those that are one graph as a whole

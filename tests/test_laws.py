@@ -253,7 +253,10 @@ def test_trace_is_the_model(name: str) -> None:
 @every_case
 def test_copies_of_a_trace_are_the_trace(name: str) -> None:
     _, example, graph, _ = analysed(name)
-    for other in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+    copies = [copy.deepcopy(graph)]
+    if name != "weight_norm":  # torch pickles no parametrizations
+        copies.append(pickle.loads(pickle.dumps(graph)))
+    for other in copies:
         assert is_traced(other)
         assert code(other) == code(graph)
         assert_same_state(other, graph)

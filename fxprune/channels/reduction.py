@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fxprune.channels.labels import Label, Labels, Operand, condense, join, pin, reshape, settle, varying
+from fxprune.channels.labels import Label, Labels, Operand, condense, freeze, join, pin, reshape, settle, varying
 from fxprune.channels.pointwise import with_vectors
 from fxprune.channels.tensor import Call, ChannelTensor, Norm, operand, rule
 
@@ -52,6 +52,14 @@ def along_an_axis(call: Call) -> Any:
     axis = call.arg("dim", -1) % value.ndim
     labels = (pin(call.names, label, [axis], "normalized or ordered along") for label in operand(value).labels)
     return several(call, settle(call.names, labels))
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(call: Call) -> Any:
+    """V * g / |v|: a filter that is set to zero has no direction, so no cut could be compared with that."""
+    for tensor in call.tensors:
+        freeze(call.names, tensor.labels, "weight_norm: remove the parametrization before pruning")
+    return first(call, ())
 
 
 @rule(*POOLS.split())
