@@ -206,6 +206,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         "of weight rows that can't go, with the reasons of most of them. `moved` is how far the cut itself moved",
         "the outputs; `CPU s` is the time of trace and analyze. `graph` counts the graphs of the model, one for",
         "each mode where these differ; where plain Python steers it, those of its regions.",
+        "Detectors work on boxes that depend on their weights: the budget is met for the boxes of the example, and",
+        "the FLOPs of both models are counted for those of the masked original.",
         "",
         "| model | graph | groups | channels | frozen | FLOPs | params | law | moved | onnx | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
