@@ -5,8 +5,8 @@ is: the model's own classes, their attributes and their Python, and the layers o
 """
 
 import inspect
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -35,11 +35,10 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
     expected = calls.record(inputs)
     made: dict[int, TracedModule] = {}
 
-    def replace(module: nn.Module, path: str) -> None:
+    def replace(module: nn.Module) -> None:
         for name, child in module._modules.items():
             if child is None or is_layer(child) or not child.state_dict():
                 continue
-            where = f"{path}.{name}".removeprefix(".")
             constants = calls.constants(child)
             if id(child) not in made and constants is not None:
                 with suppress(TraceError):
@@ -47,9 +46,9 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
             if id(child) in made:
                 module._modules[name] = made[id(child)]
             else:
-                replace(child, where)
+                replace(child)
 
-    replace(model, "")
+    replace(model)
     vars(model).update(steers=True, meta={})
     found = run(model, inputs, "with its parts traced, ")
     if len(expected) != len(found) or not all(map(equal, expected, found)):
@@ -70,6 +69,18 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
         for path, part in model.named_modules()
         if part not in inside and is_layer(part) and (part._parameters or part._buffers)
     }
+
+
+@contextmanager
+def forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While this holds, these functions stand in for the ``forward`` of their modules."""
+    try:
+        for module, forward in new.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module in new:
+            vars(module).pop("forward", None)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

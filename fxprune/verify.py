@@ -21,7 +21,7 @@ from fxprune.cost import device_of
 from fxprune.errors import VerificationError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
-from fxprune.regions import layers
+from fxprune.regions import forwards, layers
 from fxprune.traced import Model, TracedModule, regions, require_traced
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -250,16 +250,12 @@ def masked_norms(
 
         return noted
 
-    replaced: list[tuple[nn.Module, Any]]
-    replaced = [(region, noting(path, masked_region(path, region, norms))) for path, region in regions(model).items()]
-    replaced += [(layer, noting(path, masked_layer(path, layer, norms))) for path, layer in layers(model).items()]
-    try:
-        for module, forward in replaced:
-            vars(module)["forward"] = forward
+    noted: dict[nn.Module, Callable[..., Any]] = {
+        region: noting(path, masked_region(path, region, norms)) for path, region in regions(model).items()
+    }
+    noted |= {layer: noting(path, masked_layer(path, layer, norms)) for path, layer in layers(model).items()}
+    with forwards(noted):
         yield seen
-    finally:
-        for module, _ in replaced:
-            del vars(module)["forward"]
 
 
 def masked_region(path: str, region: TracedModule, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:

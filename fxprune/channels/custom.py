@@ -11,6 +11,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from fxprune.channels.labels import Label, Labels, Operand, join, pin, settle, varying
 from fxprune.channels.tensor import RULES, Call, _resolved, operand
 from fxprune.errors import AnalysisError
+from fxprune.inputs import tensors_in
 
 
 def register_operator(operator: Any, letters: str) -> None:
@@ -59,7 +60,7 @@ def parsed(letters: str) -> tuple[list[list[str]], list[list[str]]]:
 def by_letters(letters: str, call: Call) -> Any:
     """The rule of an operator with these letters."""
     inputs, outputs = parsed(letters)
-    tensors, results = tensors_of((*call.args, *call.kwargs.values())), tensors_of([call.out])
+    tensors, results = tensors_in((call.args, call.kwargs)), tensors_in(call.out)
     expected = [len(each) for each in (*inputs, *outputs)]
     if len(tensors) != len(inputs) or [tensor.ndim for tensor in (*tensors, *results)] != expected:
         raise AnalysisError(
@@ -74,17 +75,6 @@ def by_letters(letters: str, call: Call) -> Any:
     labels = settle(call.names, (pin(call.names, label, mixed, f"mixed by {call.func}") for label in labels))
     several = [over(call, order, side, labels) for side in outputs]
     return several if not isinstance(call.out, Tensor) else several[0]
-
-
-def tensors_of(args: Sequence[Any]) -> list[Tensor]:
-    """The tensors among the arguments of an operator, in order."""
-    found: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            found += tensors_of(arg)
-    return found
 
 
 def spread_over(order: Sequence[str], letters: Sequence[str], value: Operand) -> Operand:

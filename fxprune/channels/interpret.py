@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,19 @@ def own(tensor: Tensor) -> Tensor:
     """A copy that the run may write into, even when it is made in inference mode."""
     with torch.inference_mode(False):
         return tensor.detach().clone()
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """The whole of ``model`` in train or eval mode, and back."""
+    before = [(part, part.training) for part in model.modules() if part.training != mode]
+    for part, training in before:
+        part.training = not training
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 class Runner(fx.Interpreter):
@@ -115,16 +129,10 @@ class Runner(fx.Interpreter):
                 name = f"{path}.{leaf}".removeprefix(".")
                 if (tensor := self.tensor(f"{target}.{name}")) is not None:
                     swapped[name] = tensor
-        modes = [(part, part.training) for part in layer.modules() if part.training != self.mode]
-        try:
-            for part, training in modes:
-                part.training = not training
+        with in_mode(layer, self.mode):
             if not swapped:
                 return layer(*args, **kwargs)
             return functional_call(layer, swapped, args, kwargs, tie_weights=False)
-        finally:
-            for part, training in modes:
-                part.training = training
 
 
 class Recorder(Runner):

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.interpret import Recorder, cause, freeze_output, within
+from fxprune.channels.interpret import Recorder, cause, freeze_output, in_mode, within
 from fxprune.channels.labels import Label, along, freeze
 from fxprune.channels.names import Bools, Names
 from fxprune.channels.tensor import WHOLE, ChannelTensor, Run, apply
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, map_tensors
-from fxprune.regions import layers
+from fxprune.regions import forwards, layers
 from fxprune.trace import is_users
 from fxprune.traced import TracedModule, regions
 
@@ -85,18 +85,12 @@ class Steered:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """While this holds, calls of regions and layers come here."""
-        watched: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for path, region in self.regions.items():
-            watched.append((region, self.call_of_region(path, region)))
-        for path, layer in self.layers.items():
-            watched.append((layer, self.call_of_layer(path, layer.forward)))
-        try:
-            for module, forward in watched:
-                vars(module)["forward"] = forward
+        watched: dict[nn.Module, Callable[..., Any]] = {
+            region: self.call_of_region(path, region) for path, region in self.regions.items()
+        }
+        watched |= {layer: self.call_of_layer(path, layer.forward) for path, layer in self.layers.items()}
+        with forwards(watched):
             yield
-        finally:
-            for module, _ in watched:
-                vars(module).pop("forward", None)
 
     def call_of_region(self, path: str, region: TracedModule) -> Callable[..., Any]:
         """What stands in for the forward of a region."""
@@ -132,8 +126,7 @@ class Steered:
             for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
                 tensor = next(iter(tensors_within(value)), None)
                 if isinstance(tensor, ChannelTensor):
-                    known = Value(tuple(tensor.data_.shape), tensor.labels, tensor.dtype, False)
-                    self.values[self.run.mode].setdefault(within(path, name), known)
+                    self.values[self.run.mode].setdefault(within(path, name), known(tensor))
             return map_tensors(plain, result)
 
         return call
@@ -174,19 +167,6 @@ def untouched() -> Iterator[None]:
     """Without gradients, even in inference mode, and with the random stream put back."""
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         yield
-
-
-@contextmanager
-def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
-    """The whole model in train or eval mode, and back."""
-    before = [(part, part.training) for part in model.modules() if part.training != mode]
-    for part, training in before:
-        part.training = not training
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 class Steering:
