@@ -98,10 +98,12 @@ def sizes(run: Any, node: fx.Node) -> None:
 def fitted(run: Any, old: Sequence[Any], wanted: Sequence[int], may_infer: bool) -> tuple[Any, ...]:
     """The sizes ``old`` with those that differ from ``wanted`` replaced."""
     values = [value_of(run, size) for size in old]
-    may_infer = may_infer and -1 not in values
+    # Next to a size of 0, torch can't tell what -1 stands for.
+    ambiguous = any(want == 0 and value != -1 for value, want in zip(values, wanted, strict=True))
+    may_infer = may_infer and not ambiguous and -1 not in values
     new: list[Any] = []
     for size, value, want in zip(old, values, wanted, strict=True):
-        if value in (-1, want):
+        if value == want or (value == -1 and not ambiguous):
             new.append(size)
         elif may_infer and isinstance(size, fx.Node):
             new.append(-1)

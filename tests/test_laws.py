@@ -294,6 +294,11 @@ def test_random_networks(program: Program, seed: int) -> None:
     hold_the_laws(program, seed)
 
 
+def test_a_part_that_a_second_cut_empties() -> None:
+    """The first cut leaves a -1 in a view, and torch can't tell what -1 is next to a size of 0."""
+    hold_the_laws(program_from_seed(49866, norms=False), 49866)
+
+
 @pytest.mark.slow
 @settings(max_examples=1000)
 @given(networks(norms=True), st.integers(0, 1000))
