@@ -7,6 +7,7 @@ from .allocator import Allocator
 from .base import Criterion
 from .batch_norm_scale import BatchNormScale
 from .before_training import BeforeTraining
+from .clicktrain import ClickTrain
 from .dropback import DropBack
 from .erdos_renyi import ErdosRenyi
 from .fisher import Fisher
@@ -31,6 +32,7 @@ __all__ = [
     "Allocator",
     "BatchNormScale",
     "BeforeTraining",
+    "ClickTrain",
     "Criterion",
     "DropBack",
     "ErdosRenyi",
