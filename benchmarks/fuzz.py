@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from random_networks import program_from_seed  # noqa: E402
 from test_laws import hold_the_laws  # noqa: E402
 
+from fxprune.errors import RewriteError  # noqa: E402
+
 
 def main() -> None:
     """Run the laws over consecutive seeds."""
@@ -32,12 +34,15 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     failed: list[tuple[int, str]] = []
+    refused: list[tuple[int, str]] = []
     start, done = time.monotonic(), 0
     for seed in range(options.first, options.first + options.count):
         if time.monotonic() - start > options.seconds:
             break
         try:
             hold_the_laws(program_from_seed(seed, norms=bool(seed % 2)), seed)
+        except RewriteError as error:
+            (refused if "please report" not in str(error) else failed).append((seed, str(error)))
         except Exception as error:
             failed.append((seed, f"{type(error).__name__}: {str(error)[:300]}"))
             traceback.print_exc()
@@ -46,10 +51,11 @@ def main() -> None:
         "# Random networks under the laws",
         "",
         f"Seeds {options.first} to {options.first + done - 1}, {time.monotonic() - start:.0f} s, "
-        f"torch {torch.__version__}, float64 at 1e-10: {done - len(failed)} of {done} random networks and "
-        "plans hold laws 1 and 3.",
+        f"torch {torch.__version__}, float64 at 1e-10: {done - len(failed) - len(refused)} of {done} random "
+        f"networks and plans hold laws 1 and 3, {len(failed)} do not, and {len(refused)} plans are refused.",
         "",
-        *(f"- seed {seed}: {error}" for seed, error in failed),
+        *(f"- seed {seed} fails: {error}" for seed, error in failed),
+        *(f"- seed {seed} is refused: {error}" for seed, error in refused),
     ]
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxprune.branches import remove_branches
+from fxprune.branches import is_empty, remove_branches
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import Runner, cause, where, within
 from fxprune.channels.labels import left
@@ -237,6 +237,11 @@ class Fitter(Runner):
         except FxpruneError:
             raise
         except Exception as error:
+            if any(is_empty(self.after.get(source.name)) for source in n.all_input_nodes):
+                raise RewriteError(
+                    f"the plan keeps no channel of what node {where(n)} reads, and torch does not run it on nothing: "
+                    f"{cause(error)}. The model is unchanged; keep at least one channel there."
+                ) from error
             raise RewriteError(
                 f"node {where(n)} does not run in the compact graph: {cause(error)}. The model is "
                 "unchanged; keep the channels there with keep=, and please report it."

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import random_plan
 from models import MODELS, prepare
 from torch import Tensor, nn
@@ -254,6 +255,23 @@ def test_a_graph_that_was_not_analysed() -> None:
     compact, _ = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
     with pytest.raises(RewriteError, match=r"\S+ has shape \(\d+.*\), the analysis says \(\d+"):
         fxprune.rewrite(compact, analysis, plan)
+
+
+def test_a_plan_that_leaves_an_operator_nothing() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = self.both(x).chunk(2, 1)
+            return self.last(torch.cat((F.max_pool2d(left, 2), F.avg_pool2d(right, 2)), 1))
+
+    x = torch.randn(2, 3, 4, 4)
+    analysis = fxprune.analyze(fxprune.trace(Halves(), x), x)
+    plan = fxprune.Plan({"both": (4, 5, 6, 7)}, analysis.sizes, analysis.options)
+    with pytest.raises(RewriteError, match=r"no channel of what node max_pool2d .*F.max_pool2d\(left, 2\).* reads"):
+        fxprune.rewrite(analysis.graph, analysis, plan)
 
 
 def test_verify_sees_a_weight_that_was_changed() -> None:
