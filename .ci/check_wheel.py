@@ -8,7 +8,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 # The package must work without its extras. Only the modules named after a framework need that framework.
 FRAMEWORKS = ("lightning", "accelerate", "transformers")
-for extra in ("rich", "matplotlib", "sklearn", "pytest", "hypothesis", "torch_pruning", *FRAMEWORKS):
+for extra in ("matplotlib", "sklearn", "pytest", "hypothesis", "torch_pruning", *FRAMEWORKS):
     sys.modules[extra] = None  # type: ignore[assignment]
 
 

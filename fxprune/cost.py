@@ -34,18 +34,30 @@ def flops(model: nn.Module, example_inputs: Any) -> int:
 
     A model with plain Python in it, which may look at values, runs on the example itself.
     """
+    return int(counted(model, example_inputs).get_total_flops())
+
+
+def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """The same for each module, by its path; what stands in a module counts for it too, and "" is the model."""
+    found = counted(model, example_inputs).get_flop_counts()
+    return {path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"}
+
+
+def counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
+    """The counter after one forward pass."""
+    counter = FlopCounterMode(display=False)
     if is_traced(model) and not isinstance(model, TracedModule):
         args, kwargs = bind(example_inputs)
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng():
+        with counter, torch.no_grad(), torch.random.fork_rng():
             model(*args, **kwargs)
-        return int(counter.get_total_flops())
+        return counter
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     # A single integer is a counter, whose value batch norm reads.
     state = {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}
     args, kwargs = map_tensors(on_meta, bind(example_inputs))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counter, torch.no_grad():
         functional_call(model, state, args, kwargs)
-    return int(counter.get_total_flops())
+    return counter
 
 
 def params(model: nn.Module) -> int:
@@ -104,11 +116,9 @@ class Cost:
                     labels.append(label)
             rows.append([numbers[id(label)] for label in factors])
             scales.append(scale)
-        width = max(map(len, rows), default=1)
+        width = max([1, *map(len, rows)])
         self.scales = np.array(scales, dtype=np.float64)
-        self.factors = np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64).reshape(
-            -1, max(width, 1)
-        )
+        self.factors = np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64).reshape(-1, width)
         self.group, count = channels.group, len(channels.names)
         self.fixed = np.ones(len(labels))
         self.each = np.zeros((len(labels), count))  # positions of one channel of each group

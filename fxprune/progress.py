@@ -1,6 +1,5 @@
-"""Progress bars, of a session and of any loop. Only on a terminal, and only with rich."""
+"""Progress bars, of a session and of any loop. Only on a terminal."""
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +16,7 @@ T = TypeVar("T")
 def visible(wanted: bool | None = None) -> bool:
     """Whether bars are shown; where it is not said, they are if standard error is a terminal."""
     wanted = sys.stderr.isatty() if wanted is None else wanted
-    return wanted and importlib.util.find_spec("rich") is not None and distributed.rank() == 0
+    return wanted and distributed.rank() == 0
 
 
 def track(items: Iterable[T], text: str) -> Iterator[T]:

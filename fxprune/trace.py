@@ -270,12 +270,12 @@ class Tracer(fx.Tracer):
         return layer or isinstance(m, KEPT)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that knows the line of the user's model it comes from."""
+        """A node that knows the line of the user's model it comes from; beyond ``trace_mode`` are its callers."""
         node = super().create_node(*args, **kwargs)
         frame = sys._getframe(1)
-        while frame is not None and not is_users(frame.f_code.co_filename):
+        while frame is not None and frame.f_code not in STARTS and not is_users(frame.f_code.co_filename):
             frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None:
+        if frame is not None and frame.f_code not in STARTS:
             node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
 
@@ -320,6 +320,9 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
             "Python there depends on the values of tensors. With example_inputs, its parts are traced one by one; "
             "or put that code into a function marked with torch.fx.wrap."
         ) from error
+
+
+STARTS = (trace_mode.__code__, trace_once.__code__)
 
 
 @cache

@@ -4,11 +4,14 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import fxprune
+from fxprune.cli.app import app
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODULES = [module.name for module in pkgutil.walk_packages(fxprune.__path__, "fxprune.")]
@@ -24,6 +27,16 @@ def test_every_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pyte
     for block in blocks:
         first_line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * first_line + block[1], str(README), "exec"), namespace)
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^fxprune (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {each.callback.__name__ for each in app.registered_commands}
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, (command, result.output, result.exception)
 
 
 @pytest.mark.parametrize("name", ["fxprune", *MODULES])

@@ -1,0 +1,1 @@
+"""The command line: ``fxprune inspect``, ``prune``, ``apply``, ``export`` and ``diff``."""

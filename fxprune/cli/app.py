@@ -1,0 +1,65 @@
+"""The program: its verbs, and what becomes of an error.
+
+Exit codes: 0 done, 1 the budget can't be met, 2 wrong use, 3 a bug. Only a bug gives a traceback.
+"""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import fxprune
+from fxprune.cli import diff, export, inspect, prune
+from fxprune.cli.say import complain
+from fxprune.errors import BudgetError, FxpruneError
+
+HELP = """Prune the channels of neural networks by rewriting their torch.fx graphs.
+
+A MODEL is torchvision:NAME, timm:NAME, package.module:factory, path/to/file.py:factory, or a model.safetensors that
+fxprune wrote. Exit codes: 0 done, 1 the budget can't be met, 2 wrong use."""
+
+
+class Verbs(TyperGroup):
+    """Says in one line what went wrong."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except BudgetError as error:
+            complain(error)
+            raise typer.Exit(1) from None
+        except FxpruneError as error:
+            complain(error)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="fxprune",
+    help=HELP,
+    cls=Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version, and end."""
+    if wanted:
+        typer.echo(f"fxprune {fxprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """The options of the program itself."""
+
+
+for verb in (inspect.inspect, prune.prune, prune.apply, export.export, diff.diff):
+    app.command()(verb)

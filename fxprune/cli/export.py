@@ -1,0 +1,34 @@
+"""``fxprune export``: a model as ONNX, compared with PyTorch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fxprune
+from fxprune.cli import options
+from fxprune.cli.models import open_model
+from fxprune.cli.say import progress, show, show_json
+
+
+def export(
+    model: options.Model,
+    path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Where to write.", show_default=False)],
+    weights: options.Weights = None,
+    classes: options.Classes = None,
+    example: options.Input = None,
+    named: options.Named = None,
+    seed: options.Seed = 0,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only for the batch size of the example.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a model as ONNX. The file appears only if onnxruntime gives what PyTorch gives.
+
+    Example: fxprune export out/model.safetensors out/model.onnx
+    """
+    opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
+    progress(f"exporting {model}")
+    result = fxprune.export_onnx(opened.model, opened.inputs, path, dynamic_batch=not fixed_batch)
+    if as_json:
+        return show_json({"path": str(path), "difference": result.difference, "batches": list(result.batches)})
+    return show(str(result))

@@ -1,0 +1,76 @@
+"""``fxprune inspect``: what can be pruned, what is frozen, and why."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fxprune
+from fxprune.channels.analysis import Analysis
+from fxprune.cli import options
+from fxprune.cli.models import open_model
+from fxprune.cli.say import note, progress, show, show_json
+from fxprune.summary import totals
+from fxprune.tables import frozen_table, groups_table
+
+
+def inspect(
+    model: options.Model,
+    explain: Annotated[
+        list[str] | None, typer.Option("--explain", metavar="NAME", help="Say why the channels of a layer go together.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the graph with its groups as a page.")] = None,
+    classes: options.Classes = None,
+    example: options.Input = None,
+    named: options.Named = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say which channels can be pruned and go together, and what is frozen and why. Ends with 1 if nothing can.
+
+    Example: fxprune inspect torchvision:resnet50 --explain layer3.0.conv2
+    """
+    opened = open_model(model, classes=classes, inputs=example, named=named, weights_matter=False)
+    progress(f"analysing {model}")
+    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
+    if html is not None:
+        analysis.to_html(html)
+    if as_json:
+        show_json(facts(analysis, opened.source.model))
+    elif explain:
+        show(*(analysis.explain(name) for name in explain))
+    else:
+        costs = totals(analysis)
+        shape = " and ".join(opened.source.input)
+        show(f"{model} on {shape}: {costs['flops']:,.0f} FLOPs, {costs['params']:,.0f} parameters")
+        show(str(analysis).partition("\n")[0], "")
+        show(groups_table(analysis), "", frozen_table(analysis))
+    if not analysis.groups:
+        note("nothing in this model can be pruned")
+        raise typer.Exit(1)
+
+
+def facts(analysis: Analysis, model: str) -> dict[str, Any]:
+    """An analysis as JSON data."""
+    return {
+        "format": "fxprune analysis 1",
+        "model": model,
+        "totals": totals(analysis),
+        "groups": {
+            group.name: {
+                "channels": group.size,
+                "inexact": group.inexact,
+                "members": [f"{member.parameter}[{member.axis}]" for member in group.members],
+            }
+            for group in analysis.groups.values()
+        },
+        "frozen": [
+            {
+                "axis": f"{each.parameter}[{each.axis}]",
+                "channels": len(each.index),
+                "reason": each.reason.text,
+                "place": analysis.place(each.reason),
+            }
+            for each in analysis.frozen
+        ],
+        "unknown": dict(analysis.unknown),
+    }

@@ -1,0 +1,63 @@
+"""Options that several verbs have, and how their values are read."""
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def amount(text: str) -> float:
+    """What may remain: "0.5" and "50%" are fractions, "5M" and "1200000" counts."""
+    found = re.fullmatch(r"([0-9.eE+-]+)\s*(%|[kKMGT]?)B?", text.strip())
+    try:
+        if found is None:
+            raise ValueError
+        value = float(found[1])
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no amount; give a fraction such as 0.5 or 50%, or 5M, or 1200000"
+        ) from None
+    if not (value > 0 and math.isfinite(value)):
+        raise typer.BadParameter(f"{text!r} must be positive")
+    if found[2] == "%":
+        return value / 100
+    if found[2]:
+        return round(value * UNITS[found[2].upper()])
+    return int(value) if found[1].isdigit() else value
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to look at; see fxprune --help.", show_default=False)]
+Named = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="The model that the file was made of, where it can't say so itself."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="A state_dict (.safetensors, .pt, .pth). Or the name of published weights, such as DEFAULT, which are "
+        "downloaded. Without this the weights are random.",
+    ),
+]
+Classes = Annotated[
+    int | None, typer.Option("--classes", min=1, help="Classes that the model tells apart, if not its usual number.")
+]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        help="Of an example input, such as 1,3,224,224, or int64:1,128 for token ids. Once for each argument.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of random weights, random scores, and the order of the data.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made if it is not there.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads for measuring; default, those that torch uses.")
+]

@@ -1,0 +1,66 @@
+"""Weights from a file, read without running code from it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fxprune.channels.analysis import abridged
+from fxprune.errors import FileError
+from fxprune.files import describe
+
+INSIDE = ("state_dict", "model_state_dict", "model", "model_ema", "weights")  # where checkpoints keep the weights
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Give ``model`` the weights in a file; all must fit. Raises FileError, and nothing is changed then."""
+    state = without_prefix(read_state(Path(path)), set(model.state_dict()))
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    foreign = [name for name in state if name not in expected]
+    if missing or foreign:
+        lacks = f"it lacks {abridged(missing, 3)}" if missing else ""
+        has = f"it has {abridged(foreign, 3)} besides" if foreign else ""
+        raise FileError(f"{path} does not fit the model: {' and '.join(filter(None, (lacks, has)))}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise FileError(
+                f"{path} does not fit the model: {name} is {describe(tensor)} in the file, "
+                f"{describe(expected[name])} in the model. Has it another number of classes? Say so with --classes."
+            )
+    model.load_state_dict(state, strict=False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of safetensors or ``torch.save``."""
+    if not path.is_file():
+        raise FileError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise FileError(
+            f"can't read weights from {path}: {why} Only plain weights are read, no pickled code."
+        ) from error
+    for name in INSIDE:
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+            break
+    if not isinstance(found, dict) or not found or not all(isinstance(each, Tensor) for each in found.values()):
+        raise FileError(f"{path} holds no state_dict: save one with torch.save(model.state_dict(), path)")
+    return found
+
+
+def without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """``state`` without what DistributedDataParallel, torch.compile and trainers put before every name."""
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in expected):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

@@ -1,0 +1,466 @@
+"""The command line: every verb does what its help says, and every wrong use gives one line and its exit code."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import _api
+from typer.testing import CliRunner
+
+import fxprune
+from fxprune.cli.app import app
+
+FACTORY = """
+import torch
+from torch import nn
+
+def net(num_classes=3):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+class Frozen(nn.Module):
+    def forward(self, x):
+        return x.relu()
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(11, 8), nn.Linear(8, 32), nn.Linear(32, 8)
+    def forward(self, ids):
+        return self.down(self.up(self.embed(ids)).relu())
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 2)
+    def forward(self, x, y):
+        return self.b(self.a(x + y).relu())
+
+def broken():
+    raise RuntimeError("no luck")
+
+def number():
+    return 7
+
+nothing = None
+"""
+SHAPE = ["--input", "1,3,8,8"]
+ROUNDED = ["--round-to", "1", "--tolerance", "0.3"]
+TINY = ["torchvision:fxprune_tiny", *SHAPE, *ROUNDED]
+
+
+def tiny(num_classes: int = 3, **_: Any) -> nn.Module:
+    """A model that can be looked up by name, as those of torchvision."""
+    namespace: dict[str, Any] = {}
+    exec(FACTORY, namespace)
+    model: nn.Module = namespace["net"](num_classes)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, with net.py; torchvision knows fxprune_tiny."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(_api.BUILTIN_MODELS, "fxprune_tiny", tiny)
+    (tmp_path / "net.py").write_text(FACTORY)
+    yield tmp_path
+    sys.modules.pop("net", None)
+
+
+def run(*args: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(args))
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    return result
+
+
+def pruned(*more: str, out: str = "out", onnx: str = "--no-onnx") -> dict[str, Any]:
+    options = [onnx, "-o", out, "--json"]
+    result: dict[str, Any] = json.loads(run("prune", *TINY, "--flops", "0.5", *options, *more).stdout)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ verbs
+
+
+def test_prune_writes_a_folder() -> None:
+    report = pruned(onnx="--onnx")
+    assert {each.name for each in Path("out").iterdir()} == {
+        "plan.json",
+        "model.safetensors",
+        "model.onnx",
+        "report.json",
+    }
+    assert report == json.loads(Path("out/report.json").read_text())
+    before, after = report["totals"]["flops"]
+    assert 0.4 * before < after <= 0.5 * before
+    assert "masked original == compact" in report["about"]["verified"]
+    compact = fxprune.load("out/model.safetensors", tiny())
+    assert {name: both[1] for name, both in report["groups"].items()} == fxprune.analyze(
+        compact, torch.randn(1, 3, 8, 8)
+    ).sizes
+    assert sum(each["flops"][1] for each in report["layers"]) == after
+    onnx.checker.check_model("out/model.onnx")
+
+
+def test_the_same_seed_gives_the_same_files() -> None:
+    pruned(out="a")
+    pruned(out="b")
+    pruned("--seed", "1", out="c")
+    for name in ("plan.json", "model.safetensors", "report.json"):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+    assert Path("a/model.safetensors").read_bytes() != Path("c/model.safetensors").read_bytes()
+
+
+def test_prune_prints_tables() -> None:
+    result = run("prune", *TINY, "--flops", "50%", "--no-onnx", "--no-verify")
+    assert re.search(r"^0\s+Conv2d\s+3\s+16 → \d+", result.stdout, re.MULTILINE)
+    assert re.search(r"^FLOPs\s+[\d,]+\s+[\d,]+\s+(4\d|50)%", result.stdout, re.MULTILINE)
+    assert "weights of torchvision:fxprune_tiny are random" in result.stderr
+    assert "written to out: model.safetensors, plan.json, report.json" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "most"),
+    [
+        (["--macs", "0.5"], "flops", 0.5),
+        (["--params", "50%"], "params", 0.5),
+        (["--params", "1.5k"], "params", 1500),
+        (["--channels", "20"], "channels", 20),
+        (["--memory", "0.02MB"], "memory", 20000),
+        (["--flops", "0.9", "--params", "0.5"], "params", 0.5),
+    ],
+)
+def test_budgets(options: list[str], kind: str, most: float) -> None:
+    result = run("prune", *TINY, *options, "--minimum", "0.05", "--no-onnx", "--json")
+    before, after = json.loads(result.stdout)["totals"][kind]
+    assert after <= (most * before if most <= 1 else most)
+
+
+def test_keep_and_rounding() -> None:
+    report = pruned("--keep", "0", "--flops", "0.7")
+    assert report["groups"]["0"] == [16, 16]
+    report = json.loads(
+        run("prune", *TINY[:3], "--params", "0.7", "--round-to", "4", "--no-onnx", *ROUNDED[2:], "--json").stdout
+    )
+    assert any(after % 4 == 0 and after < before for before, after in report["groups"].values())
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    "magnitude batch-norm-scale geometric_median taylor fisher activation single-shot random uniform erdos-renyi "
+    "precrop".split(),
+)
+def test_every_criterion(criterion: str, folder: Path) -> None:
+    data = ["--data", str(photos(folder / "photos"))]
+    options = ["--channels", "0.6", "--minimum", "0", "--no-onnx"]
+    report = json.loads(run("prune", *TINY, *options, *data, "--criterion", criterion, "--json").stdout)
+    assert report["about"]["criterion"] == criterion
+    assert report["totals"]["channels"][1] <= 0.6 * report["totals"]["channels"][0]
+
+
+def photos(folder: Path, classes: int = 3) -> Path:
+    for number in range(classes):
+        (folder / f"class{number}").mkdir(parents=True)
+        for copy in range(3):
+            Image.new("RGB", (10, 12), (80 * number, 60 * copy, 100)).save(folder / f"class{number}" / f"{copy}.png")
+    return folder
+
+
+def test_data_renews_batch_norm_and_tells_the_accuracy(folder: Path) -> None:
+    report = pruned("--data", str(photos(folder / "photos")))
+    assert all(0 <= each <= 1 for each in report["accuracy"])
+    compact = fxprune.load("out/model.safetensors", tiny())
+    pruned(out="without")
+    without = fxprune.load("without/model.safetensors", tiny())
+    assert not torch.equal(compact.get_buffer("1.running_mean"), without.get_buffer("1.running_mean"))
+
+
+def test_apply_puts_a_plan_on_other_weights() -> None:
+    pruned("--classes", "5")
+    torch.manual_seed(7)
+    other = tiny(5)
+    torch.save({"state_dict": {f"module.{name}": each for name, each in other.state_dict().items()}}, "other.pt")
+    result = run("apply", "out/plan.json", "--weights", "other.pt", "--no-onnx", "-o", "again")
+    assert "random" not in result.stderr
+    assert Path("again/plan.json").read_bytes() == Path("out/plan.json").read_bytes()
+    compact = fxprune.load("again/model.safetensors", tiny(5))
+    kept = fxprune.Plan.load("out/plan.json").keep["0"]
+    assert torch.equal(compact.get_parameter("0.bias"), other.get_parameter("0.bias")[list(kept)])
+
+
+def test_a_compact_model_needs_no_more_arguments(folder: Path) -> None:
+    pruned()
+    result = run("export", "out/model.safetensors", "again.onnx")
+    assert "onnxruntime == PyTorch" in result.stdout
+    before = pruned()["totals"]["flops"][1]
+    again = json.loads(
+        run("prune", "out/model.safetensors", "--flops", "0.6", *ROUNDED, "--no-onnx", "-o", "two", "--json").stdout
+    )
+    assert again["totals"]["flops"][0] == before
+    whole = json.loads(Path("two/plan.json").read_text())
+    assert whole["sizes"] == json.loads(Path("out/plan.json").read_text())["sizes"], "from the dense model"
+    compact = fxprune.load("two/model.safetensors", tiny())
+    assert fxprune.cost.flops(compact, torch.randn(1, 3, 8, 8)) == again["totals"]["flops"][1]
+    assert "16" not in run("inspect", "two/model.safetensors").stdout.partition("group ")[2].splitlines()[1].split()
+
+
+def test_new_weights_for_a_compact_model() -> None:
+    pruned()
+    compact = fxprune.load("out/model.safetensors", tiny())
+    with torch.no_grad():
+        compact.get_parameter("3.bias").fill_(5)
+    save_file(compact.state_dict(), "tuned.safetensors")
+    result = run("export", "out/model.safetensors", "tuned.onnx", "--weights", "tuned.safetensors", "--json")
+    assert json.loads(result.stdout)["difference"] < 1e-4
+    arrays = [onnx.numpy_helper.to_array(each) for each in onnx.load("tuned.onnx").graph.initializer]
+    assert any((each == 5).all() for each in arrays if each.size > 1)
+
+
+def test_inspect() -> None:
+    result = run("inspect", "torchvision:fxprune_tiny", *SHAPE)
+    assert "2 groups, 32 channels that can be pruned" in result.stdout
+    assert "output" in result.stdout
+    found = json.loads(run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--json").stdout)
+    assert found["groups"]["0"]["channels"] == 16
+    assert "1.weight[0]" in found["groups"]["0"]["members"]
+    assert "output" in {each["reason"] for each in found["frozen"]}
+    assert "go together with" in run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "3").stdout
+    run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--html", "page.html")
+    assert Path("page.html").read_text().startswith("<!doctype html>")
+
+
+def test_nothing_to_prune_is_a_budget_missed() -> None:
+    assert "nothing in this model can be pruned" in run("inspect", "net:Frozen", *SHAPE, code=1).stderr
+
+
+def test_diff() -> None:
+    pruned()
+    pruned("--flops", "0.7", out="more")
+    for name in ("plan.json", "model.safetensors", "report.json"):
+        result = run("diff", f"out/{name}", f"more/{name}")
+        widths = [fxprune.Plan.load(f"{each}/plan.json").widths["0"] for each in ("out", "more")]
+        assert re.search(rf"^0\s+{widths[0]}\s+{widths[1]}\s+\+\d+%", result.stdout, re.MULTILINE)
+        assert ("FLOPs" in result.stdout) == (name == "report.json")
+    found = json.loads(run("diff", "out/plan.json", "more/report.json", "--json").stdout)
+    assert found["groups"]["0"] == widths
+    assert "all 2 groups are the same" in run("diff", "out/plan.json", "out/report.json").stdout
+    assert re.search(r"^0 ", run("diff", "out/plan.json", "out/plan.json", "--all").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        ("net:net", ["1,3,8,8"]),
+        ("net.py:net", ["1x3x8x8"]),
+        ("net:Words", ["int64:2,5"]),
+        ("net:Two", ["2,4", "2,4"]),
+    ],
+)
+def test_factories(model: str, shapes: list[str]) -> None:
+    inputs = [word for shape in shapes for word in ("--input", shape)]
+    run("prune", model, *inputs, *ROUNDED, "--params", "0.6", "--no-onnx", "-o", "out")
+    told = run("export", "out/model.safetensors", "model.onnx", code=2).stderr
+    assert f"out/model.safetensors was made of '{model}'. Building that runs code" in told
+    run("export", "out/model.safetensors", "model.onnx", "--model", model)
+    run("apply", "out/plan.json", "--model", model, "--no-onnx", "-o", "again")
+
+
+def test_help_and_version() -> None:
+    text = run("--help").stdout
+    for verb in ("inspect", "prune", "apply", "export", "diff"):
+        assert verb in text
+        assert "Example: fxprune " + verb in " ".join(run(verb, "--help").stdout.replace("│", " ").split())
+    assert run("--version").stdout.strip() == f"fxprune {fxprune.__version__}"
+
+
+# ---------------------------------------------------------------------------------------------- wrong use
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+PLAN = "out/plan.json"
+HALF = ["--flops", "0.5"]
+WRONG: list[tuple[list[str], int, str]] = [
+    (["prune", *TINY], 2, r"an empty budget: give at least one of flops.* For example --flops 0\.5"),
+    (["prune", "resnet18", *HALF], 2, "'resnet18' names no model: give torchvision:NAME"),
+    (["prune", "torchvision:resnet81", *HALF], 2, "torchvision has no model 'resnet81'; did you mean resnet1[08]"),
+    (["prune", "timm:resnet50", *HALF], 2, "timm:resnet50 needs timm: pip install timm"),
+    (["prune", "no.such:factory", *SHAPE, *HALF], 2, "no.such can't be imported: ModuleNotFoundError"),
+    (["prune", "no.py:factory", *SHAPE, *HALF], 2, "there is no file no.py"),
+    (["prune", "net:nett", *SHAPE, *HALF], 2, "net has no class or function 'nett'; did you mean net"),
+    (["prune", "net:nothing", *SHAPE, *HALF], 2, "net has no class or function 'nothing'"),
+    (["prune", "net:broken", *SHAPE, *HALF], 2, "net:broken can't be built: RuntimeError: no luck"),
+    (["prune", "net:number", *SHAPE, *HALF], 2, "net:number gives a int, but must give a torch.nn.Module"),
+    (["prune", "net:Words", "--classes", "4", *SHAPE, *HALF], 2, "net:Words can't be built: TypeError.*num_classes"),
+    (["prune", "net:net", *HALF], 2, "what does net:net take.*--input 1,3,224,224"),
+    (["prune", "net:net", "--input", "3,a", *HALF], 2, "'3,a' is no shape; give sizes such as 1,3,224,224"),
+    (["prune", "net:net", "--input", "1,0", *HALF], 2, "'1,0' is no shape"),
+    (["prune", "net:net", "--input", "int7:1,2", *HALF], 2, "'int7:1,2' is no shape.*int64"),
+    (
+        ["prune", "net:net", "--input", "1,4,8,8", *HALF],
+        2,
+        "net:net does not run on inputs of shape 1,4,8,8: .* expected .* 3 channels",
+    ),
+    (["prune", "net:net", *SHAPE, *SHAPE, *HALF], 2, "shape 1,3,8,8 and 1,3,8,8: .*arguments"),
+    (["prune", "net:Frozen", *SHAPE, *HALF], 2, "nothing in this model can be pruned"),
+    (["prune", *TINY, "--flops", "half"], 2, "'half' is no amount; give a fraction such as 0.5"),
+    (["prune", *TINY, "--flops", "-1"], 2, "'-1' must be positive"),
+    (["prune", *TINY, "--flops", "nan"], 2, "'nan' is no amount"),
+    (["prune", *TINY, "--flops", "0.0001"], 1, "can't be met; the nearest that can be reached is flops="),
+    (["prune", *TINY, "--params", "5M"], 1, "already meets the budget params=5000000"),
+    (["prune", *TINY, "--latency", "0.5", "--latency-ms", "3"], 2, "give --latency or --latency-ms, not both"),
+    (["prune", *TINY, "--latency", "5"], 2, "--latency 5 is no fraction; say milliseconds with --latency-ms"),
+    (["prune", *TINY, "--latency-ms", "-3"], 2, r"latency=-0\.003 must be positive"),
+    (["prune", *TINY, *HALF, "--tolerance", "3"], 2, "tolerance=3.0 must lie between 0 and 1"),
+    (["prune", *TINY, *HALF, "--keep", "layer9"], 2, "keep='layer9' matches no module"),
+    (["prune", *TINY, *HALF, "--criterion", "magnitud"], 2, "no criterion is called 'magnitud'; did you mean magn"),
+    (["prune", *TINY, *HALF, "--criterion", "zzz"], 2, "no criterion is called 'zzz'; there are magnitude, batch-"),
+    (["prune", *TINY, *HALF, "--criterion", "taylor"], 2, "criterion taylor looks at data: give it images"),
+    (["prune", *TINY, *HALF, "--round-to", "0"], 2, "greater than or equal to 1"),
+    (["prune", *TINY, *HALF, "--minimum", "2"], 2, "need 0 <= minimum <= maximum <= 1, got 2.0"),
+    (["prune", *TINY, *HALF, "--data", "nowhere"], 2, "there are no images in nowhere: put them in one folder"),
+    (["prune", *TINY, *HALF, "--data", "empty"], 2, "there are no images in empty"),
+    (["prune", *TINY, *HALF, "--data", "text"], 2, "there are no images in text"),
+    (
+        ["prune", *TINY, *HALF, "--data", "many", "--criterion", "taylor"],
+        2,
+        "more classes than the model, which tells 3",
+    ),
+    (["prune", "net:Two", "--input", "2,4", "--input", "2,4", *HALF, "--data", "many"], 2, "takes more than one"),
+    (["prune", "net:Words", "--input", "int64:2,5", *HALF, "--data", "many"], 2, r"takes a tensor of shape \[2, 5\]"),
+    (["prune", *TINY, *HALF, "--weights", "none.pt"], 2, "there is no file none.pt"),
+    (["prune", "net:net", *SHAPE, *HALF, "--weights", "DEFAULT"], 2, "there is no file DEFAULT"),
+    (["prune", "torchvision:resnet18", *HALF, "--weights", "BEST"], 2, "torchvision has no such weights of resnet18"),
+    (["prune", *TINY, *HALF, "--weights", "text/words.pt"], 2, "can't read weights from text/words.pt"),
+    (["prune", *TINY, *HALF, "--weights", "text/cut.safetensors"], 2, "can't read weights from text/cut.safetensors"),
+    (["prune", *TINY, *HALF, "--weights", "code.pt"], 2, "can't read weights from code.pt.*no pickled code"),
+    (["prune", *TINY, *HALF, "--weights", "list.pt"], 2, "list.pt holds no state_dict"),
+    (["prune", *TINY, *HALF, "--weights", "five.pt"], 2, r"7.weight is float32\[5, 16\] in the file.*see|--classes"),
+    (
+        ["prune", *TINY, *HALF, "--weights", "other.pt"],
+        2,
+        "other.pt does not fit the model: it lacks 0.weight.*besides",
+    ),
+    (["prune", *TINY, *HALF, "-o", "net.py"], 2, "can't write to net.py: it is a file, not a folder"),
+    (["prune", *TINY, *HALF, "-o", "net.py/out"], 2, "can't write to net.py/out"),
+    (["prune", *TINY, *HALF, "--frobnicate"], 2, "No such option"),
+    (["prune", "none.safetensors", *HALF], 2, "can't read a model from none.safetensors"),
+    (["prune", "text/cut.safetensors", *HALF], 2, "can't read a model from text/cut.safetensors"),
+    (["export", "foreign.safetensors", "x.onnx"], 2, "not one that fxprune.save wrote"),
+    (["export", "torchvision:fxprune_tiny", *SHAPE, "nowhere/x.onnx"], 2, "there is no folder nowhere"),
+    (["export", "out/model.safetensors", "x.onnx", "--model", "net:Words"], 2, "does not belong to this Words"),
+    (["export", "start.safetensors", "x.onnx"], 2, "was not pruned: it holds a model from fxprune.initialize"),
+    (["apply", "none.json"], 2, "can't read a plan from none.json"),
+    (["apply", "out/report.json"], 2, "this is not a plan"),
+    (["apply", PLAN, "--model", "net:Two", "--input", "2,4", "--input", "2,4"], 2, "made for another model"),
+    (["apply", "bare.json"], 2, "bare.json does not say which model it was made of; say so with --model"),
+    (["apply", PLAN, "--weights", "five.pt"], 2, "--classes"),
+    (["diff", PLAN, "none.json"], 2, "can't read none.json"),
+    (["diff", PLAN, "list.json"], 2, "list.json is neither a plan nor a report"),
+    (["diff", PLAN, "report.json"], 2, "report.json is a damaged report"),
+    (["diff", PLAN, "other.json"], 2, "have no group in common: they are of different models"),
+    (["diff", PLAN, "start.safetensors"], 2, "start.safetensors was not pruned"),
+    (["inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "zzz"], 2, "nothing called 'zzz' in this model"),
+    (
+        ["inspect", "torchvision:fxprune_tiny", *SHAPE, "--html", "no/page.html"],
+        2,
+        "can't write a page to no/page.html",
+    ),
+    (["shrink"], 2, "No such command 'shrink'"),
+]
+
+
+@pytest.fixture
+def wrong_files(folder: Path) -> None:
+    pruned()
+    (folder / "empty").mkdir()
+    (folder / "text" / "class0").mkdir(parents=True)
+    (folder / "text" / "words.pt").write_text("not weights")
+    (folder / "text" / "cut.safetensors").write_bytes((folder / "out/model.safetensors").read_bytes()[:300])
+    photos(folder / "many", classes=6)
+    torch.save(nn.Linear(1, 1), "code.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save(tiny(5).state_dict(), "five.pt")
+    torch.save({"weight": torch.zeros(1)}, "other.pt")
+    save_file({"weight": torch.zeros(1)}, "foreign.safetensors")
+    fxprune.save(fxprune.initialize(tiny(), 1), "start.safetensors")
+    Path("list.json").write_text("[1]")
+    Path("report.json").write_text('{"format": "fxprune report 1", "groups": [1]}')
+    plan = json.loads(Path(PLAN).read_text())
+    Path("bare.json").write_text(json.dumps({**plan, "options": {}}))
+    Path("other.json").write_text(json.dumps({**plan, "sizes": {"z": 4}, "keep": {"z": [0]}}))
+
+
+@pytest.mark.usefixtures("wrong_files")
+def test_wrong_use() -> None:
+    """Each in the same folder, for speed: one line that says what to do, the exit code, and no file is written."""
+    found = sorted(Path().rglob("*"))
+    wrong = []
+    for args, code, message in WRONG:
+        result = CliRunner().invoke(app, args)
+        text = " ".join(result.output.replace("│", " ").split())
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        files = [each for each in sorted(Path().rglob("*")) if "__pycache__" not in each.parts]
+        said = bool(re.search(message, text)) and (len(lines) == 1 or "Usage:" in text)
+        if not (said and result.exit_code == code and isinstance(result.exception, SystemExit) and files == found):
+            wrong.append((args, code, message, result.exit_code, text, result.exception, set(files) ^ set(found)))
+    assert not wrong
+
+
+def test_a_file_names_no_code_to_run(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    pruned()
+    plan = json.loads(Path(PLAN).read_text())
+    for model in ("evil:x", "evil.py:x", "os:system", "torchvision.models:resnet18"):
+        Path("evil.json").write_text(json.dumps({**plan, "options": {**plan["options"], "model": model}}))
+        assert "Building that runs code, which a file may not choose" in run("apply", "evil.json", code=2).stderr
+    assert "evil" not in sys.modules
+
+
+def test_nothing_is_left_when_the_export_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned()
+    before = {each.name: each.read_bytes() for each in Path("out").iterdir()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise fxprune.FxpruneError("the export fails")
+
+    monkeypatch.setattr(fxprune, "export_onnx", fail)
+    assert "the export fails" in run("prune", *TINY, "--flops", "0.6", "-o", "out", code=2).stderr
+    assert {each.name: each.read_bytes() for each in Path("out").iterdir()} == before
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*args: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(fxprune, "analyze", bug)
+    result = CliRunner().invoke(app, ["prune", *TINY, *HALF])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+# ------------------------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "swin_t", "shufflenet_v2_x0_5"])
+def test_models_of_torchvision(name: str) -> None:
+    assert "channels that can be pruned" in run("inspect", f"torchvision:{name}").stdout
+    result = run("prune", f"torchvision:{name}", "--flops", "0.6", "--json")
+    before, after = json.loads(result.stdout)["totals"]["flops"]
+    assert 0.5 * before < after <= 0.6 * before
+    run("apply", PLAN, "-o", "again", "--no-onnx", "--no-verify")
+    run("export", "out/model.safetensors", "again.onnx")
+    assert "are the same" in run("diff", PLAN, "again/model.safetensors").stdout
