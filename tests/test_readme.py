@@ -32,7 +32,8 @@ def test_every_python_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pyte
 def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^fxprune (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    commands = re.findall(r"^fxprune (.*)$", "\n".join(blocks), re.MULTILINE)
     assert {command.split()[0] for command in commands} == {each.callback.__name__ for each in app.registered_commands}
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command))
