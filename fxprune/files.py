@@ -1,6 +1,7 @@
 """Save and load a compact model: one safetensors file with the weights and, as JSON, the plan. No pickle.
 
-Of a model from ``fxprune.initialize`` the file has the seed, and only the weights that differ from what it gives.
+Of a model from ``fxprune.initialize`` the file has the seed, and only the weights that differ from what it gives; of
+convolutions whose kernels have many zeros, only the weights that are not zero.
 """
 
 import copy
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fxprune import kernels
 from fxprune.channels.analysis import analyze
 from fxprune.errors import FileError, FxpruneError, require
 from fxprune.inputs import imagine, map_tensors
@@ -49,11 +51,12 @@ def save(compact: nn.Module, path: str | Path) -> None:
     state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
     state, aliases = without_aliases(state)
     state, sparse = packed(state, start)
+    state, patterned = kernels.packed(state)
     partial = path.with_name(path.name + ".partial")
     try:
         state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
         known = {key: value for key, value in record.items() if key != "example"}
-        description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, **known})
+        description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known})
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
         os.replace(partial, path)
     except (OSError, SafetensorError, TypeError) as error:
@@ -79,6 +82,7 @@ def load(path: str | Path, model: nn.Module) -> Model:
     require(path, (str, Path), "path", FileError)
     record, state = read(path)
     try:
+        state = kernels.unpacked(state, record.get("kernels", []))
         sparse = record.get("start") or {}
         start = start_in(sparse, unwrap(model)) if sparse else None
         if "plan" in record:

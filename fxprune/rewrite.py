@@ -88,7 +88,9 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
                 Fitter(region, mode, before, after, stays).start(analysis.inputs[mode][path])
         region.recompile()
     param_map = ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
-    record(compact, analysis, plan, param_map)
+    record(compact, analysis, plan)
+    if START in compact.meta:
+        compact.meta[START] = compact.meta[START].after(param_map)
     return compact, param_map
 
 
@@ -129,16 +131,14 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
     return kept
 
 
-def record(compact: Model, analysis: Analysis, plan: Plan, param_map: ParamMap) -> None:
-    """Leave on the compact model what ``save`` needs: the plan from the model that was traced first, and its start."""
+def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
+    """Leave on the compact model what ``save`` needs: the plan from the model that was traced first."""
     before = compact.meta.get("fxprune")
     whole = Plan.from_json(before["plan"]).then(plan) if before else plan
     example = before["example_inputs"] if before else describe(analysis.example_inputs)
     compact.meta["fxprune"] = {"plan": whole.to_json(), "example_inputs": example}
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
-    if START in compact.meta:
-        compact.meta[START] = compact.meta[START].after(param_map)
 
 
 def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from fxprune.param_map import ParamMap, check_owned
 from fxprune.plan import Plan
 from fxprune.progress import Progress
 from fxprune.reconfigure import reconfigure
+from fxprune.rewrite import record
 from fxprune.start import remember
 from fxprune.trace import trace, unwrap
 from fxprune.traced import Model, is_traced, regions
@@ -105,6 +106,8 @@ class Session:
         if around is not None and not set(graph.parameters()) <= set(around.parameters()):
             raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
         analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
+        if "fxprune" not in graph.meta:  # so that it can be saved before any cut
+            record(graph, analysis, Plan({}, analysis.sizes, analysis.options))
 
         self.graph: Model = graph
         self.analysis: Analysis = analysis

@@ -17,6 +17,7 @@ from .gate_channels import GateChannels
 from .geometric_median import GeometricMedian
 from .grow_batch import GrowBatch
 from .magnitude import Magnitude
+from .pattern_conv import PatternConv
 from .precrop import PreCrop
 from .prunetrain import PruneTrain
 from .random import Random
@@ -43,6 +44,7 @@ __all__ = [
     "GeometricMedian",
     "GrowBatch",
     "Magnitude",
+    "PatternConv",
     "PreCrop",
     "PruneTrain",
     "Random",
