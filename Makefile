@@ -8,15 +8,18 @@ BIN := .venv/bin
 DEMO_ENV := .venv/ready-demo
 ENV := .venv/ready-demo,test
 BENCH_ENV := .venv/ready-bench
+DOCS_ENV := .venv/ready-docs
 # One torch thread a worker: the tests are small, and the workers already fill the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-all lint format bench clean
+.PHONY: help setup demo test test-slow test-all lint format docs bench clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
+
+setup: $(ENV) ## make the environment for the tests in .venv
 
 demo: $(DEMO_ENV) ## train a network that shrinks while it trains, under 5 minutes
 	$(BIN)/python examples/quickstart.py
@@ -39,12 +42,15 @@ format: $(ENV) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(DOCS_ENV) ## build the documentation into site/; fails on a broken link
+	$(BIN)/mkdocs build --quiet
+
 bench: $(ENV) $(BENCH_ENV) ## time the analysis beside Torch-Pruning
 	$(BIN)/python benchmarks/analysis.py
 
 clean: ## remove caches, builds and outputs; .venv stays
-	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find fxprune passes tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fxprune passes tests examples benchmarks docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # .venv/ready-a,b says that fxprune[a,b] is installed, editable.
 .venv/ready-%: pyproject.toml

@@ -2,7 +2,7 @@
 
     python benchmarks/before_training.py --data PATH [--images 12800] [--epochs 3] [--width 16]
 
-PATH as for examples/train_cifar10.py. All networks of a kind start from the same weights, see the same batches, and
+PATH as for benchmarks/cifar10.py. All networks of a kind start from the same weights, see the same batches, and
 take turns at every step, so that a busy machine slows all alike. Inference is onnxruntime's. Both times are taken once
 more, without training, at the full width. Run it again after an interruption and it goes on from the last epoch.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from cifar10 import decode, normal
 from common import RESULTS, in_words, machine, table, write
 from rich.progress import track
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from torchvision.models.vgg import cfgs, make_layers
 
 import fxprune
 from fxprune import passes
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from train_cifar10 import decode, normal
 
 BATCH = 64
 LAST = torch.channels_last

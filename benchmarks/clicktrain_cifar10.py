@@ -2,7 +2,7 @@
 
     python benchmarks/clicktrain_cifar10.py --data PATH [--epochs 12] [--limit 12500] [--threads 1] [--no-train]
 
-PATH is as for examples/train_cifar10.py. The runs train one epoch in turn from the same start on the same batches, and
+PATH is as for benchmarks/cifar10.py. The runs train one epoch in turn from the same start on the same batches, and
 each saves after it; run it again after an interruption and it goes on where it was. PruneTrain then trains for as much
 processor time as the slowest of them took. At the end each network is saved as users do, loaded, lowered, and tested.
 """
@@ -10,11 +10,11 @@ processor time as the slowest of them took. At the end each network is saved as 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import cifar10 as cifar
 import torch
 import torch.nn.functional as F
 from common import RESULTS, in_words, machine, table, write
@@ -22,9 +22,6 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import passes
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import train_cifar10 as cifar
 
 RUNS = ("dense", "none", "input_channel", "filter", "PruneTrain")
 EXAMPLE = torch.zeros(2, 3, 32, 32)

@@ -2,7 +2,7 @@
 
     python benchmarks/dropback_cifar10.py --data PATH [--epochs 6] [--limit 12500] [--threads 1] [--no-train]
 
-PATH is as for examples/train_cifar10.py. All runs train one epoch in turn, with plain SGD, and each saves after it; run
+PATH is as for benchmarks/cifar10.py. All runs train one epoch in turn, with plain SGD, and each saves after it; run
 it again after an interruption and it goes on where it was. At the end the table is written: test accuracy, and the
 bytes of the file that fxprune.save writes, from which each network is loaded again and tested.
 """
@@ -10,10 +10,10 @@ bytes of the file that fxprune.save writes, from which each network is loaded ag
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
+import cifar10 as cifar
 import torch
 import torch.nn.functional as F
 from common import RESULTS, in_words, machine, table, write
@@ -21,9 +21,6 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import passes
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import train_cifar10 as cifar
 
 BUDGETS = {"dense": 1.0, "1/3": 1 / 3, "1/5": 1 / 5, "1/11.7": 1 / 11.7, "1/24": 1 / 24}
 EXAMPLE = torch.zeros(2, 3, 32, 32)

@@ -12,16 +12,14 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from quickstart import BATCH, accuracy, console, digits, say
-from rich.progress import track
-from rich.table import Column, Table
+from shared import BATCH, accuracy, batches, console, digits, few, say, table
 from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
 
 OUT = Path("out/before_training")
-EPOCHS = 8
+EPOCHS = few(8)
 
 
 def main():
@@ -39,17 +37,16 @@ def main():
             compact, _ = fxprune.rewrite(dense, analysis, method.plan(analysis, fxprune.Budget(flops=flops)))
             runs.append(Run(f"{name} {flops:.0%}", compact))
     say(f"training {len(runs)} networks on {len(train_set[0])} digits, in turns; {len(test_set[0])} are the test")
-    train(runs, *train_set)
+    train(runs, train_set)
 
-    names = ("FLOPs an image", "parameters", "ms a step", "of dense", "test accuracy")
-    table = Table("", *(Column(name, justify="right") for name in names), caption_justify="left")
-    table.caption = f"ms: forward, backward and update, a batch of {BATCH}, one CPU thread, median"
+    caption = f"ms: forward, backward and update, a batch of {BATCH}, one CPU thread, median"
+    rows = table("FLOPs an image", "parameters", "ms a step", "of dense", "test accuracy", caption=caption)
     for run in runs:
         run.ms, run.accuracy = 1e3 * median(run.seconds), accuracy(run.model.eval(), test_set)
         sizes = fxprune.cost.flops(run.model, example[:1]), fxprune.cost.params(run.model)
         figures = f"{run.ms:.1f}", f"{run.ms / runs[0].ms:.2f}", f"{run.accuracy:.1%}"
-        table.add_row(run.name, *(f"{size:,}" for size in sizes), *figures)
-    console.print(table)
+        rows.add_row(run.name, *(f"{size:,}" for size in sizes), *figures)
+    console.print(rows)
     draw(runs, OUT / "accuracy.png")
     say(f"done; the picture is {OUT / 'accuracy.png'}")
 
@@ -70,13 +67,14 @@ class Run:
         self.seconds.append(time.perf_counter() - start)
 
 
-def train(runs, x, y):
+def train(runs, train_set):
     """All runs in turns, with a learning rate that falls to zero in a line."""
-    batches = [batch for _ in range(EPOCHS) for batch in torch.randperm(len(y)).split(BATCH)[:-1]]
-    bar = track(batches, f"{EPOCHS} epochs", console=console, transient=True, disable=not console.is_terminal)
-    for number, batch in enumerate(bar):
-        for run in random.sample(runs, len(runs)):
-            run.step(x[batch], y[batch], 0.03 * (1 - number / len(batches)))
+    steps, done = EPOCHS * (len(train_set[1]) // BATCH), 0
+    for epoch in range(EPOCHS):
+        for x, y in batches(train_set, epoch, f"epoch {epoch + 1} of {EPOCHS}"):
+            for run in random.sample(runs, len(runs)):
+                run.step(x, y, 0.03 * (1 - done / steps))
+            done += 1
 
 
 def draw(runs, path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fxprune
 from fxprune import passes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,11 @@ def test_packages_on_disk_are_the_packages_listed():
     files = [dotted(path) for path in COMPILER + METHODS]
     assert {name[:-1] for name in files if name[-1] == "__init__"} == listed
     assert {name[:-1] for name in files} == listed
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert fxprune.__version__ == project["version"]
 
 
 @pytest.mark.parametrize("path", COMPILER, ids=label)

@@ -1,9 +1,9 @@
 """Train on CIFAR-10 with PruneTrain or Activation Density, and the dense model beside it: same weights, same batches,
 steps in turns.
 
-    python examples/train_cifar10.py --data PATH
-    python examples/train_cifar10.py --data PATH --method activation_density
-    torchrun --nproc-per-node 2 examples/train_cifar10.py --data PATH
+    python benchmarks/cifar10.py --data PATH
+    python benchmarks/cifar10.py --data PATH --method activation_density
+    torchrun --nproc-per-node 2 benchmarks/cifar10.py --data PATH
 
 PATH holds train/<class>/*.jpg and test/<class>/*.jpg, or the CIFAR-10 that torchvision downloads. Run it again after an
 interruption and it goes on where it was. The table, picture and ONNX file are left in --out."""

@@ -1,4 +1,4 @@
-"""examples/train_cifar10.py on a few random images: a run, the same run in two parts, and two processes."""
+"""benchmarks/cifar10.py on a few random images: a run, the same run in two parts, and two processes."""
 
 import importlib.util
 import json
@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train_cifar10.py"
+EXAMPLE = Path(__file__).resolve().parent.parent / "benchmarks" / "cifar10.py"
 OPTIONS = ["--epochs", "2", "--batch-size", "8", "--lr", "0.05", "--threads", "1"]
 
 
 @pytest.fixture
 def example() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("train_cifar10", EXAMPLE)
+    spec = importlib.util.spec_from_file_location("cifar10", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
