@@ -1,6 +1,7 @@
 """fxprune: prune neural networks while they train, by rewriting their torch.fx graphs."""
 
 from fxprune import cost
+from fxprune.bench import bench
 from fxprune.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.custom import register_operator
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingPass",
     "WhenItPays",
     "analyze",
+    "bench",
     "cost",
     "export_onnx",
     "initialize",

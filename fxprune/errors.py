@@ -60,3 +60,7 @@ class PassError(FxpruneError):
 
 class SessionError(FxpruneError):
     """A training session was set up or called wrongly, or its ranks disagree. The run is unchanged."""
+
+
+class BenchError(FxpruneError):
+    """Models can't be measured beside each other."""

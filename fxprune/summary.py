@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import Group
 from fxprune.cost import Channels, cost_of, flops_by_module
 from fxprune.plan import Plan
 from fxprune.traced import Model
+
+if TYPE_CHECKING:
+    from fxprune.bench import Bench
 
 Pair = tuple[float, float]  # before, after
 
@@ -46,6 +50,7 @@ class Summary:
         groups: channels of each group.
         layers: those with weights.
         totals: "flops", "params", "memory" (bytes) and "channels".
+        bench: times, where they were taken.
         accuracy: on data that the user gave.
         about: anything else in words, by title: the model, the criterion, what was verified.
     """
@@ -53,6 +58,7 @@ class Summary:
     groups: Mapping[str, Pair]
     layers: tuple[Layer, ...]
     totals: Mapping[str, Pair]
+    bench: "Bench | None" = None
     accuracy: Pair | None = None
     about: Mapping[str, str] = field(default_factory=dict)
 
@@ -69,8 +75,26 @@ class Summary:
 FORMAT = "fxprune report 1"
 
 
-def summarize(analysis: Analysis, plan: Plan, compact: Model, about: Mapping[str, str] | None = None) -> Summary:
-    """The summary of ``plan`` for the model of ``analysis``, which ``rewrite`` made ``compact`` of."""
+def summarize(
+    analysis: Analysis,
+    plan: Plan,
+    compact: Model,
+    *,
+    bench: "Bench | None" = None,
+    about: Mapping[str, str] | None = None,
+) -> Summary:
+    """What ``plan`` does to the model of ``analysis``, of which ``rewrite`` made ``compact``.
+
+    Args:
+        analysis: of the model before the cut.
+        plan: that was carried out.
+        compact: the model after it.
+        bench: what ``fxprune.bench`` measured of both.
+        about: anything else that should stand in the report, by title.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
     plan.check(analysis.sizes)
     after = analysis.after(plan, compact)
     counts = [totals(each) for each in (analysis, after)]
@@ -78,6 +102,7 @@ def summarize(analysis: Analysis, plan: Plan, compact: Model, about: Mapping[str
         groups={name: (size, plan.widths.get(name, 0)) for name, size in analysis.sizes.items()},
         layers=layers(analysis, after),
         totals={kind: (before, counts[1][kind]) for kind, before in counts[0].items()},
+        bench=bench,
         about=dict(about or {}),
     )
 
@@ -95,7 +120,7 @@ def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     modules = [weighted(each.graph) for each in (before, after)]
     groups: dict[str, list[str]] = {}
     for group in before.groups.values():
-        for path in dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members):
+        for path in layers_of(group):
             groups.setdefault(path, []).append(group.name)
     result = []
     for path, layer in modules[0].items():
@@ -113,6 +138,11 @@ def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
             )
         )
     return tuple(result)
+
+
+def layers_of(group: Group) -> list[str]:
+    """The paths of the layers that the channels of a group go through, norms included."""
+    return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
 
 
 def pair(values: Any) -> Pair:

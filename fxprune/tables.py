@@ -1,16 +1,17 @@
 """Tables: analyses and summaries in rich tables, for the terminal and for ``print``."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console, RenderableType
 from rich.table import Column, Table
 
+from fxprune.bench import Bench
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import marginal
-from fxprune.summary import Pair, Summary
+from fxprune.summary import Pair, Summary, layers_of
 
 UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "memory", "channels": "channels"}
 
@@ -26,19 +27,16 @@ def text(*parts: RenderableType) -> str:
 
 def layers_table(summary: Summary) -> Table:
     """A row a layer: the channels that it reads and writes, its parameters and FLOPs, before and after."""
-    rows = [
-        (
-            each.name,
-            each.kind,
-            change(each.inputs),
-            change(each.outputs),
-            change(each.params),
-            change(each.flops),
-            share(each.flops),
-        )
-        for each in summary.layers
-    ]
-    return table(("layer", "kind"), ("inputs", "outputs", "parameters", "FLOPs", "left"), rows)
+    heads = ["inputs", "outputs", "parameters", "FLOPs", "left", *["ms", "left"][: 2 * (summary.bench is not None)]]
+    rows = []
+    for each in summary.layers:
+        row = [each.name, each.kind, *map(change, (each.inputs, each.outputs, each.params, each.flops))]
+        row.append(share(each.flops))
+        if summary.bench is not None:
+            seconds = summary.bench.layers.get(each.name, (0.0, 0.0))
+            row += [" → ".join(map(milliseconds, seconds)), share(seconds)]
+        rows.append(row)
+    return table(("layer", "kind"), heads, rows)
 
 
 def totals_table(summary: Summary) -> Table:
@@ -46,9 +44,35 @@ def totals_table(summary: Summary) -> Table:
     rows = [
         (UNITS[kind], *(amount(kind, value) for value in both), share(both)) for kind, both in summary.totals.items()
     ]
+    for each in summary.bench.rows if summary.bench is not None else ():
+        if each.before is not None and each.after is not None and each.ratio is not None:
+            times = (milliseconds(its.median) for its in (each.before, each.after))
+            rows.append((f"ms, {each.backend}, batch {each.batch}", *times, f"{each.ratio.median:.0%}"))
     if summary.accuracy is not None:
         rows.append(("accuracy", *(f"{each:.1%}" for each in summary.accuracy), ""))
     return table(("",), ("before", "after", "left"), rows)
+
+
+def bench_table(bench: Bench) -> Table:
+    """A row a backend and batch size: milliseconds, what is left of them beside what is left of the FLOPs."""
+    left = share(bench.flops)
+    rows = []
+    for each in bench.rows:
+        if each.before is None or each.after is None or each.ratio is None:
+            rows.append((each.backend, str(each.batch), each.problem or "not measured", "", "", "", ""))
+            continue
+        efficiency = "" if each.efficiency is None else f"{each.efficiency:.2f}"
+        spread = f"{each.ratio.median:.0%} ({each.ratio.low:.0%} – {each.ratio.high:.0%})"
+        times = (milliseconds(each.before.median), milliseconds(each.after.median))
+        rows.append((each.backend, str(each.batch), *times, spread, left, efficiency))
+    heads = ("batch", "before, ms", "after, ms", "time left (quartiles)", "FLOPs left", "efficiency")
+    return table(("backend",), heads, rows)
+
+
+def idle_table(idle: Mapping[str, tuple[float, float]], what: str = "layers") -> Table:
+    """The groups or layers that saved FLOPs but hardly any time."""
+    rows = [(name, f"{flops:.0%}", f"{seconds:.0%}") for name, (flops, seconds) in idle.items()]
+    return table((f"{what} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
 
 
 def groups_table(analysis: Analysis) -> Table:
@@ -56,7 +80,7 @@ def groups_table(analysis: Analysis) -> Table:
     costs = {kind: marginal(analysis, kind) for kind in ("flops", "params")}
     rows = []
     for group in analysis.groups.values():
-        paths = list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
+        paths = layers_of(group)
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         each = (float(np.mean(costs[kind][group.name])) for kind in costs)
         rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(short, each)))
@@ -99,6 +123,11 @@ def share(both: Pair) -> str:
 def amount(kind: str, value: float) -> str:
     """A cost with its unit."""
     return f"{value / 1e6:,.1f} MB" if kind == "memory" else f"{value:,.0f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, in three digits at least."""
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
 
 
 def short(value: float) -> str:

@@ -55,7 +55,7 @@ def number():
 nothing = None
 """
 SHAPE = ["--input", "1,3,8,8"]
-ROUNDED = ["--round-to", "1", "--tolerance", "0.3"]
+ROUNDED = ["--round-to", "1", "--tolerance", "0.3", "--no-measure"]
 TINY = ["torchvision:fxprune_tiny", *SHAPE, *ROUNDED]
 
 
@@ -191,7 +191,7 @@ def test_apply_puts_a_plan_on_other_weights() -> None:
     torch.manual_seed(7)
     other = tiny(5)
     torch.save({"state_dict": {f"module.{name}": each for name, each in other.state_dict().items()}}, "other.pt")
-    result = run("apply", "out/plan.json", "--weights", "other.pt", "--no-onnx", "-o", "again")
+    result = run("apply", "out/plan.json", "--weights", "other.pt", "--no-onnx", "--no-measure", "-o", "again")
     assert "random" not in result.stderr
     assert Path("again/plan.json").read_bytes() == Path("out/plan.json").read_bytes()
     compact = fxprune.load("again/model.safetensors", tiny(5))
@@ -244,6 +244,26 @@ def test_nothing_to_prune_is_a_budget_missed() -> None:
     assert "nothing in this model can be pruned" in run("inspect", "net:Frozen", *SHAPE, code=1).stderr
 
 
+def test_bench() -> None:
+    pruned()
+    quick = ["--batch", "1,2", "--backend", "eager", "--seconds", "0"]
+    result = run("bench", "out/model.safetensors", *quick)
+    assert re.search(
+        r"^eager\s+1\s+[\d.]+\s+[\d.]+\s+\d+% \(\d+% – \d+%\)\s+\d+%\s+\d+\.\d\d$", result.stdout, re.MULTILINE
+    )
+    quick[:4] = ["--batch", "1", "--backend", "onnxruntime"]
+    found = json.loads(run("bench", "net:net", "--vs", "net.py:net", *SHAPE, *quick, "--json").stdout)
+    assert [(each["backend"], each["batch"]) for each in found["rows"]] == [("onnxruntime", 1)]
+    assert found["flops"][0] == found["flops"][1]
+    assert found["idle"] == {"groups": {}, "layers": {}}
+
+
+def test_prune_measures() -> None:
+    found = pruned("--measure")
+    assert found["bench"]["rows"][0]["backend"] == "eager"
+    assert set(found["bench"]["layers"]) == {str(number) for number in range(8)}
+
+
 def test_diff() -> None:
     pruned()
     pruned("--flops", "0.7", out="more")
@@ -273,12 +293,12 @@ def test_factories(model: str, shapes: list[str]) -> None:
     told = run("export", "out/model.safetensors", "model.onnx", code=2).stderr
     assert f"out/model.safetensors was made of '{model}'. Building that runs code" in told
     run("export", "out/model.safetensors", "model.onnx", "--model", model)
-    run("apply", "out/plan.json", "--model", model, "--no-onnx", "-o", "again")
+    run("apply", "out/plan.json", "--model", model, "--no-onnx", "--no-measure", "-o", "again")
 
 
 def test_help_and_version() -> None:
     text = run("--help").stdout
-    for verb in ("inspect", "prune", "apply", "export", "diff"):
+    for verb in ("inspect", "prune", "apply", "bench", "export", "diff"):
         assert verb in text
         assert "Example: fxprune " + verb in " ".join(run(verb, "--help").stdout.replace("│", " ").split())
     assert run("--version").stdout.strip() == f"fxprune {fxprune.__version__}"
@@ -373,6 +393,10 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["diff", PLAN, "report.json"], 2, "report.json is a damaged report"),
     (["diff", PLAN, "other.json"], 2, "have no group in common: they are of different models"),
     (["diff", PLAN, "start.safetensors"], 2, "start.safetensors was not pruned"),
+    (["bench", "torchvision:fxprune_tiny", *SHAPE], 2, "compare torchvision:fxprune_tiny with what"),
+    (["bench", "out/model.safetensors", "--backend", "tpu"], 2, "no backend is called 'tpu'"),
+    (["bench", "out/model.safetensors", "--batch", "1,x"], 2, "must be positive integers"),
+    (["bench", "out/model.safetensors", "--vs", "net:Words"], 2, "net:Words does not run on inputs of shape 1,3,8,8"),
     (["inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "zzz"], 2, "nothing called 'zzz' in this model"),
     (
         ["inspect", "torchvision:fxprune_tiny", *SHAPE, "--html", "no/page.html"],

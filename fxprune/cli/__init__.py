@@ -1,1 +1,1 @@
-"""The command line: ``fxprune inspect``, ``prune``, ``apply``, ``export`` and ``diff``."""
+"""The command line: ``fxprune inspect``, ``prune``, ``apply``, ``bench``, ``export`` and ``diff``."""

@@ -38,6 +38,8 @@ CRITERIA: dict[str, type[passes.Criterion]] = {
     "precrop": passes.PreCrop,
 }
 
+Measure = Annotated[bool, typer.Option(help="Time both models, in turns, in PyTorch.")]
+
 
 class UsageError(FxpruneError):
     """Options that do not go together."""
@@ -90,6 +92,7 @@ def prune(
     out: options.Out = Path("out"),
     verify: Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")] = True,
     onnx: Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")] = True,
+    measure: Measure = True,
     as_json: options.Json = False,
 ) -> None:
     """Prune a model to a budget, and write plan.json, model.safetensors, model.onnx and report.json to a folder.
@@ -100,7 +103,7 @@ def prune(
     scorer = criterion_of(criterion, images is not None)
     free(out)
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
-    batches = None if images is None else data.images(images, shape_of(opened), samples, seed)
+    batches = None if images is None else data.images(images, shape_for_images(opened), samples, seed)
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
     own = {"data": batches, "loss": data.loss, "seed": seed}
     bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
@@ -109,7 +112,7 @@ def prune(
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
     progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
-    carry_out(analysis, plan, opened, out, batches, verify, onnx, as_json, criterion=criterion)
+    carry_out(analysis, plan, opened, out, batches, verify, onnx, measure, as_json, criterion=criterion)
 
 
 def apply(
@@ -126,6 +129,7 @@ def apply(
     out: options.Out = Path("out"),
     verify: Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")] = True,
     onnx: Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")] = True,
+    measure: Measure = True,
     as_json: options.Json = False,
 ) -> None:
     """Carry out a plan on the model that it was made for, with other weights.
@@ -142,11 +146,11 @@ def apply(
         inputs=example or list(source.input) or None,
         seed=seed,
     )
-    batches = None if images is None else data.images(images, shape_of(opened), samples, seed)
+    batches = None if images is None else data.images(images, shape_for_images(opened), samples, seed)
     progress(f"analysing {source.model}")
     chosen = {key: value for key, value in found.options.items() if key in ("heads", "groups")}
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **chosen)
-    carry_out(analysis, found, opened, out, batches, verify, onnx, as_json)
+    carry_out(analysis, found, opened, out, batches, verify, onnx, measure, as_json)
 
 
 def carry_out(
@@ -157,6 +161,7 @@ def carry_out(
     batches: Any,
     verify: bool,
     onnx: bool,
+    measure: bool,
     as_json: bool,
     **about: str,
 ) -> None:
@@ -168,12 +173,17 @@ def carry_out(
     if verify:
         progress("verifying in float64")
         about["verified"] = str(fxprune.verify(analysis.graph, compact, param_map, opened.inputs))
-    summary = summarize(analysis, plan, compact, about)
+    summary = summarize(analysis, plan, compact, about=about)
     if batches is not None:
         progress("renewing batch norm's averages")
         torch.optim.swa_utils.update_bn(batches, compact)
         compact.eval()
         summary = replace(summary, accuracy=(data.accuracy(analysis.graph, batches), data.accuracy(compact, batches)))
+    if measure:
+        progress("measuring")
+        batch = shape_of(opened)[0]
+        timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
+        summary = replace(summary, bench=timed)
     summary = write(out, compact, summary, opened, onnx)
     if as_json:
         return show_json(summary.to_json())
@@ -254,9 +264,13 @@ def criterion_of(name: str, with_data: bool) -> type[passes.Criterion]:
     return found
 
 
-def shape_of(opened: Opened) -> tuple[int, ...]:
+def shape_for_images(opened: Opened) -> tuple[int, ...]:
     """The shape of what the model takes, for images to be made of."""
-    first, *others = tensors_in(opened.inputs)
-    if others:
+    if len(tensors_in(opened.inputs)) > 1:
         raise data.DataError("--data gives one tensor of images, but the model takes more than one")
-    return tuple(first.shape)
+    return shape_of(opened)
+
+
+def shape_of(opened: Opened) -> tuple[int, ...]:
+    """The shape of the first input."""
+    return tuple(tensors_in(opened.inputs)[0].shape)

@@ -1,0 +1,61 @@
+"""``fxprune bench``: a compact model beside the dense one, measured."""
+
+from typing import Annotated
+
+import typer
+
+import fxprune
+from fxprune.backends import BACKENDS
+from fxprune.cli import options
+from fxprune.cli.models import ModelError, open_model
+from fxprune.cli.say import progress, show, show_json
+from fxprune.summary import layers_of
+from fxprune.tables import bench_table, idle_table
+
+
+def bench(
+    model: options.Model,
+    vs: Annotated[
+        str | None,
+        typer.Option(
+            "--vs", metavar="MODEL", help="What to compare with; default, the model that the file was made of."
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,32",
+    backend: Annotated[
+        str | None, typer.Option(help=f"Of {', '.join(BACKENDS)}; default, all that the device has.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="That each model is run for, in each row.")] = 2.0,
+    threads: options.Threads = None,
+    classes: options.Classes = None,
+    shapes: options.Input = None,
+    named: options.Named = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time a compact model beside the dense one. Efficiency is the speed-up over the reduction in FLOPs.
+
+    Example: fxprune bench out/model.safetensors --batch 1,32 --backend eager,onnxruntime
+    """
+    compact = open_model(model, classes=classes, inputs=shapes, named=named, weights_matter=False)
+    if vs is None and not model.endswith(".safetensors"):
+        raise ModelError(f"compare {model} with what? Give a model that fxprune wrote, or say with --vs")
+    other = vs or compact.source.model
+    same = {"classes": compact.source.classes, "inputs": list(compact.source.input)}
+    dense = open_model(other, **same, named=named, weights_matter=False)  # type: ignore[arg-type]
+    sizes = [int(size) if size.strip().isdecimal() else 0 for size in batch.split(",")]
+    names = None if backend is None else [name.strip() for name in backend.split(",")]
+    progress(f"measuring {model} beside {other}")
+    found = fxprune.bench(
+        dense.model, compact.model, compact.inputs, batches=sizes, backends=names, seconds=seconds, threads=threads
+    )
+    analysis = fxprune.analyze(fxprune.trace(dense.model, dense.inputs), dense.inputs)
+    groups = {name: layers_of(group) for name, group in analysis.groups.items()}
+    idle = {"groups": found.idle(groups), "layers": found.idle()}
+    if as_json:
+        facts = {"format": "fxprune bench 1", "before": other, "after": model, **found.to_json(), "idle": idle}
+        return show_json(facts)
+    show(bench_table(found), "")
+    for what, its in idle.items():
+        if its:
+            show(idle_table(its, what), "")
+    return show(found.machine)

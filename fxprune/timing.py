@@ -1,0 +1,135 @@
+"""Timing: seconds of things that run in turns, so that a machine that slows down slows all of them.
+
+``torch.utils.benchmark`` runs each, with warm-up, and waits for the GPU.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from fxprune.inputs import Bound, bind
+
+BLOCK = 0.02  # seconds that a turn takes at least, where one run takes less
+ROUNDS = 5  # at least
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some measurements, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Any) -> "Spread":
+        """Of numbers, one at least."""
+        low, median, high = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, threads: int | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each run, a number a round; the order is drawn anew in each round.
+
+    Args:
+        runs: what to time.
+        seconds: that all rounds take about, for each run; five rounds are made at least.
+        threads: of the CPU, for torch; default, those that torch uses now.
+    """
+    threads = threads or torch.get_num_threads()
+    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    each = {name: timer.timeit(2).median for name, timer in timers.items()}
+    number = {name: max(1, round(BLOCK / max(its, 1e-9))) for name, its in each.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    order, end = random.Random(0), time.perf_counter() + seconds * len(runs)
+    while time.perf_counter() < end or min(map(len, found.values())) < ROUNDS:
+        for name in order.sample(list(runs), len(runs)):
+            found[name].append(timers[name].timeit(number[name]).median)
+    return found
+
+
+def forward(model: Callable[..., Any], example_inputs: Any) -> Callable[[], Any]:
+    """A forward pass without gradients, in the model's mode."""
+    args, kwargs = bind(example_inputs)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    return run
+
+
+def ratio(first: list[float], second: list[float]) -> Spread:
+    """The times of the second over those of the first in the same rounds."""
+    return Spread.of(np.array(second) / np.array(first))
+
+
+def by_module(models: Mapping[str, nn.Module], inputs: Bound, seconds: float) -> dict[str, dict[str, float]]:
+    """For each model, the median seconds of each module that calls no other; forward passes take turns."""
+    clocks = {name: Clock(model) for name, model in models.items()}
+    runs = {name: forward(model, inputs) for name, model in models.items()}
+    for run in runs.values():
+        run()
+    end, rounds = time.perf_counter() + seconds * len(models), 0
+    while time.perf_counter() < end or rounds < ROUNDS:
+        rounds += 1
+        for name, run in runs.items():
+            run()  # what another model left in the caches goes
+            with clocks[name].running():
+                run()
+    return {name: clock.medians() for name, clock in clocks.items()}
+
+
+class Clock:
+    """Takes the time of each module of a model that calls no other."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.passes: list[dict[str, float]] = []
+        self.started = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the calls of modules in one forward pass."""
+        self.passes.append({})
+        hooks = []
+        for path, module in self.model.named_modules():
+            if not any(True for _ in module.children()):
+                hooks.append(module.register_forward_pre_hook(lambda *_: self.start()))
+                hooks.append(module.register_forward_hook(lambda *_, path=path: self.stop(path)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def start(self) -> None:
+        """A module begins."""
+        wait()
+        self.started = time.perf_counter()
+
+    def stop(self, path: str) -> None:
+        """A module ends; one that is called twice takes both times."""
+        wait()
+        its = self.passes[-1]
+        its[path] = its.get(path, 0.0) + time.perf_counter() - self.started
+
+    def medians(self) -> dict[str, float]:
+        """Seconds of each module."""
+        return {path: float(np.median([its.get(path, 0.0) for its in self.passes])) for path in self.passes[0]}
+
+
+def wait() -> None:
+    """For the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
