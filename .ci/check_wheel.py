@@ -1,7 +1,15 @@
-"""Compare the installed fxprune with the checkout, file by file, and import every module of it."""
+"""Compare the installed fxprune with the checkout, file by file, import every module, and run the README's first call.
+
+    python -I .ci/check_wheel.py
+
+with the Python of an environment that has the wheel: everything must work without the extras.
+"""
 
 import importlib
+import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -31,3 +39,12 @@ for name in ("py.typed", "report.html"):
 for name in sorted(found - {f"fxprune.{framework}" for framework in FRAMEWORKS}):
     importlib.import_module(name)
 print(f"the wheel holds all {len(found)} modules, and each imports without the extras")
+
+readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+first = re.search(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+if first is None:
+    sys.exit("the README shows no call")
+with tempfile.TemporaryDirectory() as folder:
+    os.chdir(folder)
+    exec(compile(first[1], "README.md", "exec"), {"__name__": "__main__"})
+    os.chdir("/")
