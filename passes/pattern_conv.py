@@ -89,7 +89,7 @@ class PatternConv(PassBase):
             for form in forms if self.measure else ():
                 if form.key(x) not in timed:
                     timed[form.key(x)] = speedup(conv, form, x, self.measure == "training")
-            best = max(forms, key=lambda form: timed.get(form.key(x), form.before))
+            best = max(forms, key=lambda form: timed.get(form.key(x), -form.conv.weight.numel()))
             result.append(Choice(path, best, timed.get(best.key(x)), f"measured: {self.measure}"))
         for choice in result:
             logger.info("PatternConv: %s", choice)
