@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow test-all lint format docs bench clean
+.PHONY: help setup demo test test-slow test-all lint format docs bench bench-full clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -45,8 +45,11 @@ format: $(ENV) ## let ruff fix and format what it can
 docs: $(DOCS_ENV) ## build the documentation into site/; fails on a broken link
 	$(BIN)/mkdocs build --quiet
 
-bench: $(ENV) $(BENCH_ENV) ## time the analysis beside Torch-Pruning
-	$(BIN)/python benchmarks/analysis.py
+bench: $(ENV) $(BENCH_ENV) ## the benchmarks beside Torch-Pruning and the dense model, half an hour; writes the tables of the docs
+	$(BIN)/python benchmarks/run_all.py
+
+bench-full: $(ENV) $(BENCH_ENV) ## all benchmarks, hours; DATA=folder of CIFAR-10 for those that train
+	$(BIN)/python benchmarks/run_all.py --full $(if $(DATA),--data "$(DATA)")
 
 clean: ## remove caches, builds and outputs; .venv stays
 	rm -rf build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

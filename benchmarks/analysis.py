@@ -37,7 +37,7 @@ Pair = tuple[Row | None, Row | None]  # fxprune's, Torch-Pruning's
 def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
-    log = options.out / "analysis.jsonl"
+    log = options.out / f"{options.name}.jsonl"
     if options.fresh:
         log.unlink(missing_ok=True)
     done = read(log, options)
@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=200, help="CPU seconds for one repeat")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--name", default="analysis", help="of the files of the result")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run measured")
     options = parser.parse_args()
     if unknown := set(options.tools) - set(TOOLS):
@@ -182,7 +183,7 @@ def report(done: dict[tuple[str, str], Row], options: argparse.Namespace) -> Non
     )
     print("\n" + text)
     rows = [row for pair in pairs.values() for row in pair if row is not None]
-    write(options.out, "analysis", text, {"machine": here, "rows": rows})
+    write(options.out, options.name, text, {"machine": here, "rows": rows})
 
 
 def comparison(pairs: dict[str, Pair]) -> str:
