@@ -15,6 +15,8 @@ from fxprune.plan import Plan
 from fxprune.prune import prune
 from fxprune.rewrite import rewrite
 from fxprune.session import Session
+from fxprune.staircase import staircase
+from fxprune.summary import summarize
 from fxprune.trace import trace
 from fxprune.traced import TracedModule
 from fxprune.training import TrainingPass
@@ -43,6 +45,8 @@ __all__ = [
     "register_operator",
     "rewrite",
     "save",
+    "staircase",
+    "summarize",
     "trace",
     "verify",
 ]

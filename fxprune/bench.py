@@ -17,7 +17,7 @@ from fxprune.progress import track
 from fxprune.summary import Pair
 from fxprune.timing import Spread, by_module, in_turns, ratio
 from fxprune.trace import trace
-from fxprune.traced import TracedModule
+from fxprune.traced import TracedModule, in_eval
 
 FELL = 0.95  # of its FLOPs: a layer with less is one that was cut
 IDLE = 0.25  # seconds saved for FLOPs saved, both in percent: where it is less, the cut hardly pays
@@ -127,10 +127,7 @@ def bench(
         raise BenchError(f"batches={batches!r} must be positive integers, such as (1, 32)")
     inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind(example_inputs))
     threads = threads or torch.get_num_threads()
-    modes = [(module, module.training) for model in models.values() for module in model.modules()]
-    try:
-        for model in models.values():
-            model.eval()
+    with in_eval(*models.values()):
         try:
             traced = [trace(model, inputs) for model in models.values()]
             counted = [flops_by_module(model, inputs) for model in traced]
@@ -144,9 +141,6 @@ def bench(
             for batch, backend in track([(batch, name) for name in backends for batch in batches], "measuring")
         ]
         times = by_module(models, inputs, seconds)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return Bench(
         rows=tuple(rows),
         flops=flops,

@@ -5,8 +5,6 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fxprune.budget import Budget, is_fraction
 from fxprune.channels.names import Ints
@@ -15,6 +13,7 @@ from fxprune.errors import BudgetError
 from fxprune.inputs import map_tensors
 from fxprune.rewrite import rewrite
 from fxprune.solver import Solver, meet_limits
+from fxprune.timing import stand_in
 
 ROUNDS = 8
 CLOSE = 0.03
@@ -81,12 +80,3 @@ def seconds_of(limit: float | timedelta | None, dense: float) -> float:
     if isinstance(limit, timedelta):
         return limit.total_seconds()
     return limit * dense if is_fraction(limit) else float(limit)
-
-
-def stand_in(tensor: Tensor, device: torch.device) -> Tensor:
-    """Data of the shape and dtype of a meta ``tensor``; any other, as it is."""
-    if not tensor.is_meta:
-        return tensor.to(device)
-    if tensor.is_floating_point():
-        return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)

@@ -31,6 +31,7 @@ class Epoch:
         removed: channels removed at the end of this epoch.
         cut_time: seconds that this took.
         notes: predictions and reasons, in words.
+        norms: for each group the median norm of its channels' weights, before what was removed.
         values: numbers from the passes and from the caller.
     """
 
@@ -50,6 +51,7 @@ class Epoch:
     removed: int = 0
     cut_time: float = 0.0
     notes: tuple[str, ...] = ()
+    norms: Mapping[str, float] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:

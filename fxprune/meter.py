@@ -13,6 +13,7 @@ from fxprune import distributed
 from fxprune.cost import Channels, cost_of, params
 from fxprune.inputs import bind, tensors_in
 from fxprune.log import Epoch, Log
+from fxprune.sums import median_norms
 
 if TYPE_CHECKING:
     from fxprune.session import Session
@@ -64,6 +65,7 @@ class Meter:
             lr=float(session.optimizer.param_groups[0]["lr"]),
             sent=2 * (ranks - 1) / ranks * sum(map(size_of, trained)) * steps,  # of a ring
             saved=saved(session.log, step_time, session.batch_size, steps),
+            norms=median_norms(session.analysis),
             values={**reports, **{name: float(value) for name, value in values.items()}},
         )
 

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from html import escape
 from pathlib import Path
 from string import Template
 
@@ -23,13 +24,14 @@ from fxprune.picture import Lanes, Part, Parts, Row, counted, entry, lay_out, se
 from fxprune.traced import TracedModule, regions
 
 LARGE = 120  # nodes: in a graph with more of them what is nested in nested modules starts folded
+HEADING = "Channels that belong together"
 STEERED = " torch.fx can't follow the whole model: its parts are graphs, and plain Python steers them."
 
 
-def write_html(analysis: Analysis, path: str | Path) -> None:
-    """Write the page of ``analysis``. Raises FileError where nothing can be written."""
+def write_html(analysis: Analysis, path: str | Path, title: str = "", pictures: str = "") -> None:
+    """Write the page of ``analysis``, with ``pictures`` above it. Raises FileError where nothing can be written."""
     require(path, (str, Path), "path", FileError)
-    page = Report(analysis).page()
+    page = Report(analysis).page(title, pictures)
     try:
         Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     except (OSError, ValueError) as error:
@@ -53,14 +55,18 @@ class Report:
         self.shown = set[str]()  # parameters and buffers that some row has
         self.known = dict[int, Parts]()
 
-    def page(self) -> str:
-        """The whole page."""
+    def page(self, title: str = "", pictures: str = "") -> str:
+        """The whole page; ``pictures`` is HTML that stands above the graph."""
         template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         script = template.partition("<script>")[2].partition("</script>")[0]
         graphs = "".join([*self.graphs(), *self.outside()])
         return Template(template).substitute(
             script=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script may run
             colours="".join(f".g{number}{{--h:{number * 137.5 % 360:.0f}}}" for number in range(len(self.groups))),
+            title=escape(title or "channels"),
+            heading=escape(title or HEADING),
+            subheading=f"<h2>{HEADING}</h2>" if title else "",
+            pictures=pictures,
             summary=str(self.analysis).partition("\n")[0] + ".",
             steered="" if isinstance(self.analysis.graph, TracedModule) else STEERED,
             graphs=graphs,

@@ -1,7 +1,8 @@
 """Summary: what a plan does to a model, as tables: by group, by layer and in all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from torch import nn
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 from fxprune.cost import Channels, cost_of, flops_by_module
+from fxprune.log import Log
 from fxprune.plan import Plan
-from fxprune.traced import Model
+from fxprune.traced import Model, in_eval
 
 if TYPE_CHECKING:
     from fxprune.bench import Bench
+    from fxprune.staircase import Staircase
 
 Pair = tuple[float, float]  # before, after
 
@@ -61,6 +64,37 @@ class Summary:
     bench: "Bench | None" = None
     accuracy: Pair | None = None
     about: Mapping[str, str] = field(default_factory=dict)
+
+    def paths(self) -> dict[str, list[str]]:
+        """The layers that the channels of each group go through."""
+        return {name: [each.name for each in self.layers if name in each.groups] for name in self.groups}
+
+    def to_html(
+        self,
+        path: str | Path,
+        analysis: Analysis,
+        *,
+        log: Log | None = None,
+        stairs: "Sequence[Staircase]" = (),
+        accuracies: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Write one HTML page that needs nothing from elsewhere: the tables, pictures, and the graph of the model.
+
+        Args:
+            path: where to write.
+            analysis: of the model before the cut.
+            log: of a session, for the pictures of a training run.
+            stairs: what ``fxprune.staircase`` measured of some groups.
+            accuracies: by name, seconds and accuracy of models that should be compared.
+
+        Raises:
+            FileError: nothing can be written there.
+        """
+        from fxprune.report import write_html
+        from fxprune.slides import pictures
+
+        title = f"report on {self.about['model']}" if "model" in self.about else "report"
+        write_html(analysis, path, title, pictures(self, log, stairs, accuracies or {}))
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON data."""
@@ -116,7 +150,8 @@ def totals(analysis: Analysis) -> dict[str, float]:
 
 def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     """The layers with weights, in the order of the model."""
-    flops = [flops_by_module(each.graph, each.example_inputs) for each in (before, after)]
+    with in_eval(before.graph, after.graph):
+        flops = [flops_by_module(each.graph, each.example_inputs) for each in (before, after)]
     modules = [weighted(each.graph) for each in (before, after)]
     groups: dict[str, list[str]] = {}
     for group in before.groups.values():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from fxprune.inputs import Bound, bind
@@ -133,3 +133,12 @@ def wait() -> None:
     """For the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def stand_in(tensor: Tensor, device: torch.device) -> Tensor:
+    """Data of the shape and dtype of a meta ``tensor``; any other, as it is."""
+    if not tensor.is_meta:
+        return tensor.to(device)
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, dtype=tensor.dtype, device=device)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -195,3 +196,16 @@ def require_traced(value: object, what: str, error: type[FxpruneError]) -> None:
 def is_traced(model: object) -> bool:
     """Whether ``trace`` returned this, or a copy of it."""
     return isinstance(model, TracedModule) or (isinstance(model, nn.Module) and "steers" in vars(model))
+
+
+@contextmanager
+def in_eval(*models: nn.Module) -> Iterator[None]:
+    """Put models into eval mode, and each of their modules back into its own mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

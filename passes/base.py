@@ -5,16 +5,14 @@ their options.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.budget import Bounds, Budget, patterns_of
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.groups import Group
 from fxprune.cost import Floats
 from fxprune.errors import BudgetError, PlanError, require
 from fxprune.param_map import ParamMap
@@ -67,57 +65,6 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
             "the weights are on the meta device and have no values to score. Use passes.Random, or load them."
         )
     return found
-
-
-class Sums:
-    """Sums of an elementwise quantity over the slices of every channel.
-
-    Each tensor is read once, in parts that fit the cache: writing out the quantity of a large weight takes longer.
-    """
-
-    PART = 1 << 18  # elements
-
-    def __init__(
-        self, analysis: Analysis, tensors: Mapping[str, Tensor], quantity: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        """``tensors``: parameter name -> a tensor shaped like it, of whose elements ``quantity`` is summed."""
-        self.tensors, self.quantity = tensors, quantity or torch.Tensor.detach
-        self._axes: dict[str, set[int]] = {}
-        for group in analysis.groups.values():
-            for member in group.members:
-                self._axes.setdefault(member.parameter, set()).add(member.axis)
-        self._reduced: dict[tuple[str, int], Floats] = {}
-
-    def __call__(self, group: Group) -> Floats:
-        """float64[channels]: the sum over all members of the group."""
-        total = np.zeros(group.size)
-        for member in group.members:
-            if member.parameter in self.tensors:
-                along = self._along(member.parameter, member.axis)
-                total += np.bincount(member.channel, along[member.index], minlength=group.size)
-        return total
-
-    def _along(self, name: str, axis: int) -> Floats:
-        if (name, axis) not in self._reduced:
-            tensor = self.tensors[name]
-            parts = torch.split(tensor, max(1, self.PART * len(tensor) // max(1, tensor.numel())))
-            sums = {at: list[Floats]() for at in self._axes.get(name, set()) | {axis}}
-            for part in map(self.quantity, parts):
-                for at, its in sums.items():
-                    its.append(summed(part, at))
-            for at, its in sums.items():
-                self._reduced[name, at] = np.concatenate(its) if at == 0 else np.sum(its, axis=0)
-        return self._reduced[name, axis]
-
-
-def summed(tensor: Tensor, axis: int) -> Floats:
-    """float64[size]: the sum over all other axes, those before ``axis`` first, which runs along the memory."""
-    if axis > 0:
-        tensor = tensor.flatten(0, axis - 1).sum(0)
-    if tensor.ndim > 1:
-        tensor = tensor.flatten(1).sum(1)
-    result: Floats = tensor.double().cpu().numpy()
-    return result
 
 
 def normalized(scores: Floats) -> Floats:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
+from fxprune.sums import Sums
 
-from .base import Criterion, Sums, weights_of
+from .base import Criterion, weights_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from numbers import Real
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
 from fxprune.errors import PlanError
+from fxprune.sums import Sums
 
-from .base import Criterion, Sums, normalized, weights_of
+from .base import Criterion, normalized, weights_of
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fxprune.channels.analysis import Analysis, abridged
 from fxprune.channels.groups import Group
 from fxprune.cost import Floats, marginal
+from fxprune.sums import Sums
 
 from ._data import Batch, batches, mean_over, weights_times_gradients
-from .base import Sums, input_axis
+from .base import input_axis
 from .before_training import BeforeTraining
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
+from fxprune.sums import Sums
 
 from ._data import Batch, batches, mean_over, weights_times_gradients
-from .base import Criterion, Sums, normalized
+from .base import Criterion, normalized
 
 
 @dataclass(frozen=True)

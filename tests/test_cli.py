@@ -99,6 +99,7 @@ def test_prune_writes_a_folder() -> None:
         "plan.json",
         "model.safetensors",
         "model.onnx",
+        "report.html",
         "report.json",
     }
     assert report == json.loads(Path("out/report.json").read_text())
@@ -127,7 +128,7 @@ def test_prune_prints_tables() -> None:
     assert re.search(r"^0\s+Conv2d\s+3\s+16 → \d+", result.stdout, re.MULTILINE)
     assert re.search(r"^FLOPs\s+[\d,]+\s+[\d,]+\s+(4\d|50)%", result.stdout, re.MULTILINE)
     assert "weights of torchvision:fxprune_tiny are random" in result.stderr
-    assert "written to out: model.safetensors, plan.json, report.json" in result.stderr
+    assert "written to out: model.safetensors, plan.json, report.html, report.json" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import fxprune
 from fxprune import Analysis, Budget, Plan, passes
 from fxprune.errors import PlanError
-from fxprune.passes.base import Sums
+from fxprune.sums import Sums
 
 HALF = Budget(channels=0.5, tolerance=0.2)
 

@@ -21,6 +21,7 @@ from fxprune.cli.say import note, progress, show, show_json
 from fxprune.errors import BudgetError, FileError, FxpruneError
 from fxprune.inputs import tensors_in
 from fxprune.plan import Plan
+from fxprune.staircase import staircase, tallest
 from fxprune.summary import Summary, summarize
 from fxprune.tables import layers_table, totals_table
 
@@ -95,7 +96,7 @@ def prune(
     measure: Measure = True,
     as_json: options.Json = False,
 ) -> None:
-    """Prune a model to a budget, and write plan.json, model.safetensors, model.onnx and report.json to a folder.
+    """Prune a model to a budget, and write plan.json, model.safetensors, model.onnx and a report to a folder.
 
     Example: fxprune prune torchvision:resnet50 --weights resnet50.pth --flops 0.5 -o out
     """
@@ -184,7 +185,7 @@ def carry_out(
         batch = shape_of(opened)[0]
         timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
         summary = replace(summary, bench=timed)
-    summary = write(out, compact, summary, opened, onnx)
+    summary = write(out, analysis, compact, summary, opened, onnx)
     if as_json:
         return show_json(summary.to_json())
     show(layers_table(summary), "", totals_table(summary), "")
@@ -193,7 +194,7 @@ def carry_out(
     return None
 
 
-def write(out: Path, compact: Any, summary: Summary, opened: Opened, onnx: bool) -> Summary:
+def write(out: Path, analysis: Analysis, compact: Any, summary: Summary, opened: Opened, onnx: bool) -> Summary:
     """Write the files; they appear in ``out`` when all of them are there. The summary, with what the export found."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -206,6 +207,9 @@ def write(out: Path, compact: Any, summary: Summary, opened: Opened, onnx: bool)
                 exported = fxprune.export_onnx(compact, opened.inputs, partial / "model.onnx")
                 exported = replace(exported, path=Path("model.onnx"))
                 summary = replace(summary, about={**summary.about, "exported": str(exported)})
+            progress("writing the report")
+            stairs = [staircase(analysis, tallest(analysis))] if summary.bench else []
+            summary.to_html(partial / "report.html", analysis, stairs=stairs)
             (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
             for each in list(partial.iterdir()):
                 os.replace(each, out / each.name)
