@@ -23,6 +23,7 @@ from typing import Any
 import onnxruntime
 import torch
 import torch.nn.functional as F
+import torchvision
 from common import RESULTS, in_words, machine, table, write
 from torch import Tensor, nn
 

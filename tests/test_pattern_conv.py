@@ -109,11 +109,15 @@ def test_boxes_of_any_size(kernel: tuple[int, int], size: tuple[int, int], share
     assert layer.pack.shape[2:] == tuple(k - s + 1 for k, s in zip(kernel, size, strict=True))
 
 
-def test_channels_without_weights_fit_everywhere() -> None:
+def test_channels_with_few_weights_fit_their_box() -> None:
     conv = thin(nn.Conv2d(6, 5, 3, padding=1), "input_channel").double()
     with torch.no_grad():
         conv.weight[:, [0, 5]] = 0
         conv.weight[2] = 0
+        conv.weight[:, 1] = 0
+        conv.weight[:, 1, 2, 2] = 1  # the last tap alone
+        conv.weight[:, 2] = 0
+        conv.weight[:, 2, 0, 2] = 1
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     dense, small = both(conv, x)
     torch.testing.assert_close(small(x), dense(x), rtol=1e-10, atol=1e-10)
