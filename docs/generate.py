@@ -78,7 +78,7 @@ class Loads(html.parser.HTMLParser):
 
 
 def operators():
-    """Every operator with a rule, by family: a table of the names, and where the rule is."""
+    """The names of all operators with a rule, by family, and where the rules are."""
     families = defaultdict(set)
     for name, rule in tensor.RULES.items():
         function = getattr(rule, "func", rule)  # custom operators have a partial
@@ -86,11 +86,11 @@ def operators():
     lost = families.keys() - FAMILIES.keys()
     if lost:
         raise PluginError(f"docs/generate.py has no heading for the operators of {', '.join(sorted(lost))}")
-    lines = ["| what they do | operators |", "|---|---|"]
+    parts = []
     for family, heading in FAMILIES.items():
         names = " ".join(f"`{name}`" for name in sorted(families[family]))
-        lines.append(f"| **{heading}**<br>`fxprune/channels/{family}.py` | {names} |")
-    return "\n".join(lines)
+        parts.append(f"**{heading}** (`fxprune/channels/{family}.py`):\n\n{names}")
+    return "\n\n".join(parts)
 
 
 def models():

@@ -68,7 +68,7 @@ def coupling():
         for member in group.members:
             sides[member.parameter, member.axis] = colour
     names = [name for name, parameter in graph.named_parameters() if parameter.ndim > 1]
-    figure, axes = axes_of(9, 5.2)
+    figure, axes = axes_of(7, 4.4)
     left = 0.0
     for name in names:
         rows, columns = graph.get_parameter(name).shape[:2]
@@ -82,9 +82,7 @@ def coupling():
         matrix(axes, left, -9, new_rows, new_columns, None, [sides.get((name, axis), INK) for axis in (0, 1)])
         axes.text(left, -14.2, f"{rows} × {columns} → {new_rows} × {new_columns}", fontsize=10)
         left += columns + 3
-    axes.text(
-        -2.6, 3.4, "rows: outputs, columns: inputs. One colour is one group; pale is what a plan removes.", fontsize=10
-    )
+    axes.text(-2.6, 3.4, "One colour is one group. Pale: what a plan removes.", fontsize=10)
     axes.text(-2.6, -7, "after the rewrite:", fontsize=10)
     axes.set(xlim=(-2.8, left), ylim=(-14.6, 4.4), aspect="equal")
     axes.axis("off")

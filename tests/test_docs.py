@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [module.name for module in pkgutil.walk_packages(fxprune.__path__, "fxprune.")]
 SHELL = ("sh", "bash", "console")
+SLOW = ("docs/training.md", "docs/command_line.md")
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
@@ -27,8 +29,9 @@ def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(2)), block[2]) for block in found]
 
 
-def names(pages: list[Path]) -> list[str]:
-    return [str(page.relative_to(ROOT)) for page in pages]
+def names(pages: list[Path]) -> list[Any]:
+    found = [str(page.relative_to(ROOT)) for page in pages]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in found]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*treespec, LeafSpec.*is deprecated")
@@ -69,6 +72,14 @@ def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_every_verb_is_shown() -> None:
     shown = {words[0] for page in PAGES for words in commands(page)}
     assert shown == {each.callback.__name__ for each in app.registered_commands if each.callback}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Those of docs/ are checked when the site is built."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def unknown(words: list[str]) -> str:

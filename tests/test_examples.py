@@ -17,6 +17,7 @@ LEAVES = {
     "prune_trained": ("resnet18.pt", "fine-tuned"),
     "prunetrain": ("run.pt run.png small.onnx", "onnxruntime == PyTorch"),
     "before_training": ("accuracy.png", "Uniform 10%"),
+    "clicktrain": ("patterns.safetensors patterns.onnx", "PatternConv"),
     "dropback": ("dense.safetensors 0.2.safetensors 0.05.safetensors", "smaller"),
     "detection": ("", "overlap"),
     "custom_operator": ("", "scale has"),
