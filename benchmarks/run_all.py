@@ -51,6 +51,7 @@ BENCHMARKS = (
     Benchmark("reconfigure", trial="--size 32 --batch 2 --rounds 1"),
     Benchmark("dropback", trial="--size 32 --batch 2 --rounds 1 --models resnet18"),
     Benchmark("analysis", "--fresh", full=True),
+    Benchmark("pattern_conv", full=True, folder="--results"),
     Benchmark("zoo", "--onnx", full=True, folder=""),
     Benchmark("fuzz", "--count 1000000 --seconds 1500", full=True, folder=""),
     Benchmark("before_training", full=True, trains=True),
