@@ -25,6 +25,7 @@ from fxprune.regions import forwards, layers
 from fxprune.traced import Model, TracedModule, regions, require_traced
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
 
@@ -44,9 +45,10 @@ class Verification:
 
     def __str__(self) -> str:
         only = "" if self.trained else "; in eval mode only, for the example does not run in train mode"
+        more = ", and what this model makes of rounding" if max(self.outputs, self.gradients) > self.tolerance else ""
         return (
             f"masked original == compact: outputs to {self.outputs:.1e}, gradients to {self.gradients:.1e} "
-            f"(allowed {self.tolerance:.0e}; the cut itself moved the outputs by {self.moved:.1e}{only})"
+            f"(allowed {self.tolerance:.0e}{more}; the cut itself moved the outputs by {self.moved:.1e}{only})"
         )
 
 
@@ -61,7 +63,8 @@ def verify(
 ) -> Verification:
     """Compare the masked original with the compact model on ``example_inputs``. Neither is changed.
 
-    Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. Where
+    Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. A model
+    that amplifies the last bit of its inputs to more than that may differ by ten times as much. Where
     plain Python steers regions, what these give is compared too, before that Python looks at it.
 
     Raises:
@@ -116,6 +119,10 @@ def compare(
             f"the original does not run on these example_inputs in {dtype}: {type(cause).__name__}: {cause}"
         ) from cause
     mask_(masked, param_map)
+
+    def sliced(name: str, gradient: Tensor) -> Tensor | None:
+        return None if name in param_map.gone else param_map.slice(name, gradient)
+
     worst = {"output": 0.0, "gradient": 0.0}
     moved, trained = 0.0, True
     for mode in (False, True):
@@ -127,9 +134,12 @@ def compare(
                 raise
             break
         found = outputs_of(small, mode, inputs, gradients, None, expected.within)
-        for kind, name, error in differences(expected, found, param_map):
+        noise: dict[tuple[str, str], float] = {}
+        for kind, name, error in differences(expected, found, sliced):
+            if tolerance < error <= AMPLIFIED * tolerance:
+                noise = noise or rounding(masked, mode, inputs, gradients, param_map, expected)
             worst[kind] = max(worst[kind], error)
-            if not error <= tolerance:
+            if not error <= max(tolerance, min(10 * noise.get((kind, name), 0.0), AMPLIFIED * tolerance)):
                 raise VerificationError(
                     f"in {'train' if mode else 'eval'} mode {kind} {name} of the compact model differs from the masked "
                     f"original by {error:.2e} (relative to its largest value; allowed {tolerance:.0e}). Please report "
@@ -140,6 +150,24 @@ def compare(
                 (difference(a, b) for _, a, b in outputs_of_both(whole, found) if a.shape == b.shape), default=0.0
             )
     return Verification(worst["output"], worst["gradient"], moved, tolerance, trained)
+
+
+def rounding(
+    masked: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
+) -> dict[tuple[str, str], float]:
+    """What a change of the last bit of the inputs makes of each output and gradient: no two computations agree better.
+
+    Batch norm over few values that hardly differ amplifies it.
+    """
+
+    def nudged(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        signs = (-1.0) ** torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        return tensor * (1 + torch.finfo(tensor.dtype).eps * signs.reshape(tensor.shape))
+
+    found = outputs_of(masked, mode, map_tensors(nudged, inputs), gradients, param_map, expected.within)
+    return {(kind, name): error for kind, name, error in differences(expected, found, lambda _, tensor: tensor)}
 
 
 class Result(NamedTuple):
@@ -159,8 +187,13 @@ def outputs_of_both(a: Result, b: Result) -> Iterator[tuple[str, Tensor, Tensor]
         yield str(number), *pair
 
 
-def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterator[tuple[str, str, float]]:
-    """("output" or "gradient", its name, relative difference) between the masked original and the compact model."""
+def differences(
+    expected: Result, found: Result, sliced: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[tuple[str, str, float]]:
+    """("output" or "gradient", its name, relative difference) between the masked original and the compact model.
+
+    ``sliced`` makes of a parameter's gradient in the original, by name, the one expected in ``found``; None for none.
+    """
     if (expected_count := len(expected.outputs)) != len(found.outputs) or len(expected.within) != len(found.within):
         raise VerificationError(f"the model returns {expected_count} tensors, the compact {len(found.outputs)}")
     for name, a, b in outputs_of_both(expected, found):
@@ -169,9 +202,9 @@ def differences(expected: Result, found: Result, param_map: ParamMap) -> Iterato
     gradients = expected.gradients
     largest = max((gradient.abs().max().item() for gradient in gradients.values() if gradient.numel()), default=0.0)
     for name, gradient in gradients.items():
-        if name in param_map.gone:
-            continue
-        yield "gradient", name, difference(param_map.slice(name, gradient), found.gradients[name], floor=largest)
+        mine = sliced(name, gradient)
+        if mine is not None:
+            yield "gradient", name, difference(mine, found.gradients[name], floor=largest)
 
 
 def mask_(model: nn.Module, param_map: ParamMap) -> None:

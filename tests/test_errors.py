@@ -287,6 +287,24 @@ def test_verify_sees_a_weight_that_was_changed() -> None:
         fxprune.verify(graph, compact, param_map, inputs)
 
 
+def test_what_a_network_makes_of_rounding_is_no_difference() -> None:
+    """Batch norm over values that differ by a ten-millionth amplifies the last bit to 1e-9."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(32, eps=1e-20)
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), norm, nn.Tanh(), nn.Conv2d(32, 16, 1)).double()
+    x = 1 + 1e-8 * torch.randn(2, 16, 3, 3, dtype=torch.float64)
+    analysis = fxprune.analyze(fxprune.trace(model, x), x)
+    compact, param_map = fxprune.rewrite(analysis.graph, analysis, passes.Random().plan(analysis, HALF))
+    found = fxprune.verify(analysis.graph, compact, param_map, x, gradients=False)
+    assert 1e-10 < found.outputs < 1e-7
+    with pytest.raises(VerificationError, match=r"in train mode gradient 0\.weight .* differs"):
+        fxprune.verify(analysis.graph, compact, param_map, x)  # by more than can be put down to rounding
+    with torch.no_grad():
+        compact.get_parameter("3.weight")[0, 0] += 1e-6
+    with pytest.raises(VerificationError, match=r"output 0 .* differs from the masked original by"):
+        fxprune.verify(analysis.graph, compact, param_map, x, gradients=False)
+
+
 def test_weights_without_values_are_not_verified() -> None:
     model, x = MODELS["chain"].make().to("meta"), torch.randn(2, 3, 8, 8, device="meta")
     with pytest.raises(

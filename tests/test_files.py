@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Budget, TracedModule, passes
 from fxprune.errors import FileError
+from fxprune.sparse import bits
 
 HALF = Budget(channels=0.6, tolerance=0.2)
 TIED = ["tied_module", "tied_parameter", "tied_decoder"]
@@ -217,4 +218,52 @@ def test_a_hostile_file(tmp_path: Path, change: Any, message: str | None) -> Non
         assert_loads(compact, path, model, inputs)
         return
     with pytest.raises(FileError, match=f"(?s){message}"):
+        fxprune.load(path, model)
+
+
+# ------------------------------------------------------------------------------------------- kernels with zeros
+
+
+def thinned(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, TracedModule, Any]:
+    """A compact model of which half of each kernel is zero; some of the zeros are negative."""
+    model, compact, inputs = compacted("chain")
+    model, compact = model.to(dtype), compact.to(dtype)
+    with torch.no_grad():
+        for parameter in compact.parameters():
+            if parameter.ndim == 4:
+                parameter[:, :, 1:] *= 0.0
+                parameter[0, 0, 0, 0] = torch.nan
+    return model, compact, inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_in_kernels_take_no_space_and_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, compact, _ = thinned(dtype)
+    fxprune.save(compact, tmp_path / "model.safetensors")
+    state = fxprune.load(tmp_path / "model.safetensors", model).state_dict()
+    for name, tensor in compact.state_dict().items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(bits(state[name]), bits(tensor)), name
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    weight = compact.get_parameter("1.0.weight")
+    assert stored["1.0.weight"].shape == (int((bits(weight) != 0).sum()),)
+    assert stored["1.0.weight:pattern"].shape == weight.shape[:2]
+
+
+@pytest.mark.parametrize("damage", ["pattern", "pool", "values"])
+def test_kernels_that_do_not_fit_their_patterns(damage: str, tmp_path: Path) -> None:
+    model, compact, _ = thinned()
+    path = tmp_path / "model.safetensors"
+    fxprune.save(compact, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    stored = safetensors.torch.load_file(path)
+    if damage == "pattern":
+        stored["1.0.weight:pattern"] += 100
+    elif damage == "pool":
+        stored["1.0.weight:pool"] = ~stored["1.0.weight:pool"]
+    else:
+        stored["1.0.weight"] = stored["1.0.weight"][1:]
+    safetensors.torch.save_file(stored, path, metadata)
+    with pytest.raises(FileError, match=r"does not belong to this Sequential: .*1\.0\.weight .*damaged"):
         fxprune.load(path, model)
