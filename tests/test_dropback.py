@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from laws import EVERY_OPTIMIZER, thinner
 from models import Residual, conv_bn, head
+from ranks import Ranks
 from runs import Thin, assert_equal, nothing_changes
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fxprune
-from fxprune import Session
+from fxprune import Session, distributed
 from fxprune.errors import InitializeError, PlanError
 from fxprune.largest import about_largest, largest
 from fxprune.passes import DropBack, PruneTrain
@@ -640,6 +642,47 @@ def test_a_cut_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # ------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.stop()
+
+
+def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A run of which each rank has a part of every batch, cut on the way, saved and loaded. No norm: ranks train as one."""
+    model: nn.Module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), head(8)).double().train()
+    model, dense = fxprune.initialize(model, 3), copy.deepcopy(model)
+    wrapped = DistributedDataParallel(model) if distributed.ranks() > 1 else model
+    passes = [Thin(2), DropBack(0.2, **options)]
+    session = Session(wrapped, EXAMPLE.double(), plain(model.parameters()), passes, progress=False)
+    mine = slice(distributed.rank(), None, distributed.ranks())
+    for number in range(4):
+        x, y = batch(number)
+        session.optimizer.zero_grad()
+        F.cross_entropy(session.model(x[mine].double()), y[mine]).backward()
+        session.optimizer.step()
+        session.epoch_end()
+    session.save(Path(folder) / "run.pt")
+    wrapped = DistributedDataParallel(dense) if distributed.ranks() > 1 else dense
+    again = Session.load(Path(folder) / "run.pt", wrapped, EXAMPLE.double(), plain(dense.parameters()), progress=False)
+    assert_equal("loaded", dict(again.graph.state_dict()), dict(session.graph.state_dict()))
+    return {"state": dict(session.graph.state_dict()), "changed": changed(session), "budget": budget(session)}
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "quantile"}, {"select_every": 2, "start_decay": 0.9}], ids=str)
+def test_ranks_choose_together(ranks: Ranks, options: dict[str, Any], tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    found = ranks(2, tmp_path / "store", shared, str(tmp_path / "two"), options)
+    assert_equal("ranks", found[0], found[1])
+    alone = shared(0, str(tmp_path / "one"), options)
+    assert count(alone["changed"]) <= alone["budget"]
+    for name, mask in alone["changed"].items():
+        assert torch.equal(mask, found[0]["changed"][name]), name
+        torch.testing.assert_close(found[0]["state"][name], alone["state"][name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
