@@ -652,7 +652,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A run of which each rank has a part of every batch, cut on the way, saved and loaded. No norm: ranks train as one."""
+    """Each rank has a part of every batch; cuts, a file. No norm: ranks train as one."""
     model: nn.Module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), head(8)).double().train()
     model, dense = fxprune.initialize(model, 3), copy.deepcopy(model)
     wrapped = DistributedDataParallel(model) if distributed.ranks() > 1 else model
