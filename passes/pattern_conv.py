@@ -2,28 +2,27 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils.benchmark import Timer
 
 from fxprune.constants import kind
 from fxprune.errors import PlanError
 from fxprune.inputs import bind
 from fxprune.pipeline import example_of
+from fxprune.timing import forward, in_turns, ratio
 from fxprune.trace import trace
 from fxprune.traced import TracedModule
 
 logger = logging.getLogger("fxprune")
 MEASURES = ("inference", "training", None)
 SPEEDUP = 1.05  # that a layer must gain at least
-ROUNDS = 5
+SECONDS = 0.1  # that each is run for, at least
 
 
 @dataclass(frozen=True)
@@ -272,9 +271,12 @@ def convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Co
 def speedup(conv: nn.Conv2d, form: Form, x: Tensor, training: bool) -> float:
     """Seconds of ``conv`` over seconds of ``form`` on ``x``: the median over runs in turns."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(training)
-    y = conv(x).detach()
-    pass_ = "torch.autograd.backward(f(x), y)" if training else "with torch.no_grad(): f(x)"
-    timers = [Timer(pass_, globals={"f": f, "x": x, "y": y}, num_threads=torch.get_num_threads()) for f in (conv, form)]
-    runs = max(1, int(0.01 / timers[0].timeit(2).median))
-    ratios = [timers[0].timeit(runs).median / timers[1].timeit(runs).median for _ in range(ROUNDS)]
-    return float(median(ratios))
+
+    def run(layer: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        if not training:
+            return forward(layer, (x,))
+        gradient = torch.ones_like(layer(x))
+        return lambda: torch.autograd.backward(layer(x), gradient)
+
+    times = in_turns({"form": run(form), "conv": run(conv)}, seconds=SECONDS)
+    return ratio(times["form"], times["conv"]).median
