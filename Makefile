@@ -43,7 +43,7 @@ format: $(ENV) ## let ruff fix and format what it can
 	$(BIN)/ruff format
 
 docs: $(DOCS_ENV) ## build the documentation into site/; fails on a broken link
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(ENV) $(BENCH_ENV) ## the benchmarks beside Torch-Pruning and the dense model, half an hour; writes the tables of the docs
 	$(BIN)/python benchmarks/run_all.py

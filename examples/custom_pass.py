@@ -58,7 +58,7 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     train_set, test_set = digits()
-    example = test_set[0][:2]
+    example = test_set[0][:16]
     model = resnet18(weights=None, num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
     with fxprune.Session(model, example, optimizer, [Gradual()], batch_size=BATCH, verify=True) as session:

@@ -30,7 +30,7 @@ def main():
     if ranks > 1:
         dist.init_process_group("gloo")  # "nccl" on GPUs
     train_set, test_set = digits()
-    example = test_set[0][:2]
+    example = test_set[0][:16]
 
     model = resnet18(weights=None, num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)

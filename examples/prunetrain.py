@@ -25,7 +25,7 @@ def main():
     torch.set_flush_denormal(True)  # weights on their way to zero pass through numbers that a CPU is slow at
     OUT.mkdir(parents=True, exist_ok=True)
     train_set, test_set = digits()
-    session = start_or_resume(test_set[0][:2])
+    session = start_or_resume(test_set[0][:16])
     model, optimizer = session.model, session.optimizer
     for epoch in range(session.epoch, few(EPOCHS, 2)):
         model.train()

@@ -74,7 +74,7 @@ class Run:
                 module.weight.data *= scale
         optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
         options = {"batch_size": BATCH, "verify": True, "progress": False}
-        self.session = fxprune.Session(model, example[:2], optimizer, pruners, **options)
+        self.session = fxprune.Session(model, example[:16], optimizer, pruners, **options)
         self.session.register(scheduler=LambdaLR(optimizer, rate))
         self.model, self.seconds = self.session.model, 0.0
 

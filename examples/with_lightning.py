@@ -35,7 +35,7 @@ def main():
     module = Classifier()
     before = fxprune.cost.params(module.net)
     pruner = passes.PruneTrain(ratio=0.99, interval=1, proximal=True, round_to=16)
-    pruning = Pruning("net", test_set[0][:2], [pruner], batch_size=BATCH)
+    pruning = Pruning("net", test_set[0][:16], [pruner], batch_size=BATCH)
     trainer = pl.Trainer(
         accelerator="cpu",
         callbacks=[
