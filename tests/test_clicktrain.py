@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import conv_bn, head, image_net, randomize
+from models import MODELS, conv_bn, head, image_net, prepare, randomize
 from ranks import Ranks
 from runs import Thin, assert_equal, begin, snapshot, train
 from torch import Tensor, nn
@@ -430,3 +430,18 @@ def test_a_session_that_never_calls_penalty_still_prunes() -> None:
     assert all(
         session.graph.get_parameter(name).detach()[gone].abs().max() == 0 for name, gone in masks(session).items()
     )
+
+
+@pytest.mark.parametrize("name", ["shared_conv", "repvgg", "c2f", "shufflenet", "siamese", "steered_cat_in_python"])
+def test_models_of_all_kinds(name: str, tmp_path: Path) -> None:
+    session, inputs = begin(name, steps=0, passes=[NOW])
+    for _ in range(3):
+        train(session, inputs)
+        session.epoch_end()
+    assert masks(session)
+    for weight, gone in masks(session).items():
+        assert session.graph.get_parameter(weight).detach()[gone].abs().max() == 0
+    fxprune.save(session.graph, tmp_path / "model.safetensors")
+    model, _ = prepare(MODELS[name])
+    loaded = fxprune.load(tmp_path / "model.safetensors", model)
+    assert_equal("weights", dict(loaded.state_dict()), dict(session.graph.state_dict()))
