@@ -2,7 +2,7 @@
 
     python benchmarks/criteria.py --data PATH [--dense CHECKPOINT]
 
-PATH as for examples/train_cifar10.py. The dense network is the narrow ResNet-18 of benchmarks/before_training.py, taken
+PATH as for benchmarks/cifar10.py. The dense network is the narrow ResNet-18 of benchmarks/before_training.py, taken
 from the checkpoint that this leaves, or trained here. Each criterion cuts a copy of it, all to the same FLOPs, by
 global ranking; then come the accuracy right after the cut, with batch norm's averages renewed, and after one epoch of
 fine-tuning.

@@ -34,7 +34,11 @@ def names(pages: list[Path]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in found]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*treespec, LeafSpec.*is deprecated")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:lightning",
+    "ignore:.*treespec, LeafSpec.*is deprecated",
+    "ignore:The given buffer is not writable",  # torch.export.load in torch 2.11
+)
 @pytest.mark.parametrize("page", names([page for page in PAGES if blocks(page, "python")]))
 def test_every_python_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a page in order, in one namespace, in an empty folder; a failure points at the line of the page."""
