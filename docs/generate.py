@@ -1,7 +1,8 @@
 """What mkdocs makes while it builds: pictures, tables of what is supported, and the results of the benchmarks.
 
 A page asks for a text with a comment: ``<!-- operators -->``, ``<!-- models -->``, ``<!-- results NAME -->`` for
-benchmarks/results/NAME.md, ``<!-- example NAME -->`` for examples/NAME. A comment that nothing answers ends the build.
+benchmarks/results/NAME.md, ``<!-- others -->`` for the results that no page names, ``<!-- example NAME -->`` for
+examples/NAME. A comment that nothing answers ends the build.
 """
 
 import html.parser
@@ -123,6 +124,18 @@ def results(name):
     return f"{text}\n\nThis stands in `benchmarks/results/{name}.md`."
 
 
+def others():
+    """The results that no page asks for by name, each under its title."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.md"))
+    asked = re.findall(r"^<!-- results (\S+) -->$", pages, re.MULTILINE)
+    parts = []
+    for path in sorted(RESULTS.glob("*.md")):
+        if path.stem not in {*asked, "zoo"}:  # the zoo is the table of models
+            title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            parts.append(f"## {title}\n\n{results(path.stem)}")
+    return "\n\n".join(parts)
+
+
 def example(name):
     """The code of an example."""
     path = ROOT / "examples" / name
@@ -131,4 +144,4 @@ def example(name):
     return f"```python\n{path.read_text(encoding='utf-8').rstrip()}\n```"
 
 
-TEXTS = {"operators": operators, "models": models, "results": results, "example": example}
+TEXTS = {"operators": operators, "models": models, "results": results, "others": others, "example": example}
