@@ -1,6 +1,7 @@
 """Timing: seconds of things that run in turns, so that a machine that slows down slows all of them.
 
-``torch.utils.benchmark`` runs each, with warm-up, and waits for the GPU.
+``torch.utils.benchmark`` runs each, with warm-up, and waits for the GPU. On one CPU thread the time is that thread's
+own, which other programs can't stretch; elsewhere it is that of the clock on the wall.
 """
 
 import random
@@ -43,19 +44,29 @@ def in_turns(
 
     Args:
         runs: what to time.
-        seconds: that all rounds take about, for each run; five rounds are made at least.
+        seconds: that all rounds take about, for each run, on the clock that times them; five rounds are made at least.
         threads: of the CPU, for torch; default, those that torch uses now.
     """
     threads = threads or torch.get_num_threads()
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    clock = clock_for(threads)
+    timers = {
+        name: Timer("run()", timer=clock, globals={"run": run}, num_threads=threads) for name, run in runs.items()
+    }
     each = {name: timer.timeit(2).median for name, timer in timers.items()}
-    number = {name: max(1, round(BLOCK / max(its, 1e-9))) for name, its in each.items()}
+    number = {name: max(2, round(BLOCK / max(its, 1e-9))) for name, its in each.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
-    order, end = random.Random(0), time.perf_counter() + seconds * len(runs)
-    while time.perf_counter() < end or min(map(len, found.values())) < ROUNDS:
+    order, end = random.Random(0), clock() + seconds * len(runs)
+    while clock() < end or min(map(len, found.values())) < ROUNDS:
         for name in order.sample(list(runs), len(runs)):
             found[name].append(timers[name].timeit(number[name]).median)
     return found
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """The clock for work on so many CPU threads, or on a GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.utils.benchmark.utils.timer.timer  # waits for the GPU
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def forward(model: Callable[..., Any], example_inputs: Any) -> Callable[[], Any]:
@@ -80,8 +91,9 @@ def by_module(models: Mapping[str, nn.Module], inputs: Bound, seconds: float) ->
     runs = {name: forward(model, inputs) for name, model in models.items()}
     for run in runs.values():
         run()
-    end, rounds = time.perf_counter() + seconds * len(models), 0
-    while time.perf_counter() < end or rounds < ROUNDS:
+    clock = clock_for(torch.get_num_threads())
+    end, rounds = clock() + seconds * len(models), 0
+    while clock() < end or rounds < ROUNDS:
         rounds += 1
         for name, run in runs.items():
             run()  # what another model left in the caches goes
@@ -96,6 +108,7 @@ class Clock:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.passes: list[dict[str, float]] = []
+        self.clock = clock_for(torch.get_num_threads())
         self.started = 0.0
 
     @contextmanager
@@ -115,24 +128,16 @@ class Clock:
 
     def start(self) -> None:
         """A module begins."""
-        wait()
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def stop(self, path: str) -> None:
         """A module ends; one that is called twice takes both times."""
-        wait()
         its = self.passes[-1]
-        its[path] = its.get(path, 0.0) + time.perf_counter() - self.started
+        its[path] = its.get(path, 0.0) + self.clock() - self.started
 
     def medians(self) -> dict[str, float]:
         """Seconds of each module."""
         return {path: float(np.median([its.get(path, 0.0) for its in self.passes])) for path in self.passes[0]}
-
-
-def wait() -> None:
-    """For the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def stand_in(tensor: Tensor, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ import fxprune
 from fxprune import Analysis, Budget, Plan, cost, passes
 from fxprune.cost import Channels, cost_of
 from fxprune.errors import BudgetError, PlanError
+from fxprune.latency import Stairs
 
 KINDS = ["flops", "macs", "params", "channels", "memory"]
 X = torch.randn(2, 3, 32, 32)
@@ -333,11 +334,21 @@ def test_bounds_that_make_no_sense(options: Any, message: str) -> None:
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     """A machine on which a forward pass takes a nanosecond a parameter, and a millisecond besides."""
 
-    def latency(model: Any, example_inputs: Any, *, seconds: float = 1.0) -> float:
+    def taken(model: Any, example_inputs: Any = None) -> float:
         return 1e-3 + 1e-9 * cost.params(model)
 
-    monkeypatch.setattr("fxprune.latency.latency", latency)
-    return latency
+    def seconds_of(models: dict[str, Any], inputs: Any, seconds: float) -> dict[str, list[float]]:
+        return {name: [taken(model)] for name, model in models.items()}
+
+    def by_module(models: dict[str, Any], inputs: Any, seconds: float) -> dict[str, dict[str, float]]:
+        return {
+            key: {path: 1e-9 * cost.params(layer) for path, layer in model.named_modules() if path}
+            for key, model in models.items()
+        }
+
+    monkeypatch.setattr("fxprune.latency.seconds_of", seconds_of)
+    monkeypatch.setattr("fxprune.latency.by_module", by_module)
+    return taken
 
 
 def test_a_latency_is_met(fake_clock: Callable[..., float]) -> None:
@@ -376,8 +387,43 @@ def test_a_latency_on_the_meta_device() -> None:
         passes.Random().plan(analysis, Budget(latency=0.5))
 
 
+def test_widths_stand_on_the_staircase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel works on blocks of 48 channels, widths are multiples of 48."""
+
+    def taken(layer: nn.Module) -> float:
+        outputs, inputs = (-(-size // 48) for size in layer.weight.shape[:2])
+        return 1e-5 * outputs * inputs
+
+    def by_module(models: dict[str, Any], inputs: Any, seconds: float) -> dict[str, dict[str, float]]:
+        return {
+            key: {path: taken(layer) for path, layer in model.named_children() if isinstance(layer, nn.Conv2d)}
+            for key, model in models.items()
+        }
+
+    def seconds_of(models: dict[str, Any], inputs: Any, seconds: float) -> dict[str, list[float]]:
+        return {key: [sum(its.values())] for key, its in by_module(models, inputs, seconds).items()}
+
+    monkeypatch.setattr("fxprune.latency.by_module", by_module)
+    monkeypatch.setattr("fxprune.latency.seconds_of", seconds_of)
+    layers = [nn.Conv2d(3 if at == 0 else 192, 192, 1) for at in range(4)]
+    analysis = fxprune.analyze(nn.Sequential(*layers, nn.Conv2d(192, 4, 1)), torch.randn(1, 3, 4, 4))
+    for criterion in (passes.Random(1), passes.Magnitude(round_to=1), passes.Magnitude(scope="local")):
+        plan = criterion.plan(analysis, Budget(latency=0.6))
+        assert all(width % 48 == 0 for width in plan.widths.values()), plan.widths
+        before, after = (sum(map(taken, model.children())) for model in (analysis.graph, cut(analysis, plan)))
+        assert 0.4 * before < after <= 0.6 * before
+
+
+def test_stairs() -> None:
+    stairs = Stairs([16, 32, 48, 64], [1.0, 1.9, 3.0, 3.1])
+    assert stairs.widths == [16, 32, 64], "48 saves hardly any time over 64"
+    assert [stairs.round_up(width) for width in (1, 16, 17, 33, 64, 99)] == [16, 16, 32, 64, 64, 64]
+    assert [stairs.seconds(width) for width in (16, 33)] == [1.0, 3.1]
+    assert Stairs([16, 32, 48], [1.2, 0.6, 1.0]).widths == [32, 48], "the fall from 32 to 16 costs time"
+
+
 def test_a_real_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.latency.latency", lambda model, x, seconds: cost.latency(model, x, seconds=0.05))
+    monkeypatch.setattr("fxprune.latency.SECONDS", 0.02)
     model = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 64, 64, 3) for i in range(4)), nn.Conv2d(64, 4, 1))
     analysis = fxprune.analyze(model, torch.randn(4, 3, 32, 32))
     plan = passes.Magnitude().plan(analysis, Budget(latency=0.7))
