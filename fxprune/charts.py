@@ -41,6 +41,8 @@ def figure(
     if not any(each.line for each in series):  # single points keep away from the edges
         room = 0.1 * (max(along) - min(along))
         along += [min(along) - room, max(along) + room]
+        room = 0.1 * (max(values) - min(values))
+        values += [min(values) - room, max(values) + room]
     y_ticks = decades(min(values), max(values)) if log else around(min([0.0] * from_zero + values), max(values))
     x_ticks = ticks(min(along), max(along))
     plane = Plane(*ends(x_ticks, along), *ends(y_ticks, values), log)
@@ -102,7 +104,7 @@ def drawing(series: Series, plane: Plane) -> str:
         f'<circle class="point {series.colour}" cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>' for a, b in places if few
     )
     words = "".join(
-        f'<text x="{a + (8 if a < WIDTH * 0.7 else -8):.1f}" y="{b + 4:.1f}" '
+        f'<text x="{a + (6 if a < WIDTH * 0.7 else -6):.1f}" y="{max(b - 6, TOP):.1f}" '
         f'text-anchor="{"start" if a < WIDTH * 0.7 else "end"}">{escape(label)}</text>'
         for (a, b), label in zip(places, series.labels, strict=False)
     )

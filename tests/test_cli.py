@@ -17,7 +17,10 @@ from torchvision.models import _api
 from typer.testing import CliRunner
 
 import fxprune
+from fxprune import passes
+from fxprune.bench import Bench, Measured
 from fxprune.cli.app import app
+from fxprune.timing import Spread
 
 FACTORY = """
 import torch
@@ -263,6 +266,28 @@ def test_prune_measures() -> None:
     found = pruned("--measure")
     assert found["bench"]["rows"][0]["backend"] == "eager"
     assert set(found["bench"]["layers"]) == {str(number) for number in range(8)}
+
+
+@pytest.mark.parametrize(("option", "limit"), [("--latency", "0.7"), ("--latency-ms", "70")])
+@pytest.mark.parametrize(("left", "code"), [(0.73, 0), (0.75, 1)])
+def test_a_latency_is_measured_again(
+    option: str, limit: str, left: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which the compact model takes ``left`` of 100 ms, whatever was planned."""
+
+    def bench(*args: Any, **options: Any) -> Bench:
+        row = Measured("eager", 1, Spread(0.1, 0.1, 0.1), *[Spread(left / 10, 0, 0), Spread(left, left, left)], 1.0)
+        return Bench((row,), (2.0, 1.0), {}, {}, "")
+
+    def plan(self: Any, analysis: fxprune.Analysis, budget: fxprune.Budget, **options: Any) -> fxprune.Plan:
+        assert budget.latency is not None
+        return fxprune.Plan({"0": range(8)}, analysis.sizes, analysis.options)
+
+    monkeypatch.setattr(fxprune, "bench", bench)
+    monkeypatch.setattr(passes.Magnitude, "plan", plan)
+    result = run("prune", *TINY[:-1], option, limit, "--threads", "1", "--no-onnx", code=code)
+    assert ("measured again after the cut, a forward pass takes" in result.stderr) == bool(code)
+    assert Path("out/plan.json").exists()
 
 
 def test_diff() -> None:

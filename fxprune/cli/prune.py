@@ -41,6 +41,8 @@ CRITERIA: dict[str, type[passes.Criterion]] = {
 
 Measure = Annotated[bool, typer.Option(help="Time both models, in turns, in PyTorch.")]
 
+MISSED = 0.05  # of a budget of time: by so much may it be exceeded when it is measured again
+
 
 class UsageError(FxpruneError):
     """Options that do not go together."""
@@ -90,6 +92,7 @@ def prune(
     example: options.Input = None,
     named: options.Named = None,
     seed: options.Seed = 0,
+    threads: options.Threads = None,
     out: options.Out = Path("out"),
     verify: Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")] = True,
     onnx: Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")] = True,
@@ -100,6 +103,8 @@ def prune(
 
     Example: fxprune prune torchvision:resnet50 --weights resnet50.pth --flops 0.5 -o out
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     budget = budget_of(flops, macs, params, channels, memory, latency, latency_ms, tolerance)
     scorer = criterion_of(criterion, images is not None)
     free(out)
@@ -113,7 +118,8 @@ def prune(
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
     progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
-    carry_out(analysis, plan, opened, out, batches, verify, onnx, measure, as_json, criterion=criterion)
+    summary = carry_out(analysis, plan, opened, out, batches, verify, onnx, measure, as_json, criterion=criterion)
+    check_latency(summary, budget)
 
 
 def apply(
@@ -165,7 +171,7 @@ def carry_out(
     measure: bool,
     as_json: bool,
     **about: str,
-) -> None:
+) -> Summary:
     """Rewrite the model of ``analysis``, check it, write all files, and print the tables."""
     plan = replace(plan, options={**plan.options, **opened.source.options()})
     about["model"] = opened.source.model
@@ -187,11 +193,28 @@ def carry_out(
         summary = replace(summary, bench=timed)
     summary = write(out, analysis, compact, summary, opened, onnx)
     if as_json:
-        return show_json(summary.to_json())
+        show_json(summary.to_json())
+        return summary
     show(layers_table(summary), "", totals_table(summary), "")
     show(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
     note(f"written to {out}: {', '.join(sorted(each.name for each in out.iterdir()))}")
-    return None
+    return summary
+
+
+def check_latency(summary: Summary, budget: Budget) -> None:
+    """Say where a budget of time, measured again after the cut, is missed."""
+    measured = summary.bench and summary.bench.rows[0]
+    if budget.latency is None or not measured or measured.after is None or measured.ratio is None:
+        return
+    if isinstance(budget.latency, datetime.timedelta):
+        taken, limit, unit = measured.after.median * 1e3, budget.latency.total_seconds() * 1e3, " ms"
+    else:
+        taken, limit, unit = measured.ratio.median, budget.latency, " of the time"
+    if taken > (1 + MISSED) * limit:
+        raise BudgetError(
+            f"measured again after the cut, a forward pass takes {taken:.3g}{unit}; {limit:.3g}{unit} was asked for. "
+            "Is the machine busy? The files are written."
+        )
 
 
 def write(out: Path, analysis: Analysis, compact: Any, summary: Summary, opened: Opened, onnx: bool) -> Summary:
