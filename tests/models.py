@@ -1710,7 +1710,7 @@ class GruHead(nn.Module):
 
 
 register("hrnet", Fusion, "branches of several resolutions, fused")
-register("attention_rotary", Rotary, "grouped queries with rotary embeddings: the heads are frozen", TOKENS)
+register("attention_rotary", Rotary, "grouped queries with rotary embeddings: angles do not tie heads", TOKENS)
 register("sequential_slices", Sliced, "nn.Sequential, sliced")
 register(
     "weight_norm",

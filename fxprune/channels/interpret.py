@@ -29,13 +29,16 @@ def name_parameters(
     A tensor that is registered under several names gets one ChannelTensor. Integer buffers stay tensors, as copies:
     they are read as indices, and the model may write into them.
     """
-    tensors = named_tensors(graph)
+    tensors = named_tensors(graph)  # the buffers after all parameters
     run.names.reserve(sum(sum(tensor.shape) for tensor in tensors.values()))
     state: dict[str, Tensor] = {}
     axes: dict[tuple[str, int], Axis] = {}
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
+    buffers: int | None = None
     for name, tensor in tensors.items():
+        if buffers is None and not isinstance(tensor, nn.Parameter):
+            buffers = len(run.names)
         aliases[name] = first.setdefault(id(tensor), name)
         if aliases[name] != name:
             state[name] = state[aliases[name]]
@@ -50,6 +53,8 @@ def name_parameters(
                     labels.append(on_axis(names, axis, tensor.ndim))
             data = own(tensor) if run.real else on_meta(tensor)
             state[name] = ChannelTensor(data, tuple(labels), run, name, name)
+    if run.heads == "whole" and buffers is not None:
+        run.names.yielding = range(buffers, len(run.names))
     return state, axes, aliases
 
 

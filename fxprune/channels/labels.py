@@ -6,7 +6,7 @@ family of names, and no two of them vary along the same axis. Here stands what e
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -133,6 +133,8 @@ def join(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
     """
     if len(operands) == 1 and len(operands[0].shape) == ndim:
         return operands[0].labels
+    if any(yields(names, label) for operand in operands for label in operand.labels):
+        operands = give_way(names, operands, ndim)
     bare: dict[int, str] = {}  # axis -> what has full size there and no names
     for operand in operands:
         missing = ndim - len(operand.shape)
@@ -149,6 +151,30 @@ def join(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
                 label = pin(names, label, [axis for axis in met if met[axis] == source], f"meets {source}")
             joined.append(label)
     return settle(names, joined)
+
+
+def yields(names: Names, label: Label) -> bool:
+    """Whether a label gives way to grids: it has the names of a buffer."""
+    return int(label.flat[0]) in names.yielding
+
+
+def give_way(names: Names, operands: Sequence[Operand], ndim: int) -> Sequence[Operand]:
+    """``operands`` without the labels of buffers that meet one that varies along another axis too: they stay whole.
+
+    So the angles of rotary embeddings, a number for each feature of a head, do not tie the heads together.
+    """
+    grids = [set(axes) for each in operands for label in each.labels if len(axes := varying(align(label, ndim))) > 1]
+    result = []
+    for operand in operands:
+        gone = [
+            label
+            for label in operand.labels
+            if yields(names, label) and any(set(varying(align(label, ndim))) < grid for grid in grids)
+        ]
+        freeze(names, gone, "a buffer's, which meets a grid of channels")
+        stay = tuple(label for label in operand.labels if not any(label is each for each in gone))
+        result.append(replace(operand, labels=stay) if gone else operand)
+    return result
 
 
 @lru_cache(maxsize=4096)

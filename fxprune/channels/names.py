@@ -35,6 +35,7 @@ class Names:
 
     def __init__(self) -> None:
         self.node = ""  # the graph node that is being run, for reasons
+        self.yielding = range(0)  # names that give way where others form a grid: those of buffers
         self.reasons: list[Reason] = []
         self._known: dict[Reason, int] = {}
         self._count = 0
