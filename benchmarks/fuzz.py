@@ -3,19 +3,22 @@
     python benchmarks/fuzz.py --first 0 --count 5000
 
 Law 1 (slice = zero, in eval and train, outputs and gradients) and law 3 (composition) at 1e-10 in float64. Writes
-results/fuzz.md; a seed that fails can be run again alone.
+results/fuzz.json and .md, behind the runs before; a seed that fails can be run again alone.
 """
 
 import argparse
+import json
 import sys
 import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from random_networks import program_from_seed  # noqa: E402
@@ -47,20 +50,39 @@ def main() -> None:
             failed.append((seed, f"{type(error).__name__}: {str(error)[:300]}"))
             traceback.print_exc()
         done += 1
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "fuzz.json"
+    runs = json.loads(path.read_text()) if path.exists() else []
+    runs.append(
+        {
+            "first": options.first,
+            "count": done,
+            "seconds": round(time.monotonic() - start),
+            "torch": torch.__version__,
+            "failed": failed,
+            "refused": refused,
+        }
+    )
+    path.write_text(json.dumps(runs, indent=1) + "\n")
+    (RESULTS / "fuzz.md").write_text(report(runs))
+    print(report(runs))
+
+
+def report(runs: list[dict[str, Any]]) -> str:
+    """All runs so far, one after the other."""
     lines = [
         "# Random networks under the laws",
         "",
-        f"Seeds {options.first} to {options.first + done - 1}, {time.monotonic() - start:.0f} s, "
-        f"torch {torch.__version__}, float64 at 1e-10: {done - len(failed) - len(refused)} of {done} random "
-        f"networks and plans hold laws 1 and 3, {len(failed)} do not, and {len(refused)} plans are refused.",
-        "",
-        *(f"- seed {seed} fails: {error}" for seed, error in failed),
-        *(f"- seed {seed} is refused: {error}" for seed, error in refused),
+        "Laws 1 and 3 at 1e-10 in float64; each network has a random plan.",
     ]
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "fuzz.md").write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(lines))
+    for run in runs:
+        last = run["first"] + run["count"] - 1
+        held = run["count"] - len(run["failed"]) - len(run["refused"])
+        seeds = f"seeds {run['first']} to {last}" if run["count"] > 1 else f"seed {last}"
+        lines += ["", f"- {seeds}, torch {run['torch']}: {held:,} of {run['count']:,} hold"]
+        lines += [f"    - seed {seed} fails: {error}" for seed, error in run["failed"]]
+        lines += [f"    - seed {seed} is refused: {error}" for seed, error in run["refused"]]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

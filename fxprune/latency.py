@@ -129,7 +129,8 @@ class Search:
     def time(self, widths: Ints, *, again: bool = False) -> float:
         """The time of the model with these widths over that of the dense model.
 
-        A candidate that comes close to the limit is run ``again``, for longer: of several, chance favours the fast.
+        A candidate that comes close to the limit is run ``again``, for longer, and only that counts: of several that
+        were run once, those come closest that had luck.
         """
         known = self.known.setdefault(widths.tobytes(), [])
         if not known or again:
@@ -137,7 +138,7 @@ class Search:
             compact, _ = rewrite(graph, self.solver.analysis, self.solver.plan(widths))
             seconds = 3 * SECONDS if again else SECONDS
             times = seconds_of({"dense": graph, "compact": compact.eval()}, self.inputs, seconds)
-            known += (np.array(times["compact"]) / np.array(times["dense"])).tolist()
+            known[:] = (np.array(times["compact"]) / np.array(times["dense"])).tolist()
             if not again and abs(np.median(known) / self.limit - 1) <= CLOSE:
                 return self.time(widths, again=True)
         return float(np.median(known))

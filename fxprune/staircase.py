@@ -14,7 +14,7 @@ from fxprune.rewrite import rewrite
 from fxprune.summary import layers_of
 from fxprune.timing import by_module, stand_in
 
-WIDTHS = 16  # that are tried
+WIDTHS = 8  # that are tried
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def staircase(
     Args:
         analysis: of the model, whose weights have values.
         group: its name.
-        widths: default, 16 from an eighth of the group to all of it.
+        widths: default, 8 from an eighth of the group to all of it.
         seconds: that each width is run for, about.
 
     Raises:
