@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+import numpy as np
+
 from fxprune.charts import Series, figure
 from fxprune.log import Log
 from fxprune.picture import breakable
@@ -125,9 +127,9 @@ def staircase(stairs: Staircase, summary: Summary, colours: Mapping[str, str]) -
     points = [(width, seconds * 1e3) for width, seconds in zip(stairs.widths, stairs.seconds, strict=True)]
     series = [Series("", points, colours.get(stairs.group, "s0"))]
     chosen = summary.groups.get(stairs.group, (0.0, 0.0))[1]
-    at = [point for point in points if point[0] == chosen]
-    if at:
-        series.append(Series("chosen", at, "s1", line=False, labels=["chosen"]))
+    if stairs.widths[0] <= chosen <= stairs.widths[-1]:
+        at = float(np.interp(chosen, stairs.widths, stairs.seconds)) * 1e3
+        series.append(Series("chosen", [(chosen, at)], "s1", line=False, labels=["chosen"]))
     return figure(f"Time of the layers of group {stairs.group}, by its width", series, "channels", "ms")
 
 

@@ -197,7 +197,7 @@ def carry_out(
         return summary
     show(layers_table(summary), "", totals_table(summary), "")
     show(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
-    note(f"written to {out}: {', '.join(sorted(each.name for each in out.iterdir()))}")
+    note(f"written to {out}: {', '.join(sorted(each.name for each in out.iterdir() if each.name[0] != '.'))}")
     return summary
 
 
