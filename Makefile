@@ -27,7 +27,7 @@ demo: $(DEMO_ENV) ## train a network that shrinks while it trains, under 5 minut
 test: $(ENV) ## the tests, without the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: $(ENV) ## only the slow tests: the torchvision zoo
+test-slow: $(ENV) ## only the slow tests: the torchvision zoo, the examples
 	$(PYTEST) -m slow
 
 test-all: $(ENV) ## every test

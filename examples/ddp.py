@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from shared import BATCH, accuracy, batches, console, digits, few, say
+from shared import BATCH, accuracy, batches, console, digits, few, say, small_start
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
@@ -32,14 +31,14 @@ def main():
     train_set, test_set = digits()
     example = test_set[0][:16]
 
-    model = resnet18(weights=None, num_classes=10)
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
+    model = small_start()
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     if PATH.exists():
         session = fxprune.Session.load(PATH, wrapped, example, optimizer)
         say(f"{PATH}: {session.epoch} epochs done before")
     else:
-        pruner = passes.PruneTrain(ratio=0.99, interval=1, proximal=True, round_to=16)
+        pruner = passes.PruneTrain(ratio=0.993, interval=2, proximal=True, round_to=16)
         session = fxprune.Session(wrapped, example, optimizer, [pruner], batch_size=BATCH // ranks)
     for epoch in range(session.epoch, few(6)):
         session.model.train()  # wrapped anew after each cut: always by this name

@@ -1,18 +1,17 @@
 """Prune a Faster R-CNN, which torch.fx can't trace as a whole, to half its parameters, and train it on.
 
-Some minutes on one CPU core. The images are noise with one bright square, and the task is to find it: the score is the
-mean overlap (intersection over union) of the best box with the square. The backbone, the pyramid and the heads become
+About two minutes on one CPU core. The images are noise with one bright square, and the task is to find it; the measure
+is the detector's own loss on images that it has not seen. The backbone, the proposals' head and the box head become
 graphs and are cut; the model's own Python, which proposes and selects boxes, stays as it is."""
 
 import torch
 from shared import console, few, milliseconds, say, table
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
-from torchvision.ops import box_iou
 
 import fxprune
 from fxprune import passes
 
-SIZE, SQUARES, STEPS = 96, 4, 150
+SIZE, SQUARES, STEPS = 96, 4, 60
 
 
 def main():
@@ -21,22 +20,27 @@ def main():
     dense = fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=2, min_size=SIZE, max_size=SIZE
     )
+    say(f"loss {loss(dense):.2f} before training")
     train(dense, few(STEPS, 2))
-    say(f"trained; the best boxes overlap the squares by {overlap(dense):.2f}")
 
     example = squares()  # with targets: the model will train on
     print(fxprune.analyze(dense, example))
     compact = fxprune.prune(dense, example, passes.Magnitude(), budget=fxprune.Budget(params=0.5))
-    cut = overlap(compact)
+    cut = loss(compact)
     train(compact, few(STEPS // 2, 2))
 
     rows = table(
-        "parameters", "ms for four images", "overlap after the cut", "overlap", caption="one CPU thread, medians"
+        "parameters",
+        "ms for four images",
+        "loss after the cut",
+        "loss",
+        caption="one CPU thread; half has trained for longer",
     )
+    losses = loss(dense), loss(compact)
     times = milliseconds([dense.eval(), compact.eval()], squares()[0])
     sizes = [f"{fxprune.cost.params(model):,}" for model in (dense, compact)]
-    rows.add_row("dense", sizes[0], f"{times[0]:.1f}", "", f"{overlap(dense):.2f}")
-    rows.add_row("half", sizes[1], f"{times[1]:.1f}", f"{cut:.2f}", f"{overlap(compact):.2f}")
+    rows.add_row("dense", sizes[0], f"{times[0]:.1f}", "", f"{losses[0]:.2f}")
+    rows.add_row("half", sizes[1], f"{times[1]:.1f}", f"{cut:.2f}", f"{losses[1]:.2f}")
     console.print(rows)
 
 
@@ -56,28 +60,22 @@ def squares():
 
 def train(model, steps):
     """A detector in train mode returns its losses; their sum is what is trained."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     model.train()
     for step in range(steps):
-        loss = sum(model(*squares()).values())
+        task = sum(model(*squares()).values())
         optimizer.zero_grad()
-        loss.backward()
+        task.backward()
         optimizer.step()
-        if step % 30 == 0:
-            say(f"step {step}: loss {loss.item():.3f}")
+        if step % 20 == 0:
+            say(f"step {step}: loss {task.item():.2f}")
 
 
 @torch.no_grad()
-def overlap(model):
-    """The mean, over squares not seen before, of how well the box of the highest score covers the square."""
-    model.eval()
-    found = []
-    for _ in range(few(8)):
-        images, targets = squares()
-        for output, target in zip(model(images), targets, strict=True):
-            best = output["boxes"][:1]  # they come by score
-            found.append(box_iou(best, target["boxes"]).item() if len(best) else 0.0)
-    return sum(found) / len(found)
+def loss(model):
+    """The mean over images not seen before."""
+    model.train()
+    return sum(sum(model(*squares()).values()).item() for _ in range(few(8))) / few(8)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import BATCH, accuracy, batches, console, digits, few, say
+from shared import BATCH, accuracy, batches, console, digits, few, say, small_start
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import update_bn
-from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
@@ -48,10 +47,7 @@ def main():
 def start_or_resume(example):
     # The method was made for 70,000 steps. Here are 294, so the penalty is that much stronger, and the step proximal.
     pruner = passes.PruneTrain(ratio=0.993, interval=2, proximal=True, round_to=16)
-    model = resnet18(weights=None, num_classes=10, zero_init_residual=True)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.weight.data *= 0.2  # batch norm makes their scale free; small weights reach zero sooner
+    model = small_start()
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
     scheduler = LambdaLR(optimizer, lambda epoch: (1 - epoch / EPOCHS) ** 3)
     if (OUT / "run.pt").exists():

@@ -37,6 +37,7 @@ def names(pages: list[Path]) -> list[Any]:
 @pytest.mark.filterwarnings(
     "ignore::UserWarning:lightning",
     "ignore:.*treespec, LeafSpec.*is deprecated",
+    "ignore:'pin_memory' argument is set as true",
     "ignore:The given buffer is not writable",  # torch.export.load in torch 2.11
 )
 @pytest.mark.parametrize("page", names([page for page in PAGES if blocks(page, "python")]))

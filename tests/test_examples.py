@@ -19,7 +19,7 @@ LEAVES = {
     "before_training": ("accuracy.png", "Uniform 10%"),
     "clicktrain": ("patterns.safetensors patterns.onnx", "PatternConv"),
     "dropback": ("dense.safetensors 0.2.safetensors 0.05.safetensors", "smaller"),
-    "detection": ("", "overlap"),
+    "detection": ("", "loss after"),
     "custom_operator": ("", "scale has"),
     "custom_pass": ("", "with ReLU6"),
     "ddp": ("run.pt", "1 processes"),
