@@ -7,16 +7,22 @@ from fxprune.channels.analysis import Analysis
 from fxprune.cost import Floats
 from fxprune.sums import Sums
 
-from .base import Criterion, weights_of
+from .base import Criterion, normalized, weights_of
 
 
 @dataclass(frozen=True)
 class BatchNormScale(Criterion):
     """The mean absolute scale |gamma| of the batch norms that a channel goes through.
 
-    Groups without a batch norm stay whole. Scores are compared across groups as they are. After Liu et al., "Learning
-    Efficient Convolutional Networks through Network Slimming" (2017), on whole groups.
+    Groups without a batch norm stay whole. After Liu et al., "Learning Efficient Convolutional Networks through Network
+    Slimming" (2017), on whole groups.
+
+    Attributes:
+        relative: divide by the mean of the group, so that groups compare. False compares the scales as they are, as the
+            paper does with networks that were trained with a penalty on them; without it whole layers may go.
     """
+
+    relative: bool = True
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group with a batch norm."""
@@ -26,5 +32,5 @@ class BatchNormScale(Criterion):
         for name, group in analysis.groups.items():
             count = sum(member.parameter in scales for member in group.members)
             if count:
-                scores[name] = sums(group) / count
+                scores[name] = normalized(sums(group) / count) if self.relative else sums(group) / count
         return scores

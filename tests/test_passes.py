@@ -94,7 +94,11 @@ def test_batch_norm_scale_is_the_mean_absolute_scale() -> None:
         name: w for name, w in analysis.graph.named_parameters() if w.ndim == 1 and name in analysis.batch_norm_scales
     }
     sums = by_hand(analysis, lambda _, w: w.abs().item(), scales)
-    found = passes.BatchNormScale().score(analysis)
+    found = passes.BatchNormScale(relative=False).score(analysis)
+    relative = passes.BatchNormScale().score(analysis)
+    assert list(relative) == list(found)
+    for name, scores in found.items():
+        np.testing.assert_allclose(relative[name], scores / scores.mean())
     assert set(found) == set(analysis.groups)
     for name, group in analysis.groups.items():
         count = sum(member.parameter in scales for member in group.members)
