@@ -1,6 +1,6 @@
 """Torch-Pruning's criteria beside fxprune's at half the FLOPs of a network trained on CIFAR-10.
 
-    python benchmarks/criteria.py --data PATH [--dense CHECKPOINT]
+    python benchmarks/criteria_cifar10.py --data PATH [--dense CHECKPOINT]
 
 PATH as for benchmarks/cifar10.py. The dense network is the narrow ResNet-18 of benchmarks/before_training.py, taken
 from the checkpoint that this leaves, or trained here. Each criterion cuts a copy of it, all to the same FLOPs, by
@@ -133,7 +133,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     ]
     print("\n".join(text[-1:]), flush=True)
     arguments = {name: value for name, value in vars(options).items() if name not in ("data", "work", "out", "dense")}
-    write(options.out, "criteria", "\n".join(text), {"machine": here, "options": arguments, "rows": rows})
+    write(options.out, "criteria_cifar10", "\n".join(text), {"machine": here, "options": arguments, "rows": rows})
 
 
 def main() -> None:
