@@ -16,7 +16,7 @@ from fxprune.inputs import bind
 from fxprune.pipeline import example_of
 from fxprune.timing import forward, in_turns, ratio
 from fxprune.trace import trace
-from fxprune.traced import TracedModule
+from fxprune.traced import TracedModule, in_eval
 
 from ._boxes import Choice, Form
 
@@ -127,10 +127,9 @@ def convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Co
         each.register_forward_pre_hook(lambda _, args, path=path: reading(path, *args[:1]))
         for path, each in found.items()
     ]
-    training = model.training
     args, kwargs = bind(example)
-    model.eval()(*args, **kwargs)
-    model.train(training)
+    with in_eval(model):
+        model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
     yield from ((path, found[path], x) for path, x in read.items())

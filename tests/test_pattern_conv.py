@@ -251,6 +251,7 @@ def test_a_layer_is_rewritten_where_that_was_faster(monkeypatch: pytest.MonkeyPa
 def test_measuring_changes_nothing(measure: str) -> None:
     model, inputs = patterned()
     graph = fxprune.trace(model, inputs).train()
+    graph.get_submodule("4.1").eval()  # a batch norm whose averages stand still
     before, code = copy.deepcopy(graph.state_dict()), graph.code
     choices = PatternConv(measure, inputs).choices(graph)
     assert {choice.layer for choice in choices if choice.form} == {
@@ -266,6 +267,9 @@ def test_measuring_changes_nothing(measure: str) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in graph.state_dict().items())
     assert graph.code == code
     assert graph.training
+    lowered = PatternConv(None, inputs)(graph).graph_module
+    assert lowered.training
+    assert not lowered.get_submodule("4.1").training, "each module keeps its mode"
 
 
 def test_what_a_choice_says() -> None:
