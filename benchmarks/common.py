@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fxprune.bench import cpu_model
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -21,7 +23,7 @@ def machine(*packages: str) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "versions": versions}
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "versions": versions}
 
 
 def in_words(machine: dict[str, Any]) -> str:
@@ -48,12 +50,3 @@ def write(folder: Path, name: str, markdown: str, data: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

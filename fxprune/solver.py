@@ -181,8 +181,13 @@ def matches(analysis: Analysis, parameter: str, axis: int, pattern: str) -> bool
     name, _, number = pattern.removesuffix("]").partition("[")
     if axis != (int(number) if number.isdecimal() else output_axis(analysis, parameter)):
         return False
-    parts = parameter.split(".")
-    return any(fnmatchcase(".".join(parts[:count]), name) for count in range(1, len(parts) + 1))
+    return named(parameter, name)
+
+
+def named(path: str, pattern: str) -> bool:
+    """Whether ``pattern`` names a module or parameter, or a module that it is in."""
+    parts = path.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
 
 
 def output_axis(analysis: Analysis, parameter: str) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from fxprune.branches import NORMS, is_sum
 from fxprune.param_map import ParamMap
 from fxprune.traced import Model, regions
 
-from .prunetrain import at_least_float32
-
-EPSILON = 1e-8  # under the square root of each norm
+from .prunetrain import EPSILON, at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +78,6 @@ def convolutions(model: Model) -> list[Layer]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and "weight" in module._parameters
     ]
-
-
-def named(path: str, pattern: str) -> bool:
-    """Whether ``pattern`` names a module, or one that it is in."""
-    parts = path.split(".")
-    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
 
 
 def calls(model: Model) -> Iterator[tuple[str, fx.Graph]]:

@@ -11,10 +11,11 @@ from fxprune.budget import patterns_of
 from fxprune.errors import PlanError
 from fxprune.param_map import ParamMap
 from fxprune.session import Session
+from fxprune.solver import named
 from fxprune.traced import Model
 from fxprune.training import Memory, TrainingPass
 
-from ._kernels import Layer, Mask, convolutions, cut_kernels, first_convolution, named, norm_of_kernels, shortcuts
+from ._kernels import Layer, Mask, convolutions, cut_kernels, first_convolution, norm_of_kernels, shortcuts
 from ._patterns import SHARES, check_pool, choose, dynamic_pool, least, static_pool
 from .prunetrain import at_least_float32, optimizers
 
