@@ -216,6 +216,8 @@ FUNCTIONS: dict[Any, str] = {  # and the operators that they are
     torch.mul: "mul",
     torch.cat: "cat",
     F.relu: "relu",
+    F.linear: "linear",
+    F.layer_norm: "layer_norm",
 }
 
 

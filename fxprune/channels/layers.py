@@ -69,6 +69,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Tensors, Tensor, bool], Lowered | N
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
     nn.Linear: linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: linear,
     nn.BatchNorm2d: batch_norm,
     nn.LayerNorm: layer_norm,
     nn.AdaptiveAvgPool2d: adaptive_avg_pool2d,

@@ -4,6 +4,7 @@ torch's meta kernels of common operators are Python and cost more than all else 
 listed, or its arguments are not the plain ones, its shape is None, and the kernel runs, and complains where it must.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,13 +16,16 @@ SHAPES: dict[str, Callable[..., Shape | None]] = {}
 
 
 def shape_of_result(operator: str, args: Sequence[Any]) -> Shape | None:
-    """The shape of a result that is contiguous and of the dtype of the first tensor; None if that is not plain."""
+    """The shape of a result that is of the dtype of the first tensor; None if that is not plain.
+
+    Its strides are nobody's concern: a view of a contiguous tensor succeeds wherever that of another does.
+    """
     find = SHAPES.get(operator)
     if find is None:
         return None
     tensors = [arg for arg in (args[0] if isinstance(args[0], (list, tuple)) else args) if isinstance(arg, Tensor)]
     dtype = tensors[0].dtype if tensors else torch.int64
-    if dtype.is_floating_point and all(each.dtype == dtype and each.is_contiguous() for each in tensors):
+    if dtype.is_floating_point and all(each.dtype == dtype for each in tensors):
         return find(*args)
     return None
 
@@ -37,8 +41,9 @@ def operators(*names: str) -> Callable[[Callable[..., Shape | None]], Callable[.
 
 
 @operators(
-    "relu", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish"
-)
+    "relu", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish",
+    "_safe_softmax", "roll",
+)  # fmt: skip
 def same(x: Tensor, *rest: Any) -> Shape | None:
     return x.shape if isinstance(x, Tensor) else None
 
@@ -49,9 +54,10 @@ def broadcast(x: Any, y: Any, *rest: Any) -> Shape | None:
         return None
     if not isinstance(y, Tensor) or x.shape == y.shape:
         return x.shape
-    if x.ndim != y.ndim or any(a != b and 1 not in (a, b) for a, b in zip(x.shape, y.shape, strict=True)):
+    pairs = list(itertools.zip_longest(reversed(x.shape), reversed(y.shape), fillvalue=1))[::-1]
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
         return None
-    return tuple(b if a == 1 else a for a, b in zip(x.shape, y.shape, strict=True))
+    return tuple(b if a == 1 else a for a, b in pairs)
 
 
 @operators("convolution")

@@ -206,6 +206,7 @@ class Call:
 aten = torch.ops.aten
 WHOLE: dict[Any, OpOverload] = {
     F.linear: aten.linear.default,
+    F.layer_norm: aten.layer_norm.default,
     F.rms_norm: aten.rms_norm.default,
     torch.rms_norm: aten.rms_norm.default,
     torch.batch_norm: aten.batch_norm.default,
