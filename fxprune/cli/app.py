@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import fxprune
-from fxprune.cli import bench, diff, export, inspect, prune
+from fxprune.cli import apply, bench, diff, export, inspect, prune
 from fxprune.cli.say import complain
 from fxprune.errors import BudgetError, FxpruneError
 
@@ -61,5 +61,5 @@ def options(
     """The options of the program itself."""
 
 
-for verb in (inspect.inspect, prune.prune, prune.apply, bench.bench, export.export, diff.diff):
+for verb in (inspect.inspect, prune.prune, apply.apply, bench.bench, export.export, diff.diff):
     app.command()(verb)

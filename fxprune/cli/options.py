@@ -55,6 +55,10 @@ Input = Annotated[
         help="Of an example input, such as 1,3,224,224, or int64:1,128 for token ids. Once for each argument.",
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="How many of the images are used, at most.")]
+Verify = Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")]
+Onnx = Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")]
+Measure = Annotated[bool, typer.Option(help="Time both models, in turns, in PyTorch.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, random scores, and the order of the data.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made if it is not there.")]

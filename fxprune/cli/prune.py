@@ -1,10 +1,7 @@
-"""``fxprune prune`` and ``fxprune apply``: a plan is made, or read, and carried out; the results go to a folder."""
+"""``fxprune prune``: a plan that meets a budget is made and carried out."""
 
 import datetime
-import json
-import os
-import tempfile
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +11,12 @@ import typer
 import fxprune
 from fxprune import passes
 from fxprune.budget import Budget
-from fxprune.channels.analysis import Analysis
 from fxprune.cli import data, options
-from fxprune.cli.models import Opened, Source, nearest, open_model
-from fxprune.cli.say import note, progress, show, show_json
-from fxprune.errors import BudgetError, FileError, FxpruneError
-from fxprune.inputs import tensors_in
-from fxprune.plan import Plan
-from fxprune.staircase import staircase, tallest
-from fxprune.summary import Summary, summarize
-from fxprune.tables import layers_table, totals_table
+from fxprune.cli.models import nearest, open_model
+from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
+from fxprune.cli.say import progress
+from fxprune.errors import BudgetError, FxpruneError
+from fxprune.summary import Summary
 
 CRITERIA: dict[str, type[passes.Criterion]] = {
     "magnitude": passes.Magnitude,
@@ -38,8 +31,6 @@ CRITERIA: dict[str, type[passes.Criterion]] = {
     "erdos-renyi": passes.ErdosRenyi,
     "precrop": passes.PreCrop,
 }
-
-Measure = Annotated[bool, typer.Option(help="Time both models, in turns, in PyTorch.")]
 
 MISSED = 0.05  # of a budget of time: by so much may it be exceeded when it is measured again
 
@@ -86,7 +77,7 @@ def prune(
             "and the accuracy is told.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many of the images are used, at most.")] = 512,
+    samples: options.Samples = 512,
     weights: options.Weights = None,
     classes: options.Classes = None,
     example: options.Input = None,
@@ -94,9 +85,9 @@ def prune(
     seed: options.Seed = 0,
     threads: options.Threads = None,
     out: options.Out = Path("out"),
-    verify: Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")] = True,
-    onnx: Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")] = True,
-    measure: Measure = True,
+    verify: options.Verify = True,
+    onnx: options.Onnx = True,
+    measure: options.Measure = True,
     as_json: options.Json = False,
 ) -> None:
     """Prune a model to a budget, and write plan.json, model.safetensors, model.onnx and a report to a folder.
@@ -107,9 +98,9 @@ def prune(
         torch.set_num_threads(threads)
     budget = budget_of(flops, macs, params, channels, memory, latency, latency_ms, tolerance)
     scorer = criterion_of(criterion, images is not None)
-    free(out)
+    check_folder(out)
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
-    batches = None if images is None else data.images(images, shape_for_images(opened), samples, seed)
+    batches = images_for(opened, images, samples, seed)
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
     own = {"data": batches, "loss": data.loss, "seed": seed}
     bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
@@ -118,87 +109,9 @@ def prune(
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
     progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
-    summary = carry_out(analysis, plan, opened, out, batches, verify, onnx, measure, as_json, criterion=criterion)
+    wanted = Wanted(out, verify, onnx, measure, as_json)
+    summary = carry_out(analysis, plan, opened, batches, wanted, criterion=criterion)
     check_latency(summary, budget)
-
-
-def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json that fxprune wrote.", show_default=False)],
-    weights: options.Weights = None,
-    classes: options.Classes = None,
-    example: options.Input = None,
-    named: options.Named = None,
-    images: Annotated[
-        Path | None, typer.Option("--data", metavar="FOLDER", help="Images to renew batch norm's averages on.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many of the images are used, at most.")] = 512,
-    seed: options.Seed = 0,
-    out: options.Out = Path("out"),
-    verify: Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")] = True,
-    onnx: Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")] = True,
-    measure: Measure = True,
-    as_json: options.Json = False,
-) -> None:
-    """Carry out a plan on the model that it was made for, with other weights.
-
-    Example: fxprune apply out/plan.json --weights finetuned.pth -o out2
-    """
-    found = Plan.load(plan)
-    source = Source.of(found, named, plan)
-    free(out)
-    opened = open_model(
-        source.model,
-        weights=weights,
-        classes=classes or source.classes,
-        inputs=example or list(source.input) or None,
-        seed=seed,
-    )
-    batches = None if images is None else data.images(images, shape_for_images(opened), samples, seed)
-    progress(f"analysing {source.model}")
-    chosen = {key: value for key, value in found.options.items() if key in ("heads", "groups")}
-    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **chosen)
-    carry_out(analysis, found, opened, out, batches, verify, onnx, measure, as_json)
-
-
-def carry_out(
-    analysis: Analysis,
-    plan: Plan,
-    opened: Opened,
-    out: Path,
-    batches: Any,
-    verify: bool,
-    onnx: bool,
-    measure: bool,
-    as_json: bool,
-    **about: str,
-) -> Summary:
-    """Rewrite the model of ``analysis``, check it, write all files, and print the tables."""
-    plan = replace(plan, options={**plan.options, **opened.source.options()})
-    about["model"] = opened.source.model
-    progress("rewriting")
-    compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)
-    if verify:
-        progress("verifying in float64")
-        about["verified"] = str(fxprune.verify(analysis.graph, compact, param_map, opened.inputs))
-    summary = summarize(analysis, plan, compact, about=about)
-    if batches is not None:
-        progress("renewing batch norm's averages")
-        torch.optim.swa_utils.update_bn(batches, compact)
-        compact.eval()
-        summary = replace(summary, accuracy=(data.accuracy(analysis.graph, batches), data.accuracy(compact, batches)))
-    if measure:
-        progress("measuring")
-        batch = shape_of(opened)[0]
-        timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
-        summary = replace(summary, bench=timed)
-    summary = write(out, analysis, compact, summary, opened, onnx)
-    if as_json:
-        show_json(summary.to_json())
-        return summary
-    show(layers_table(summary), "", totals_table(summary), "")
-    show(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
-    note(f"written to {out}: {', '.join(sorted(each.name for each in out.iterdir() if each.name[0] != '.'))}")
-    return summary
 
 
 def check_latency(summary: Summary, budget: Budget) -> None:
@@ -215,39 +128,6 @@ def check_latency(summary: Summary, budget: Budget) -> None:
             f"measured again after the cut, a forward pass takes {taken:.3g}{unit}; {limit:.3g}{unit} was asked for. "
             "Is the machine busy? The files are written."
         )
-
-
-def write(out: Path, analysis: Analysis, compact: Any, summary: Summary, opened: Opened, onnx: bool) -> Summary:
-    """Write the files; they appear in ``out`` when all of them are there. The summary, with what the export found."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as folder:
-            partial = Path(folder)
-            Plan.from_json(compact.meta["fxprune"]["plan"]).save(partial / "plan.json")
-            fxprune.save(compact, partial / "model.safetensors")
-            if onnx:
-                progress("exporting to ONNX")
-                exported = fxprune.export_onnx(compact, opened.inputs, partial / "model.onnx")
-                exported = replace(exported, path=Path("model.onnx"))
-                summary = replace(summary, about={**summary.about, "exported": str(exported)})
-            progress("writing the report")
-            stairs = [staircase(analysis, tallest(analysis))] if summary.bench else []
-            summary.to_html(partial / "report.html", analysis, stairs=stairs)
-            (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
-            for each in list(partial.iterdir()):
-                os.replace(each, out / each.name)
-    except OSError as error:
-        raise FileError(f"can't write to {out}: {error.strerror}") from error
-    return summary
-
-
-def free(out: Path) -> None:
-    """Refuse a folder that can't be written to, before the work begins."""
-    if out.exists() and not out.is_dir():
-        raise FileError(f"can't write to {out}: it is a file, not a folder")
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise FileError(f"can't write to {out}: permission denied")
 
 
 def budget_of(
@@ -289,15 +169,3 @@ def criterion_of(name: str, with_data: bool) -> type[passes.Criterion]:
     if not with_data and any(field.name == "data" for field in fields(found)):
         raise UsageError(f"the criterion {name} looks at data: give it images with --data FOLDER")
     return found
-
-
-def shape_for_images(opened: Opened) -> tuple[int, ...]:
-    """The shape of what the model takes, for images to be made of."""
-    if len(tensors_in(opened.inputs)) > 1:
-        raise data.DataError("--data gives one tensor of images, but the model takes more than one")
-    return shape_of(opened)
-
-
-def shape_of(opened: Opened) -> tuple[int, ...]:
-    """The shape of the first input."""
-    return tuple(tensors_in(opened.inputs)[0].shape)

@@ -1,0 +1,51 @@
+"""``fxprune apply``: a plan is read and carried out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fxprune
+from fxprune.cli import options
+from fxprune.cli.models import Source, open_model
+from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
+from fxprune.cli.say import progress
+from fxprune.plan import Plan
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json that fxprune wrote.", show_default=False)],
+    weights: options.Weights = None,
+    classes: options.Classes = None,
+    example: options.Input = None,
+    named: options.Named = None,
+    images: Annotated[
+        Path | None, typer.Option("--data", metavar="FOLDER", help="Images to renew batch norm's averages on.")
+    ] = None,
+    samples: options.Samples = 512,
+    seed: options.Seed = 0,
+    out: options.Out = Path("out"),
+    verify: options.Verify = True,
+    onnx: options.Onnx = True,
+    measure: options.Measure = True,
+    as_json: options.Json = False,
+) -> None:
+    """Carry out a plan on the model that it was made for, with other weights.
+
+    Example: fxprune apply out/plan.json --weights finetuned.pth -o out2
+    """
+    found = Plan.load(plan)
+    source = Source.of(found, named, plan)
+    check_folder(out)
+    opened = open_model(
+        source.model,
+        weights=weights,
+        classes=classes or source.classes,
+        inputs=example or list(source.input) or None,
+        seed=seed,
+    )
+    batches = images_for(opened, images, samples, seed)
+    progress(f"analysing {source.model}")
+    chosen = {key: value for key, value in found.options.items() if key in ("heads", "groups")}
+    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **chosen)
+    carry_out(analysis, found, opened, batches, Wanted(out, verify, onnx, measure, as_json))

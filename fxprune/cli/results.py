@@ -1,0 +1,122 @@
+"""Results: what ``prune`` and ``apply`` do with a plan once they have one: carry it out, and write the files."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fxprune
+from fxprune.channels.analysis import Analysis
+from fxprune.cli import data
+from fxprune.cli.models import Opened
+from fxprune.cli.say import note, progress, show, show_json
+from fxprune.errors import FileError
+from fxprune.inputs import tensors_in
+from fxprune.plan import Plan
+from fxprune.staircase import staircase, tallest
+from fxprune.summary import Summary, summarize
+from fxprune.tables import layers_table, totals_table
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of a plan, and the folder ``out`` for it."""
+
+    out: Path
+    verify: bool
+    onnx: bool
+    measure: bool
+    as_json: bool
+
+
+def carry_out(
+    analysis: Analysis,
+    plan: Plan,
+    opened: Opened,
+    batches: Any,
+    wanted: Wanted,
+    **about: str,
+) -> Summary:
+    """Rewrite the model of ``analysis``, check it, write all files, and print the tables.
+
+    ``batches``: images and their classes, or None. ``about``: titles and words for the report.
+    """
+    plan = replace(plan, options={**plan.options, **opened.source.options()})
+    about["model"] = opened.source.model
+    progress("rewriting")
+    compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)
+    if wanted.verify:
+        progress("verifying in float64")
+        about["verified"] = str(fxprune.verify(analysis.graph, compact, param_map, opened.inputs))
+    summary = summarize(analysis, plan, compact, about=about)
+    if batches is not None:
+        progress("renewing batch norm's averages")
+        torch.optim.swa_utils.update_bn(batches, compact)
+        compact.eval()
+        summary = replace(summary, accuracy=(data.accuracy(analysis.graph, batches), data.accuracy(compact, batches)))
+    if wanted.measure:
+        progress("measuring")
+        batch = shape_of(opened)[0]
+        timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
+        summary = replace(summary, bench=timed)
+    summary = write(analysis, compact, summary, opened, wanted)
+    if wanted.as_json:
+        show_json(summary.to_json())
+        return summary
+    show(layers_table(summary), "", totals_table(summary), "")
+    show(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
+    files = sorted(each.name for each in wanted.out.iterdir() if each.name[0] != ".")
+    note(f"written to {wanted.out}: {', '.join(files)}")
+    return summary
+
+
+def write(analysis: Analysis, compact: Any, summary: Summary, opened: Opened, wanted: Wanted) -> Summary:
+    """Write the files; they appear when all of them are there. The summary, with what the export found."""
+    out = wanted.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as folder:
+            partial = Path(folder)
+            Plan.from_json(compact.meta["fxprune"]["plan"]).save(partial / "plan.json")
+            fxprune.save(compact, partial / "model.safetensors")
+            if wanted.onnx:
+                progress("exporting to ONNX")
+                exported = fxprune.export_onnx(compact, opened.inputs, partial / "model.onnx")
+                exported = replace(exported, path=Path("model.onnx"))
+                summary = replace(summary, about={**summary.about, "exported": str(exported)})
+            progress("writing the report")
+            stairs = [staircase(analysis, tallest(analysis))] if summary.bench else []
+            summary.to_html(partial / "report.html", analysis, stairs=stairs)
+            (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
+            for each in list(partial.iterdir()):
+                os.replace(each, out / each.name)
+    except OSError as error:
+        raise FileError(f"can't write to {out}: {error.strerror}") from error
+    return summary
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that can't be written to, before the work begins."""
+    if out.exists() and not out.is_dir():
+        raise FileError(f"can't write to {out}: it is a file, not a folder")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise FileError(f"can't write to {out}: permission denied")
+
+
+def images_for(opened: Opened, folder: Path | None, samples: int, seed: int) -> Any:
+    """Batches of the images in ``folder``, shaped like what the model takes; None without a folder."""
+    if folder is None:
+        return None
+    if len(tensors_in(opened.inputs)) > 1:
+        raise data.DataError("--data gives one tensor of images, but the model takes more than one")
+    return data.images(folder, shape_of(opened), samples, seed)
+
+
+def shape_of(opened: Opened) -> tuple[int, ...]:
+    """The shape of the first input."""
+    return tuple(tensors_in(opened.inputs)[0].shape)
