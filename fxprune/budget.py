@@ -88,9 +88,11 @@ class Bounds:
 
     def __post_init__(self) -> None:
         patterns_of(self.keep)
-        if not 0 <= self.minimum <= self.maximum <= 1:
-            raise PlanError(f"need 0 <= minimum <= maximum <= 1, got {self.minimum} and {self.maximum}")
+        numbers = all(isinstance(each, Real) for each in (self.minimum, self.maximum))
+        if not numbers or not 0 <= self.minimum <= self.maximum <= 1:
+            raise PlanError(f"need 0 <= minimum <= maximum <= 1, got {self.minimum!r} and {self.maximum!r}")
         if self.scope not in ("global", "local"):
             raise PlanError(f"scope={self.scope!r} is not known; use 'global' or 'local'")
-        if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
+        whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool) and self.round_to >= 1
+        if self.round_to != "auto" and not whole:
             raise PlanError(f"round_to={self.round_to!r} must be a positive integer or 'auto'")

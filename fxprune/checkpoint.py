@@ -66,7 +66,7 @@ def write(session: "Session", path: str | Path) -> None:
     if distributed.rank() == 0:
         try:
             save_atomically(contents(session, states), Path(path))
-        except (OSError, RuntimeError, TypeError, ValueError, FileError) as error:
+        except Exception as error:  # what can't be pickled fails in as many ways; the other ranks wait for the outcome
             failed = f"can't write a checkpoint to {path}: {error}"
     failed = distributed.gather(failed)[0]
     if failed:

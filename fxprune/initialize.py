@@ -85,7 +85,8 @@ def default(model: nn.Module, name: str, parameter: Tensor) -> Origin:
     """How a parameter without a rule starts, by its layer and by the values that it has."""
     path, _, role = name.rpartition(".")
     layer, shape = model.get_submodule(path), tuple(parameter.shape)
-    if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+    alone = parameter.numel() == 1 and isinstance(layer, LAYERS)  # its value may be random
+    if parameter.numel() and not alone and bool((parameter == parameter.flatten()[0]).all()):
         return Origin("constant", parameter.flatten()[0].item(), shape)
     if isinstance(layer, NORMS):
         return Origin("constant", 1.0 if role == "weight" else 0.0, shape)

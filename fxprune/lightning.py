@@ -78,8 +78,6 @@ class Pruning(Callback):
         graph = put(pl_module, self.part, self.example_inputs, None)
         options = {"around": trainer.strategy.model, **self.options}
         self.session = Session(graph, self.example_inputs, trainer.optimizers[0], self.passes, **options)
-        # The trainer computes gradients within optimizer.step; on_before_optimizer_step comes after that.
-        self.session._handles.pop(0).remove()
         if self._progress is not None:
             resume(self.session, self._progress)
 
@@ -93,10 +91,6 @@ class Pruning(Callback):
             return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
         of_module = self._replace(pl_module, "training_step", training_step)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Let the passes see the gradients."""
-        self.session._before_step()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the session's epoch; this may cut. Checkpoints of the epoch's end are written after it."""

@@ -93,6 +93,9 @@ class Session:
         """
         require(model, nn.Module, "model", SessionError)
         require(optimizer, Optimizer, "optimizer", SessionError)
+        require(passes, Sequence, "passes", SessionError)
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+            raise SessionError(f"batch_size={batch_size!r} must be an integer: samples a step on this rank")
         for each in passes:
             if not isinstance(each, TrainingPass):
                 raise SessionError(
@@ -298,7 +301,7 @@ class Session:
             example_inputs: as before.
             optimizer: made as before, of the parameters of ``model``.
             passes: those of the checkpoint, by default. A pass of your own must be defined (imported) before.
-            options: the other arguments of ``Session``.
+            options: the other arguments of ``Session``, but for ``batch_size``, which goes on as it was.
 
         Raises:
             FileError: the file is truncated, is none, or belongs to another model. Nothing is changed.
@@ -328,11 +331,29 @@ class Session:
         self._pending = True
 
     def _waits(self) -> bool:
-        """Whether some rank has gradients that no step has used yet and that zero_grad has not dropped."""
-        waits = self._pending and any(p.grad is not None and bool(p.grad.any()) for p in self._held())
+        """Whether some rank has gradients that no step has used yet and that zero_grad has not dropped.
+
+        Those that are not finite do not count: mixed precision has skipped their step.
+        """
+        gradients = [p.grad for p in self._held() if p.grad is not None] if self._pending else []
+        waits = any(bool(its.any()) for its in gradients) and all(bool(its.isfinite().all()) for its in gradients)
         return distributed.some(waits)
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Call the passes; where a closure makes the gradients, when it has made them."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._after_backward()
+            return None
+
+        def whole() -> Any:
+            loss = closure()
+            self._after_backward()
+            return loss
+
+        return (optimizer, *args[2:]), {**kwargs, "closure": whole}
+
+    def _after_backward(self) -> None:
         for training_pass, memory in self._pairs():
             training_pass.after_backward(self, memory)
 
@@ -369,7 +390,7 @@ class Session:
         optimizers = self._optimizers()
         analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]
         batch_size = self.batch_size
-        undo = Undo((self.graph, *copies), optimizers)
+        undo = Undo((self.graph, *copies), optimizers, self.registered.values())
         wrapped = False
         try:
             with distributed.all_or_none():
@@ -435,7 +456,7 @@ def copies_in(thing: object) -> list[Model]:
 
 
 def together(plans: Sequence[Plan | None]) -> Plan | None:
-    """One plan that keeps what all of ``plans`` keep; where that is nothing, what the first keeps."""
+    """One plan that keeps what all of ``plans`` keep; where that is nothing, what those before the last one keep."""
     given = [plan for plan in plans if plan is not None]
     if not given:
         return None
@@ -443,6 +464,6 @@ def together(plans: Sequence[Plan | None]) -> Plan | None:
     for plan in given[1:]:
         for name, kept in plan.keep.items():
             both = sorted(set(keep.get(name, kept)) & set(kept))
-            keep[name] = tuple(both) or keep[name]
+            keep[name] = tuple(both) or keep.get(name, tuple(range(plan.sizes[name])))
     dropped = {name for plan in given for name in plan.dropped if not keep[name]}
     return Plan(keep, given[0].sizes, given[0].options, sorted(dropped))

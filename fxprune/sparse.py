@@ -16,8 +16,8 @@ State = dict[str, Tensor]
 def packed(state: Mapping[str, Tensor], start: Start | None) -> tuple[State, dict[str, Any] | None]:
     """``state`` for a file, and what to write beside it to have it back: None where no start is known.
 
-    Of a parameter that differs from its start in some places only, the values there are written, and under another name
-    where they are: flat positions in order, int32, or int64 where it has more than 2^31 weights.
+    Where it takes less space than the parameter, only the values that differ from their start are written, and under
+    another name where they are: flat positions in order, int32, or int64 where it has more than 2^31 weights.
     """
     if start is None:
         return dict(state), None
@@ -29,11 +29,10 @@ def packed(state: Mapping[str, Tensor], start: Start | None) -> tuple[State, dic
         if name not in start.origins or start.shape(name) != tuple(tensor.shape) or key in state:
             continue
         begin = start.values(name, tensor.device).to(tensor.dtype)
-        differs = bits(tensor) != bits(begin)
-        if not differs.all():
-            where = differs.nonzero().flatten()
-            result[name] = tensor.flatten()[where]
-            result[key] = where.int() if tensor.numel() < 1 << 31 else where
+        where = (bits(tensor) != bits(begin)).nonzero().flatten()
+        where = where.int() if tensor.numel() < 1 << 31 else where
+        if len(where) * (tensor.element_size() + where.element_size()) < tensor.nbytes:
+            result[name], result[key] = tensor.flatten()[where], where
             index[name] = key
             check = checksum(tensor, check)
     return result, {**start.to_json(), "index": index, "check": check}

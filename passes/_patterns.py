@@ -46,7 +46,8 @@ def choose(importance: Tensor, pool: Tensor, share: str, groups: int = 1) -> Ten
         groups: of the convolution; each has input channels of its own.
     """
     grouped = importance.reshape(groups, -1, *importance.shape[1:])
-    kept = torch.einsum("goihw,phw->pgoi", grouped, pool.to(importance))
+    with torch.autocast(importance.device.type, enabled=False):  # in half precision squares of gradients vanish
+        kept = torch.einsum("goihw,phw->pgoi", grouped, pool.to(importance))
     for axis in SHARES[share]:
         kept = kept.sum(axis, keepdim=True).expand_as(kept)
     return kept.argmax(0).flatten(0, 1).to(torch.uint8)

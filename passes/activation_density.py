@@ -115,9 +115,10 @@ class ActivationDensity(TrainingPass):
         channels = self.measure(session, memory)
         for tensor in (tensor for pair in memory.saved["counts"].values() for tensor in pair):
             tensor.zero_()
+        saved = memory.saved
+        saved["planned"] = False
         if not channels:
             return None
-        saved = memory.saved
         now, before = {name: density for name, (density, _) in channels.items()}, saved["densities"]
         moved = max((abs(density - before[name]) for name, density in now.items() if name in before), default=1.0)
         saved["settled"] = saved["settled"] + 1 if moved < self.saturation else 0
@@ -127,6 +128,7 @@ class ActivationDensity(TrainingPass):
         if over or saved["settled"] < self.patience or saved["since"] < self.cooldown:
             return None
         keep = {name: self._kept(*its) for name, its in channels.items()}
+        saved["planned"] = True
         return Plan(keep, session.analysis.sizes, session.analysis.options)
 
     def measure(self, session: Session, memory: Memory) -> dict[str, tuple[float, Floats]]:
@@ -190,11 +192,13 @@ class ActivationDensity(TrainingPass):
         return sorted(blind | chosen)
 
     def after_cut(self, session: Session, memory: Memory, param_map: ParamMap) -> None:
-        """Begin to count anew; with "reinit", to train anew."""
+        """Begin to count anew; with "reinit", to train anew where the cut was this pass's own."""
         if not memory.saved:  # a checkpoint is being loaded
             return
-        memory.saved |= {"settled": 0, "since": 0, "cuts": memory.saved["cuts"] + 1, "densities": {}, "counts": {}}
-        if self.weights == "reinit":
+        own = memory.saved.get("planned", False)
+        cuts = memory.saved["cuts"] + own
+        memory.saved |= {"settled": 0, "since": 0, "cuts": cuts, "planned": False, "densities": {}, "counts": {}}
+        if own and self.weights == "reinit":
             start_again(session)
 
     def report(self, session: Session, memory: Memory) -> Mapping[str, float]:

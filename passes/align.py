@@ -32,9 +32,10 @@ class Align(PassBase):
     """A rewrite that rounds the width of each group up, for a network that was pruned to odd widths.
 
     Vector units and tensor cores take channels in blocks, so 37 channels often cost as much as 48, or more. The new
-    channels have zero weights and shifts, and what reads them does so with zero weights: the function is the same, and
-    training leaves them at zero. Plans can round by themselves (``round_to``), which costs nothing; this is for those
-    that did not. It makes the model larger: measure whether it is faster.
+    channels have zero weights and shifts, and what reads them does so with zero weights: the function is the same.
+    Training leaves them at zero, unless an activation makes something of zero, as a sigmoid does. Plans can round by
+    themselves (``round_to``), which costs nothing; this is for those that did not. It makes the model larger: measure
+    whether it is faster.
 
     A group stays as it is where a shape in the graph may depend on it: views, splits, shuffles, attention, norms other
     than batch norm, convolutions with groups that are not depthwise.

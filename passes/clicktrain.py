@@ -1,7 +1,7 @@
 """ClickTrain: in one training run, four of nine weights stay in each 3×3 kernel, and whole kernels go."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,7 +74,7 @@ class ClickTrain(TrainingPass):
         check_pool(self.pool, self.patterns)
         patterns_of(self.keep)
         fractions = self.kernels.values() if isinstance(self.kernels, Mapping) else self.kernels
-        listed = [fractions] if isinstance(fractions, (int, float)) else list(fractions)
+        listed = list(fractions) if isinstance(fractions, Collection) else [fractions]
         between = all(isinstance(each, (int, float)) and 0 <= each < 1 for each in listed)
         if not between or (not isinstance(self.kernels, (Mapping, int, float)) and len(listed) != 2):
             raise PlanError(
@@ -90,9 +90,10 @@ class ClickTrain(TrainingPass):
         Raises:
             PlanError: there is none, or a pattern of names matches none.
         """
+        if "layers" not in memory.saved:  # later, cuts may have left nothing that a pattern matches
+            self._check(session.graph)
         layers = {layer.name: layer for layer in self._layers(session.graph)}
-        if not layers and "removed" not in memory.saved:
-            raise PlanError("ClickTrain finds no layer to prune: it needs convolutions with weights that train")
+        memory.saved.setdefault("layers", len(layers))
         memory.derived |= {"layers": layers, "settled": False}
         if "removed" in memory.saved:
             self._mask(memory)
@@ -157,17 +158,20 @@ class ClickTrain(TrainingPass):
     def _is_hard(self, session: Session, memory: Memory) -> bool:
         return session.epoch >= self.hard and "masks" in memory.derived
 
+    def _check(self, model: Model) -> None:
+        for pattern in (*patterns_of(self.keep), *(self.kernels if isinstance(self.kernels, Mapping) else ())):
+            if not any(named(layer.path, pattern) for layer in convolutions(model)):
+                raise PlanError(f"{pattern!r} matches no convolution of this model; names are those of its state_dict")
+        if not any(self._layers(model)):
+            raise PlanError("ClickTrain finds no layer to prune: it needs convolutions with weights that train")
+
     def _layers(self, model: Model) -> Iterator["Layer"]:
         """The layers that are pruned, in the order of the model, each with the fraction of kernels that goes."""
-        found = convolutions(model)
-        for pattern in (*patterns_of(self.keep), *(self.kernels if isinstance(self.kernels, Mapping) else ())):
-            if not any(named(layer.path, pattern) for layer in found):
-                raise PlanError(f"{pattern!r} matches no convolution of this model; names are those of its state_dict")
         left = {first_convolution(model), *shortcuts(model)}
         kept = patterns_of(self.keep)
         pruned = [
             layer
-            for layer in found
+            for layer in convolutions(model)
             if layer.path not in left and layer.weight.requires_grad and not any(named(layer.path, p) for p in kept)
         ]
         for place, layer in enumerate(pruned):
@@ -188,12 +192,12 @@ class ClickTrain(TrainingPass):
         """Add this batch's (W G)^2 to what is known; choose when that is enough."""
         layers: dict[str, Layer] = memory.derived["layers"]
         gradients = {name: layer.weight.grad for name, layer in layers.items() if layer.weight.grad is not None}
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             return  # mixed precision skips this step too
         sums: dict[str, Tensor] = memory.saved.setdefault("importance", {})
         for name, gradient in gradients.items():
             importance = (at_least_float32(layers[name].weight.detach()) * at_least_float32(gradient)).square()
-            sums[name] = sums[name] + importance if name in sums else importance
+            sums[name] = sums[name].to(importance.device) + importance if name in sums else importance
         memory.saved["looked"] = memory.saved.get("looked", 0) + 1
         if memory.saved["looked"] >= self.batches:
             self._choose(memory, memory.saved.pop("importance"))

@@ -17,6 +17,8 @@ from fxprune.sparse_state import empty, packed, unpack
 from fxprune.start import Start, remember, start_of
 from fxprune.training import Memory, TrainingPass
 
+from .clicktrain import ClickTrain
+
 DECAYING = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD)  # of these it is known how they decay
 
 
@@ -147,7 +149,7 @@ class DropBack(TrainingPass):
         if "state" in memory.saved:
             memory.saved["state"] = {
                 name: {
-                    key: param_map.slice(name, values.new_zeros(mask.shape).masked_scatter_(mask, values))[stays[name]]
+                    key: param_map.slice(name, spread(values, mask))[stays[name]]
                     for key, values in memory.saved["state"][name].items()
                 }
                 for name, mask in masks.items()
@@ -178,6 +180,11 @@ class DropBack(TrainingPass):
             raise PlanError(
                 f"DropBack must be the last pass of a session, so that nothing moves weights after it; here "
                 f"{type(session.passes[-1]).__name__} is"
+            )
+        if self.start_decay == 1 and any(isinstance(each, ClickTrain) for each in session.passes):
+            raise PlanError(
+                "DropBack puts weights back to their start values, ClickTrain sets them to zero: they can't stand in "
+                "one session, unless the start values fall to zero too, as with DropBack(start_decay=0.99)"
             )
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)
         if decays and not self.decay_in_score and not isinstance(optimizer, DECAYING):
@@ -258,6 +265,11 @@ class DropBack(TrainingPass):
             for p in group["params"] if group.get("weight_decay") else ():
                 if p in names:
                     yield names[p], p, float(group["weight_decay"]), group
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """``values``, in order, where the mask is set, and zeros elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter_(mask, values.to(mask.device))
 
 
 def untracked(mask: Tensor, p: Tensor) -> Tensor:

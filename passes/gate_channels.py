@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.branches import NORMS, is_sum
+from fxprune.errors import PlanError
 from fxprune.traced import TracedModule
 
 
@@ -42,6 +43,10 @@ class GateChannels(PassBase):
     """
 
     threshold: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
+            raise PlanError(f"threshold={self.threshold!r} must be a number that is not negative")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graphs of all modes, and the layers, in place."""
@@ -88,7 +93,8 @@ class GateChannels(PassBase):
                 continue
             if owners[id(conv.weight)] > 1 or any(len(node.args) != 1 for node in nodes):
                 continue
-            used = (conv.weight.detach().abs() >= self.threshold).flatten(2).any(2)
+            size = conv.weight.detach().abs()
+            used = ((size >= self.threshold) & (size > 0)).flatten(2).any(2)
             norms = {norm_after(model, node, twice) for node in nodes}
             norm = norms.pop() if len(norms) == 1 else ""
             whole = torch.ones_like(used[:, 0])

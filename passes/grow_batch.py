@@ -1,16 +1,13 @@
 """GrowBatch: PruneTrain's dynamic mini-batch. The memory that cuts set free takes more samples a step."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
-
-from torch.optim.lr_scheduler import LRScheduler
 
 from fxprune.distributed import largest
 from fxprune.errors import PlanError
 from fxprune.param_map import ParamMap
 from fxprune.session import Session
 from fxprune.training import Memory, TrainingPass
+from fxprune.undo import schedulers
 
 RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # the last three are what schedulers keep in a group
@@ -41,7 +38,7 @@ class GrowBatch(TrainingPass):
     highest_lr: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if not isinstance(self.rule, str) or self.rule not in RULES:
             raise PlanError(f"rule={self.rule!r} is not known; use one of {', '.join(map(repr, RULES))}")
         if self.memory is not None and not (isinstance(self.memory, (int, float)) and self.memory > 0):
             raise PlanError(f"memory={self.memory!r} must be positive: bytes, or None for what is used at the start")
@@ -108,13 +105,3 @@ def scale(session: Session, factor: float) -> None:
                 setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
         if hasattr(scheduler, "eta_min"):
             scheduler.eta_min *= factor
-
-
-def schedulers(things: Iterable[Any]) -> list[LRScheduler]:
-    """The schedulers among ``things``, and those that they hold."""
-    found = []
-    for thing in things:
-        if isinstance(thing, LRScheduler):
-            inner = schedulers(getattr(thing, "_schedulers", ()))
-            found += inner or [thing]
-    return found

@@ -1,5 +1,6 @@
 """Magnitude: small weights matter little."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -28,8 +29,8 @@ class Magnitude(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.p, Real) or not self.p > 0:
-            raise PlanError(f"p={self.p!r} must be positive")
+        if not isinstance(self.p, Real) or not 0 < self.p < math.inf:
+            raise PlanError(f"p={self.p!r} must be a positive number")
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from fxprune.branches import emptied
 from fxprune.channels.groups import Member
+from fxprune.channels.names import Bools
 from fxprune.cost import Floats
 from fxprune.distributed import mean
 from fxprune.errors import PlanError, SessionError
@@ -74,7 +75,7 @@ class PruneTrain(TrainingPass):
         """Find the weights and the channels on each of their axes.
 
         Raises:
-            PlanError: at the start, where no channel can ever go; says why.
+            PlanError: at the start, where no channel can ever go; says why. Or ``proximal`` with half precision.
         """
         parameters = dict(session.graph.named_parameters())
         depthwise = depthwise_weights(session.graph)
@@ -92,6 +93,11 @@ class PruneTrain(TrainingPass):
         }
         if not lasso and not memory.saved:  # later, cuts may have left nothing
             raise PlanError(nothing_to_prune(session, still))
+        if self.proximal and any(at_least_float32(each.weight).dtype != each.weight.dtype for each in lasso):
+            raise PlanError(
+                "PruneTrain(proximal=True) multiplies weights by factors just below 1, which half precision rounds to "
+                "1: keep the weights in float32, and compute in half precision with torch.autocast"
+            )
         memory.saved.setdefault("groups", len({each.group for each in lasso}))
 
     def penalty(self, session: Session, memory: Memory, task: Tensor) -> Tensor | None:
@@ -148,15 +154,20 @@ class PruneTrain(TrainingPass):
         highest = {name: np.nan_to_num(peak, nan=np.inf, posinf=np.inf) for name, peak in highest.items()}
         gone: set[str] = set()
         if self.branches != "keep":
-            dead = {name for name, peak in highest.items() if (peak < self.threshold).all()}
+            dead = {name for name, peak in highest.items() if not self._used(peak).any()}
             gone = emptied(session.analysis, dead, constants=self.branches == "fold")
         keep = {name: () if name in gone else self._kept(peak) for name, peak in highest.items()}
         dropped = sorted(gone) if self.branches == "remove" else ()
         return Plan(keep, session.analysis.sizes, session.analysis.options, dropped)
 
+    def _used(self, peak: Floats) -> Bools:
+        """Whether each channel has a weight that counts; zeros never do."""
+        result: Bools = (peak >= self.threshold) & (peak > 0)
+        return result
+
     def _kept(self, peak: Floats) -> tuple[int, ...]:
         """Channels of one group: those above the threshold, filled up with the largest of the others."""
-        count = max(int((peak >= self.threshold).sum()), min(self.minimum, len(peak)))
+        count = max(int(self._used(peak).sum()), min(self.minimum, len(peak)))
         count = min(-(-count // self.round_to) * self.round_to, len(peak))
         return tuple(sorted(np.argsort(-peak, kind="stable")[:count].tolist()))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from laws import EVERY_OPTIMIZER, agree, cuts_commute_with_steps, outcome
+from laws import EVERY_OPTIMIZER, agree, cuts_commute_with_steps, outcome, thinner
 from models import MODELS, Dense, Residual, conv_bn, head, image_net, randomize
 from ranks import Ranks
 from runs import assert_equal, begin, nothing_changes, traced, train
@@ -387,6 +387,21 @@ def test_when_it_cuts(script: list[float], options: dict[str, Any], cuts: list[i
             found.append(epoch)
     assert found == cuts
     assert saved(session)["cuts"] == len(cuts)
+
+
+def test_cuts_of_others_are_not_its_own() -> None:
+    SCRIPT[:] = [0.5] * 6
+    pruner = Scripted(patience=1, cooldown=1, cuts=1, weights="reinit")
+    session, inputs = begin("chain", steps=0, passes=[pruner])
+    for _ in range(2):
+        session.reconfigure(thinner(session.analysis, 0))
+        weight = session.graph.get_parameter("0.0.weight").clone()
+        train(session, inputs, 1)
+        assert session.epoch_end().removed == 0
+        assert (session.graph.get_parameter("0.0.weight") - weight).abs().max() < 0.1, "trained, not drawn anew"
+    train(session, inputs, 1)
+    assert session.epoch_end().removed > 0
+    assert saved(session)["cuts"] == 1
 
 
 def test_the_loop_ends() -> None:

@@ -390,6 +390,15 @@ def test_a_pass_without_fields_can_not_be_saved(tmp_path: Path) -> None:
         session.save(tmp_path / "run.pt")
 
 
+@pytest.mark.parametrize("value", [lambda: None, object()])
+def test_what_is_not_plain_data_can_not_be_saved(value: Any, tmp_path: Path) -> None:
+    session, _ = begin(passes=[Thin()])
+    session.memories[0].saved["thing"] = value
+    with pytest.raises(FileError, match="can't write a checkpoint to"):
+        session.save(tmp_path / "run.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_pass_remembers_comes_back(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Counts(TrainingPass):

@@ -134,6 +134,23 @@ def test_gradients_that_overflowed_choose_nothing() -> None:
     assert "removed" not in chosen(session)
 
 
+def test_a_step_without_gradients_chooses_nothing() -> None:
+    session, inputs = begin("residual", steps=0, passes=[NOW])
+    session.optimizer.step()
+    assert "removed" not in chosen(session)
+    step(session, inputs)
+    assert chosen(session)["removed"]
+
+
+def test_half_precision_does_not_choose() -> None:
+    torch.manual_seed(0)
+    importance, pool = torch.rand(6, 6, 3, 3) * 1e-8, static_pool("static12")
+    expected = choose(importance, pool, "none")
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(choose(importance, pool, "none"), expected)
+    assert len(expected.unique()) > 4
+
+
 # --------------------------------------------------------------------------------------------- which layers
 
 
@@ -299,6 +316,21 @@ def test_a_cut_takes_patterns_along() -> None:
         assert session.graph.get_parameter(name).detach()[gone].abs().max() == 0
 
 
+def test_a_pattern_of_names_may_lose_its_layers_to_a_cut(tmp_path: Path) -> None:
+    pruner = ClickTrain(select=0, hard=1, kernels={"1": 0.5, "2": 0.5}, keep=["1.conv2"])
+    session, inputs = begin("residual", steps=0, passes=[pruner])
+    step(session, inputs)
+    group = "1.conv1.0"
+    session.reconfigure(Plan({group: ()}, session.analysis.sizes, session.analysis.options, [group]))
+    step(session, inputs)
+    assert not any(name.startswith("1.") for name in masks(session))
+    session.optimizer.zero_grad()
+    session.save(tmp_path / "run.pt")
+    other, _ = begin("residual", steps=0)
+    again = Session.load(tmp_path / "run.pt", other.graph, inputs, other.optimizer, progress=False)
+    assert masks(again).keys() == masks(session).keys()
+
+
 def test_channels_without_kernels_can_be_cut() -> None:
     model = randomize(image_net(conv_bn(8, 8)), 0).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -404,6 +436,7 @@ def test_ranks_choose_together(ranks: Ranks, tmp_path: Path) -> None:
         ({"patterns": 127}, r"patterns=127 must be a count from 1 to 126"),
         ({"kernels": 1.0}, r"kernels=1.0 must be a fraction from 0 up to 1"),
         ({"kernels": (0.1, 0.2, 0.3)}, r"kernels=\(0.1, 0.2, 0.3\) must be"),
+        ({"kernels": None}, r"kernels=None must be"),
         ({"kernels": {"a": 2}}, r"kernels=\{'a': 2\} must be"),
         ({"batches": True}, r"batches=True must be an integer"),
         ({"keep": 3}, r"keep=3 must be a list of names"),

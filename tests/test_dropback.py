@@ -22,7 +22,7 @@ import fxprune
 from fxprune import Session, distributed
 from fxprune.errors import InitializeError, PlanError
 from fxprune.largest import about_largest, largest
-from fxprune.passes import DropBack, PruneTrain
+from fxprune.passes import ClickTrain, DropBack, PruneTrain
 from fxprune.start import start_of
 from fxprune.trainers import progress, resume
 
@@ -419,6 +419,14 @@ def test_weight_decay_does_not_choose(make: str) -> None:
         torch.testing.assert_close(p, bare.graph.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
+def test_weight_decay_does_not_choose_where_a_closure_makes_the_gradients() -> None:
+    plainly, closed = begin(DropBack(0.1), DECAYS["sgd"]), begin(DropBack(0.1), DECAYS["sgd"])
+    train(plainly, 3)
+    for number in range(3):
+        closed.optimizer.step(lambda number=number: backward(closed, number))
+    assert_same_weights(plainly, closed)
+
+
 def test_tracked_weights_decay() -> None:
     session = begin(DropBack(0.1), DECAYS["sgd"])
     train(session, 2)
@@ -719,6 +727,14 @@ def test_a_pass_behind_it_is_refused() -> None:
     model = network()
     with pytest.raises(PlanError, match=r"DropBack must be the last pass of a session.*Thin is"):
         Session(model, EXAMPLE, plain(model.parameters()), [DropBack(0.1), Thin()], progress=False)
+
+
+def test_clicktrain_beside_it_is_refused() -> None:
+    with pytest.raises(
+        PlanError, match="DropBack puts weights back to their start values, ClickTrain sets them to zero"
+    ):
+        begin(DropBack(0.1), plain, ClickTrain())
+    begin(DropBack(0.1, start_decay=0.9), plain, ClickTrain())
 
 
 def test_an_optimizer_that_decays_in_its_own_way_is_refused() -> None:

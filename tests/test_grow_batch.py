@@ -1,5 +1,6 @@
 """GrowBatch: what cuts set free takes more samples a step, and the rates follow."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -229,9 +230,27 @@ def test_a_cut_that_fails_later_leaves_batch_and_rates() -> None:
     assert session.memories[0].saved["scaled"] == 1.0
 
 
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_cut_that_fails_later_leaves_schedules_and_rates_that_are_tensors(kind: str) -> None:
+    rate = torch.tensor(0.01, dtype=torch.float64)
+    session, _ = begin(
+        make=lambda p: SGD([{"params": (p := list(p))[:3]}, {"params": p[3:]}], lr=rate, momentum=0.9),
+        passes=[GrowBatch(granularity=8), Fails()],
+        batch_size=64,
+    )
+    scheduler = SCHEDULERS[kind](session.optimizer)
+    session.register(scheduler=scheduler)
+    before, value = copy.deepcopy(scheduler.state_dict()), rate.clone()
+    with pytest.raises(RuntimeError, match="no"):
+        session.reconfigure(thinner(session.analysis, 0, 0.5))
+    assert str(scheduler.state_dict()) == str(before)
+    assert torch.equal(rate, value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rule": ["linear"]}, r"rule=\['linear'\] is not known"),
         ({"rule": "cubic"}, "rule='cubic' is not known; use one of 'linear', 'sqrt', 'none'"),
         ({"memory": 0}, "memory=0 must be positive"),
         ({"memory": "8G"}, "memory='8G' must be positive: bytes"),

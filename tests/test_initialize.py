@@ -201,6 +201,14 @@ def test_layers_start_as_layers_do() -> None:
         assert torch.equal(parameter, start_of(model).values(name))
 
 
+def test_a_layer_with_one_output_starts_by_the_seed_alone() -> None:
+    one, other = (fxprune.initialize(nn.Sequential(nn.Linear(4, 1), nn.PReLU()), 3) for _ in range(2))
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+    assert one.get_parameter("0.bias") != 0
+    assert one.get_parameter("1.weight") == 0.25  # a value that is no draw stays
+
+
 def test_rules_go_before_the_layers_own() -> None:
     rules = {"0.weight": ("uniform", 0.1), "0.*": ("constant", 3), "4.*": ("constant", 0.5)}
     model = fxprune.initialize(convnet(), 0, rules)

@@ -359,6 +359,15 @@ def test_the_threshold_is_on_the_largest_weight() -> None:
     assert plan_of(session_of(model, inputs, PruneTrain(threshold=0.0))).keep == {}
 
 
+def test_with_a_threshold_of_zero_what_is_zero_goes() -> None:
+    model, inputs = small(chain)
+    kill(model, "0.0.weight", 0, [1, 4])
+    kill(model, "1.0.weight", 1, [1, 4])
+    session = session_of(model, inputs, PruneTrain(threshold=0.0, interval=1))
+    size = session.analysis.sizes["0.0"]
+    assert len(plan_of(session).keep["0.0"]) == size - 2
+
+
 def test_weights_that_are_not_numbers_are_not_dead() -> None:
     model, inputs = small(chain)
     with torch.no_grad():
@@ -646,6 +655,12 @@ def test_the_proximal_step_is_by_hand() -> None:
     for name, same in before.items():
         assert torch.equal(model.get_parameter(name), same), name
     assert not model[0][0].weight.isnan().any()
+
+
+def test_the_proximal_step_needs_more_than_half_precision() -> None:
+    model, inputs = small(chain, torch.bfloat16)
+    with pytest.raises(PlanError, match="factors just below 1, which half precision rounds to 1"):
+        session_of(model, inputs, PruneTrain(proximal=True))
 
 
 def test_the_proximal_step_goes_by_the_rate_of_each_optimizer() -> None:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +148,17 @@ def test_a_step_that_the_scaler_skips_is_no_step() -> None:
     assert session.step == 0
     session.optimizer.zero_grad()
     assert session.epoch_end().removed > 0  # nothing waits: the gradients were dropped
+
+
+def test_gradients_that_no_step_can_use_do_not_wait(tmp_path: Path) -> None:
+    graph, inputs = traced("residual")
+    model, inputs = copy.deepcopy(graph).requires_grad_().train().float(), cast(inputs, torch.float32)
+    session = Session(model, inputs, SGD(model.parameters(), lr=1e-2), [Thin()], progress=False)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(session.model(*inputs).sum() * float("inf")).backward()
+    scaler.step(session.optimizer)  # skipped, at the end of an epoch; zero_grad comes with the next step
+    assert session.epoch_end().removed > 0
+    session.save(tmp_path / "run.pt")
 
 
 # --------------------------------------------------------------------------------------- accumulation
@@ -313,6 +325,23 @@ def test_hooks_of_a_pass_are_called_in_turn() -> None:
     assert (session.epoch, session.step) == (1, 2)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_where_a_closure_makes_the_gradients_the_passes_see_them(named: bool) -> None:
+    recorder = Recorder()
+    session, inputs = begin(steps=0, passes=[recorder])
+
+    def closure() -> Tensor:
+        session.optimizer.zero_grad()
+        task = session.model(*inputs).square().mean()
+        (task + session.penalty(task)).backward()
+        return task
+
+    for _ in range(2):
+        loss = session.optimizer.step(closure=closure) if named else session.optimizer.step(closure)
+        assert isinstance(loss, Tensor)
+    assert recorder.calls == ["prepare", *["penalty", "backward", "step"] * 2]
+
+
 def test_penalties_add_up() -> None:
     session, inputs = begin(passes=[Recorder(), Thin(), Recorder()])
     task = session.model(*inputs).square().mean()
@@ -335,6 +364,19 @@ def test_plans_of_several_passes_are_one() -> None:
     session.epoch_end()
     widths = {"0.0": 2, "2.conv1.0": 1, "1.conv1.0": 2}  # where nothing is in both, the first decides
     assert session.analysis.sizes == before | widths
+
+
+def test_a_group_that_only_a_later_plan_empties_stays_whole() -> None:
+    def first(session: Session) -> Plan:
+        return Plan({"0.0": [0, 1, 2, 3]}, session.analysis.sizes, session.analysis.options)
+
+    def second(session: Session) -> Plan:
+        return Plan({"1.conv1.0": []}, session.analysis.sizes, session.analysis.options, ["1.conv1.0"])
+
+    session, _ = begin(passes=[Recorder(first), Recorder(second)])
+    before = session.analysis.sizes
+    session.epoch_end()
+    assert session.analysis.sizes == before | {"0.0": 4}
 
 
 def test_somebody_decides_when_to_cut() -> None:
@@ -420,6 +462,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[FxpruneError], str]] = {
         lambda: session_of(optimizer="sgd"),
         SessionError,
         r"optimizer must be a Optimizer, but it is 'sgd' \(str\)",
+    ),
+    "a pass that is not in a list": (
+        lambda: session_of(passes=passes.PruneTrain()),
+        SessionError,
+        r"passes must be a Sequence, but it is PruneTrain\(",
+    ),
+    "a part of a sample": (
+        lambda: session_of(batch_size=128.0),
+        SessionError,
+        r"batch_size=128\.0 must be an integer",
     ),
     "no model": (
         lambda: session_of(model=lambda x: x, optimizer=SGD(nn.Linear(7, 5).parameters(), lr=1.0)),

@@ -89,6 +89,17 @@ def test_a_parameter_that_differs_everywhere_is_written_whole(tmp_path: Path) ->
     assert_same_bits(fxprune.load(tmp_path / "model.safetensors", nn.Linear(30, 20)), model)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 299), (torch.bfloat16, 199), (torch.float64, 399)])
+def test_positions_are_written_only_where_they_save_space(dtype: torch.dtype, most: int, tmp_path: Path) -> None:
+    for count, shape in ((most, (most,)), (most + 1, (20, 30))):
+        model = fxprune.initialize(nn.Linear(30, 20, bias=False).to(dtype), 0)
+        with torch.no_grad():
+            model.weight.view(-1)[:count] += 1
+        fxprune.save(model, tmp_path / "model.safetensors")
+        assert tensors_in(tmp_path / "model.safetensors")["weight"].shape == shape
+        assert_same_bits(fxprune.load(tmp_path / "model.safetensors", nn.Linear(30, 20, bias=False).to(dtype)), model)
+
+
 def test_negative_zeros_and_what_is_not_a_number_come_back(tmp_path: Path) -> None:
     model = fxprune.initialize(nn.Linear(30, 20), 0, {"bias": ("constant", 0)})
     with torch.no_grad():
