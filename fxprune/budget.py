@@ -44,6 +44,8 @@ class Budget:
                 raise BudgetError(f"{name}={value!r} is not a number")
             if not float(value) > 0:
                 raise BudgetError(f"{name}={value!r} must be positive")
+            if name != "latency" and 1 < float(value) < 100 and float(value) % 1:
+                raise BudgetError(f"{name}={value!r} is neither a fraction nor a count: give 0.5 for a half")
         if not 0 < self.tolerance < 1:
             raise BudgetError(f"tolerance={self.tolerance!r} must lie between 0 and 1")
 

@@ -73,25 +73,37 @@ class Solver:
     def meet(self, used: Callable[[Ints], float], tolerance: float) -> Ints:
         """The widths that use up at most 1, and at least ``1 - tolerance``, of what ``used`` measures.
 
-        Where the budget is too small for widths that are multiples, smaller multiples do. Raises UnreachableError,
-        with the nearest, where no widths are found.
+        Where widths that are multiples use too little or too much, smaller multiples do. Raises UnreachableError, with
+        the nearest, where no widths are found.
         """
-        low, high, step = 0, len(self.worst_first), self.multiple
-        while used(least := self.widths(high, step)) > 1:
+        nearest, step = None, self.multiple
+        while True:
+            if used(least := self.widths(len(self.worst_first), step)) <= 1:
+                widths = self.largest(step, used)
+                widths = self.filled(widths, step, used, 1 - tolerance)
+                if used(widths) >= 1 - tolerance:
+                    return widths
+                if nearest is None or used(widths) > used(nearest):
+                    nearest = widths
             if (step == 1).all():
-                raise UnreachableError(least, above=True)
+                raise UnreachableError(least if nearest is None else nearest, above=nearest is None)
             step = np.maximum(1, step // 2)
+
+    def largest(self, step: Ints, used: Callable[[Ints], float]) -> Ints:
+        """The widths, multiples of ``step``, when as few channels go as the budget allows."""
+        low, high = 0, len(self.worst_first)
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if used(self.widths(middle, step)) <= 1 else (middle + 1, high)
-        widths = self.widths(low, step)
-        while (now := used(widths)) < 1 - tolerance:
+        return self.widths(low, step)
+
+    def filled(self, widths: Ints, step: Ints, used: Callable[[Ints], float], enough: float) -> Ints:
+        """``widths`` with channels given back, in ever smaller steps, until ``enough`` is used or nothing fits."""
+        while (now := used(widths)) < enough:
             widths = self.fill(widths, step, used)
             if (step == 1).all() and used(widths) == now:
                 break
             step = np.maximum(1, step // 2)
-        if used(widths) < 1 - tolerance:
-            raise UnreachableError(widths, above=False)
         return widths
 
     def fill(self, widths: Ints, step: Ints, used: Callable[[Ints], float]) -> Ints:
@@ -144,7 +156,7 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         kept = solver.kept(miss.widths)
         held = f"{int(solver.fixed.sum())} of {len(solver.sizes)} groups are kept whole"
         if miss.above:
-            why = f"{held}; lower minimum=, or keep fewer layers"
+            why = f"{held}, and minimum= holds the others; lower it, or keep fewer layers"
         elif (miss.widths == solver.cap).all():
             why = f"{held} and maximum= holds the others; raise it, or ask for the nearest"
         else:

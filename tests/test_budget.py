@@ -165,8 +165,23 @@ def test_between_two_whole_channels(fraction: float) -> None:
         assert counted(analysis, plan, "params") >= 0.9999 * fraction * whole
 
 
+@pytest.mark.parametrize("kind", ["flops", "params"])
+@pytest.mark.parametrize("name", ["residual", "inception", "densenet", "unet", "grouped", "vgg_flatten"])
+def test_rounding_hides_no_plan(name: str, kind: str) -> None:
+    """What can be met by single channels is met by default, by those that are not multiples where it must be."""
+    analysis = tiny(name)
+    for percent in range(20, 100, 4):
+        try:
+            passes.Magnitude(round_to=1).plan(analysis, Budget(**{kind: percent / 100}))
+        except BudgetError:
+            continue
+        plan = passes.Magnitude(round_to=4).plan(analysis, Budget(**{kind: percent / 100}))
+        whole = counted(analysis, Plan({}, analysis.sizes), kind)
+        assert 0.99 * percent / 100 * whole <= counted(analysis, plan, kind) <= percent / 100 * whole
+
+
 def test_out_of_reach_says_what_is_kept() -> None:
-    with pytest.raises(BudgetError, match=r"is flops=\d+ \(100.0%\): 3 of 3 groups are kept whole; lower mini"):
+    with pytest.raises(BudgetError, match=r"is flops=\d+ \(100.0%\): 3 of 3 groups are kept whole, and minimum="):
         passes.Magnitude(keep=["*"]).plan(tiny(), Budget(flops=0.5))
     with pytest.raises(BudgetError, match=r"0 of 3 groups are kept whole and maximum= holds the others; raise it"):
         passes.Magnitude(maximum=0.5).plan(tiny(), Budget(params=0.9))
