@@ -73,8 +73,13 @@ class Plan:
         raise PlanError(f"this plan was made for another model: {found}. Make a plan from this model's own analysis.")
 
     def then(self, other: "Plan") -> "Plan":
-        """The plan that does this one and then ``other``, a plan for the model that this one leads to."""
-        other.check(self.widths)
+        """The plan that does this one and then ``other``, a plan for the model that this one leads to.
+
+        That model may have fewer groups: one channel is mostly no group any more, nor is what went with a branch.
+        """
+        widths = self.widths
+        whole = other.sizes.keys() - other.keep.keys()
+        other.check({name: widths.get(name, other.sizes[name]) for name in whole | widths.keys() & other.sizes.keys()})
         keep: dict[str, Sequence[int]] = dict(self.keep)
         for name, kept in other.keep.items():
             mine = self.keep.get(name, range(self.sizes[name]))

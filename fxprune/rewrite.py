@@ -21,7 +21,7 @@ from fxprune.channels.names import Bools
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value
-from fxprune.errors import FxpruneError, RewriteError, require
+from fxprune.errors import FxpruneError, PlanError, RewriteError, require
 from fxprune.fit import fit
 from fxprune.inputs import describe, tensors_in
 from fxprune.param_map import Kept, ParamMap, cut
@@ -132,11 +132,29 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
 
 
 def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
-    """Leave on the compact model what ``save`` needs: the plan from the model that was traced first."""
+    """Leave on the compact model what ``save`` needs, the plan from the model that was traced first, and its groups."""
     before = compact.meta.get("fxprune")
-    whole = Plan.from_json(before["plan"]).then(plan) if before else plan
+    try:
+        whole = Plan.from_json(before["plan"]).then(plan) if before else plan
+    except PlanError as error:
+        raise PlanError(
+            "this model was cut before, by groups that an analysis of it does not find again. Plan with what came of "
+            f"the first analysis, analysis.after(plan, compact). ({error})"
+        ) from error
     example = before["example_inputs"] if before else describe(analysis.example_inputs)
-    compact.meta["fxprune"] = {"plan": whole.to_json(), "example_inputs": example}
+    shapes = {name: tensor.shape for name, tensor in named_tensors(compact).items()}
+    places = {
+        name: [(m.parameter, m.axis) for m in analysis.groups[name].members if m.parameter in shapes]
+        for name, width in plan.widths.items()
+        if width > 1
+    }
+    compact.meta["fxprune"] = {
+        "plan": whole.to_json(),
+        "example_inputs": example,
+        "options": dict(analysis.options),
+        "policies": dict(analysis.policies),
+        "groups": {name: its for name, its in places.items() if its},
+    }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
 

@@ -349,6 +349,15 @@ def pruning_composes(
         assert_same("composed", outcome(found, inputs, mode, {}), outcome(expected, inputs, mode, {}))
 
 
+def pruned_again(graph: TracedModule, inputs: Any, analysis: Analysis, p: Plan, seed: int) -> None:
+    """Law 3 where the compact model is analysed anew, as by somebody who prunes it a second time."""
+    first, _ = fxprune.rewrite(graph, analysis, p)
+    fresh = fxprune.analyze(first, inputs)
+    second, _ = fxprune.rewrite(first, fresh, random_plan(fresh, seed))
+    direct, _ = fxprune.rewrite(graph, analysis, Plan.from_json(second.meta["fxprune"]["plan"]))
+    assert_same_state(second, direct)
+
+
 def assert_same_state(found: nn.Module, expected: nn.Module) -> None:
     """The same state_dict, bit by bit and in the same order."""
     mine, theirs = found.state_dict(), expected.state_dict()

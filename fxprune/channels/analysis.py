@@ -40,6 +40,7 @@ class Analysis:
     inputs: Mapping[bool, Mapping[str, Bound]] = field(repr=False)  # mode -> region -> what its graph was run with
     values: Mapping[bool, Mapping[str, Any]] = field(repr=False)  # mode -> node -> tree of Value or plain values
     options: Mapping[str, str] = field(repr=False)
+    policies: Mapping[str, str] = field(repr=False)  # contraction -> "whole" or "within": what goes there
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every parameter and buffer
     batch_norm_scales: frozenset[str] = field(repr=False)
     norms: tuple[Norm, ...] = field(repr=False)
@@ -87,8 +88,6 @@ class Analysis:
             kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
             new_channel = np.full(group.size, -1)
             new_channel[kept] = np.arange(len(kept))
-            if not len(kept):
-                continue
             members = []
             for member in group.members:
                 if member.parameter not in there:
@@ -96,7 +95,8 @@ class Analysis:
                 mine = new_channel[member.channel] >= 0
                 at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
                 members.append(replace(member, index=at[member.index[mine]], channel=new_channel[member.channel[mine]]))
-            groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
+            if len(kept) and members:  # else it went with its branch
+                groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
         frozen = []
         for item in self.frozen:
             if item.parameter not in there:
@@ -241,7 +241,10 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         if value not in known:
             raise AnalysisError(f"{option}={value!r} is not known; use one of {', '.join(map(repr, known))}")
     graph = trace(model, example_inputs)
-    run = Run(heads=heads, groups=groups, real=not isinstance(graph, TracedModule))
+    before = graph.meta.get("fxprune", {})  # of a compact model: it has the groups that it was cut by
+    same = before.get("options") == {"heads": heads, "groups": groups}
+    policies = dict(before["policies"]) if same else {}
+    run = Run(heads=heads, groups=groups, policies=policies, real=not isinstance(graph, TracedModule))
     state, axes, aliases = name_parameters(graph, run)
     inputs = bind(example_inputs)
     given: dict[bool, dict[str, Bound]] = {}
@@ -257,7 +260,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     freeze_leftovers(
         run, axes, (leaf for its in values.values() for leaf in tree_leaves(its) if isinstance(leaf, Value))
     )
-    found, frozen = read_groups(run, list(axes.values()))
+    names = {frozenset(places): name for name, places in before["groups"].items()} if same else {}
+    found, frozen = read_groups(run, list(axes.values()), names)
     return Analysis(
         graph=graph,
         example_inputs=inputs if run.real else map_tensors(on_meta, inputs),
@@ -270,6 +274,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         unknown=dict(run.unknown),
         values=values,
         options={"heads": heads, "groups": groups},
+        policies=run.policies,
         not_run=problem,
         shapes={name: tuple(bare(tensor).shape) for name, tensor in state.items()},
         batch_norm_scales=frozenset(run.batch_norm_scales),

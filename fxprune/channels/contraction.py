@@ -42,9 +42,13 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     both = [letter for letter in a.letters if letter in b.letters and sizes[letter] > 1]
     batch = [letter for letter in both if letter in out]
     contracted = [letter for letter in both if letter not in out]
+    here = f"{call.names.node} {a.letters},{b.letters}"
     for letter in contracted:
         for group in batch:
-            choose(call, a, b, group, letter, sizes, policy)
+            choose(call, a, b, group, letter, sizes, policy, here)
+        if call.run.policies.get(here) == "whole":  # also where one is left: it has no parts now
+            for side in (a, b):
+                side.pin(call, letter, "shared by all groups")
         agree(call, a, b, letter)
     for letter in batch:
         agree(call, a, b, letter)
@@ -62,8 +66,13 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     return tuple(over(out, side, label) for side, label in results)
 
 
-def choose(call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str) -> None:
-    """Make each operand's names vary along ``group`` (a batch letter) or along ``letter`` (contracted), not both."""
+def choose(
+    call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str, here: str
+) -> None:
+    """Make each operand's names vary along ``group`` (a batch letter) or along ``letter`` (contracted), not both.
+
+    What was chosen ``here`` before, in a model that this one was cut from, stands.
+    """
     sides = [side for side in (a, b) if (label := side.along(letter)) is not None and group in side.varies(label)]
     if not sides:
         return
@@ -71,6 +80,7 @@ def choose(call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dic
         policy = "whole" if sizes[group] >= sizes[letter] else "within"
     if any(fixed(call, side, group) for side in (a, b)):
         policy = "within"
+    policy = call.run.policies.setdefault(here, policy)
     for side in sides:
         side.pin(call, letter if policy == "whole" else group, "shared by all groups")
 

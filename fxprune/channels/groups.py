@@ -10,6 +10,8 @@ from fxprune.channels.names import Bools, Ints, Names, Reason
 from fxprune.channels.tensor import Run
 from fxprune.channels.values import Value
 
+Place = tuple[str, int]  # a parameter or buffer, and one of its axes
+
 
 @dataclass(frozen=True)
 class Member:
@@ -123,8 +125,13 @@ def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Ite
             names.freeze(its[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
 
 
-def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Frozen]]:
-    """Classes that live on the same axes are a group; what is frozen is listed by axis and reason."""
+def read_groups(
+    run: Run, axes: Sequence[Axis], known: Mapping[frozenset[Place], str]
+) -> tuple[list[Group], list[Frozen]]:
+    """Classes that live on the same axes are a group; what is frozen is listed by axis and reason.
+
+    ``known``: the names that groups had before a cut, by where they live.
+    """
     if not axes:
         return [], []
     atoms = np.concatenate([axis.names for axis in axes])
@@ -152,11 +159,12 @@ def read_groups(run: Run, axes: Sequence[Axis]) -> tuple[list[Group], list[Froze
         axis = axes[owner[at[0]]]
         members[atom_group[at[0]]].append(Member(axis.parameter, axis.axis, position[at], channel_of[class_of[at]]))
     inexact = norm_classes(run)
-    taken: set[str] = set()
+    taken = set(known.values())
     groups = []
     for its, lives_on in zip(own, members, strict=True):
         mine = classes[its]
-        name = unique_name(lives_on[0].parameter, taken)
+        places = frozenset((member.parameter, member.axis) for member in lives_on)
+        name = known.get(places) or unique_name(lives_on[0].parameter, taken)
         groups.append(Group(name, len(mine), tuple(lives_on), bool(np.isin(mine, inexact).any()), mine))
     return groups, frozen
 

@@ -45,6 +45,7 @@ class Run:
     real: bool = False  # tensors have data: for Python that looks at values
     heads: str = "whole"
     groups: str = "auto"
+    policies: dict[str, str] = field(default_factory=dict)  # contraction -> "whole" or "within": see choose
     names: Names = field(default_factory=Names)
     flops: list[Term] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
