@@ -138,6 +138,8 @@ def read(
         FileError: it can't be read, or does not fit.
     """
     require(path, (str, Path), "path", FileError)
+    if not Path(path).is_file():
+        raise FileError(f"there is no file {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -55,14 +55,22 @@ def save(compact: nn.Module, path: str | Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
-        known = {key: value for key, value in record.items() if key != "example"}
+        known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
         description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known})
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
+        partial.chmod(0o666 & ~umask())  # safetensors lets nobody else read it
         os.replace(partial, path)
     except (OSError, SafetensorError, TypeError) as error:
         raise FileError(f"can't write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The permissions that new files do not get. It can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def load(path: str | Path, model: nn.Module) -> Model:
@@ -121,6 +129,8 @@ def number_of(name: str) -> int:
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description of the model and the tensors in a file."""
+    if not Path(path).is_file():
+        raise FileError(f"there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
             record = json.loads((file.metadata() or {}).get("fxprune", "null"))

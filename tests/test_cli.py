@@ -117,6 +117,21 @@ def test_prune_writes_a_folder() -> None:
     onnx.checker.check_model("out/model.onnx")
 
 
+def test_no_file_of_another_model_stays() -> None:
+    pruned(onnx="--onnx")
+    Path("out/notes.txt").write_text("mine")
+    result = run("prune", *TINY, "--flops", "0.6", "--no-onnx", "-o", "out")
+    assert {each.name for each in Path("out").iterdir()} == {
+        "plan.json",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+        "notes.txt",
+    }
+    assert "written to out: model.safetensors, plan.json, report.html, report.json" in result.stderr
+    assert len({path.stat().st_mode for path in Path("out").iterdir()}) == 1, "all can be read by whom the user lets"
+
+
 def test_the_same_seed_gives_the_same_files() -> None:
     pruned(out="a")
     pruned(out="b")
@@ -240,6 +255,8 @@ def test_inspect() -> None:
     assert "1.weight[0]" in found["groups"]["0"]["members"]
     assert "output" in {each["reason"] for each in found["frozen"]}
     assert "go together with" in run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "3").stdout
+    found = json.loads(run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "3", "--json").stdout)
+    assert "go together with" in found["explain"]["3"]
     run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--html", "page.html")
     assert Path("page.html").read_text().startswith("<!doctype html>")
 
@@ -377,14 +394,22 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["prune", *TINY, *HALF, "--criterion", "taylor"], 2, "criterion taylor looks at data: give it images"),
     (["prune", *TINY, *HALF, "--round-to", "0"], 2, "greater than or equal to 1"),
     (["prune", *TINY, *HALF, "--minimum", "2"], 2, "need 0 <= minimum <= maximum <= 1, got 2.0"),
-    (["prune", *TINY, *HALF, "--data", "nowhere"], 2, "there are no images in nowhere: put them in one folder"),
-    (["prune", *TINY, *HALF, "--data", "empty"], 2, "there are no images in empty"),
-    (["prune", *TINY, *HALF, "--data", "text"], 2, "there are no images in text"),
+    (["prune", *TINY, *HALF, "--data", "nowhere"], 2, "there is no folder nowhere"),
+    (
+        ["prune", *TINY, *HALF, "--data", "empty"],
+        2,
+        "empty must have a folder for each class with images in it, as empty/cat/1.jpg",
+    ),
+    (["prune", *TINY, *HALF, "--data", "text"], 2, "text must have a folder for each class with images in it"),
     (
         ["prune", *TINY, *HALF, "--data", "many", "--criterion", "taylor"],
         2,
         "more classes than the model, which tells 3",
     ),
+    (["prune", *TINY, *HALF, "--data", "many"], 2, "more classes than the model, which tells 3"),
+    (["prune", *TINY, *HALF, "--data", "torn"], 2, "can't read the image .*torn/class0/0.png"),
+    (["prune", "net:net", "--input", "1,3,9999999,9999999", *HALF], 2, "does not fit into memory"),
+    (["prune", *TINY, "--flops", "1.5"], 2, r"flops=1\.5 is neither a fraction nor a count"),
     (["prune", "net:Two", "--input", "2,4", "--input", "2,4", *HALF, "--data", "many"], 2, "takes more than one"),
     (["prune", "net:Words", "--input", "int64:2,5", *HALF, "--data", "many"], 2, r"takes a tensor of shape \[2, 5\]"),
     (["prune", *TINY, *HALF, "--weights", "none.pt"], 2, "there is no file none.pt"),
@@ -392,7 +417,7 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["prune", "torchvision:resnet18", *HALF, "--weights", "BEST"], 2, "torchvision has no such weights of resnet18"),
     (["prune", *TINY, *HALF, "--weights", "text/words.pt"], 2, "can't read weights from text/words.pt"),
     (["prune", *TINY, *HALF, "--weights", "text/cut.safetensors"], 2, "can't read weights from text/cut.safetensors"),
-    (["prune", *TINY, *HALF, "--weights", "code.pt"], 2, "can't read weights from code.pt.*no pickled code"),
+    (["prune", *TINY, *HALF, "--weights", "code.pt"], 2, "can't read weights from code.pt.*no pickled modules"),
     (["prune", *TINY, *HALF, "--weights", "list.pt"], 2, "list.pt holds no state_dict"),
     (["prune", *TINY, *HALF, "--weights", "five.pt"], 2, r"7.weight is float32\[5, 16\] in the file.*see|--classes"),
     (
@@ -400,10 +425,12 @@ WRONG: list[tuple[list[str], int, str]] = [
         2,
         "other.pt does not fit the model: it lacks 0.weight.*besides",
     ),
-    (["prune", *TINY, *HALF, "-o", "net.py"], 2, "can't write to net.py: it is a file, not a folder"),
-    (["prune", *TINY, *HALF, "-o", "net.py/out"], 2, "can't write to net.py/out"),
+    (["prune", *TINY, *HALF, "-o", "net.py"], 2, "can't write to net.py: .*net.py is a file, not a folder"),
+    (["prune", *TINY, *HALF, "-o", "net.py/out"], 2, "can't write to net.py/out: .*net.py is a file"),
+    (["prune", *TINY, *HALF, "-o", "taken"], 2, "can't write to taken: taken/plan.json is a folder"),
+    (["prune", *TINY, *HALF, "--weights", "out/model.safetensors"], 2, "holds a model that fxprune wrote.*MODEL"),
     (["prune", *TINY, *HALF, "--frobnicate"], 2, "No such option"),
-    (["prune", "none.safetensors", *HALF], 2, "can't read a model from none.safetensors"),
+    (["prune", "none.safetensors", *HALF], 2, "there is no file none.safetensors"),
     (["prune", "text/cut.safetensors", *HALF], 2, "can't read a model from text/cut.safetensors"),
     (["export", "foreign.safetensors", "x.onnx"], 2, "not one that fxprune.save wrote"),
     (["export", "torchvision:fxprune_tiny", *SHAPE, "nowhere/x.onnx"], 2, "there is no folder nowhere"),
@@ -411,9 +438,13 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["export", "start.safetensors", "x.onnx"], 2, "was not pruned: it holds a model from fxprune.initialize"),
     (["apply", "none.json"], 2, "can't read a plan from none.json"),
     (["apply", "out/report.json"], 2, "this is not a plan"),
-    (["apply", PLAN, "--model", "net:Two", "--input", "2,4", "--input", "2,4"], 2, "made for another model"),
+    (
+        ["apply", PLAN, "--model", "net:Two", "--input", "2,4", "--input", "2,4", "-o", "new"],
+        2,
+        "made for another model",
+    ),
     (["apply", "bare.json"], 2, "bare.json does not say which model it was made of; say so with --model"),
-    (["apply", PLAN, "--weights", "five.pt"], 2, "--classes"),
+    (["apply", PLAN, "--weights", "five.pt", "-o", "new"], 2, "--classes"),
     (["diff", PLAN, "none.json"], 2, "can't read none.json"),
     (["diff", PLAN, "list.json"], 2, "list.json is neither a plan nor a report"),
     (["diff", PLAN, "report.json"], 2, "report.json is a damaged report"),
@@ -421,7 +452,11 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["diff", PLAN, "start.safetensors"], 2, "start.safetensors was not pruned"),
     (["bench", "torchvision:fxprune_tiny", *SHAPE], 2, "compare torchvision:fxprune_tiny with what"),
     (["bench", "out/model.safetensors", "--backend", "tpu"], 2, "no backend is called 'tpu'"),
-    (["bench", "out/model.safetensors", "--batch", "1,x"], 2, "must be positive integers"),
+    (["bench", "out/model.safetensors", "--batch", "1,x"], 2, "--batch '1,x' must be sizes such as 1,32"),
+    (["bench", "out/model.safetensors", "--backend", "onnxruntime-cuda"], 2, "nothing could be measured: "),
+    (["bench", "out/model.safetensors", "--input", "1,3,8"], 2, "does not run on inputs of shape 1,3,8: "),
+    (["export", "out/model.safetensors", "out/model.safetensors"], 2, "the file must end in .onnx"),
+    (["apply", PLAN], 2, "out has the plan and the model that it was made for: say with -o"),
     (["bench", "out/model.safetensors", "--vs", "net:Words"], 2, "net:Words does not run on inputs of shape 1,3,8,8"),
     (["inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "zzz"], 2, "nothing called 'zzz' in this model"),
     (
@@ -441,6 +476,9 @@ def wrong_files(folder: Path) -> None:
     (folder / "text" / "words.pt").write_text("not weights")
     (folder / "text" / "cut.safetensors").write_bytes((folder / "out/model.safetensors").read_bytes()[:300])
     photos(folder / "many", classes=6)
+    photos(folder / "torn", classes=2)
+    (folder / "torn/class0/0.png").write_text("no image")
+    (folder / "taken/plan.json").mkdir(parents=True)
     torch.save(nn.Linear(1, 1), "code.pt")
     torch.save([1, 2], "list.pt")
     torch.save(tiny(5).state_dict(), "five.pt")
@@ -498,7 +536,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fxprune, "analyze", bug)
     result = CliRunner().invoke(app, ["prune", *TINY, *HALF])
-    assert isinstance(result.exception, ZeroDivisionError)
+    assert result.exit_code == 3
+    assert "ZeroDivisionError: a bug" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------- slow

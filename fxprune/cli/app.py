@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the budget can't be met, 2 wrong use, 3 a bug. Only a bug gives a traceback.
 """
 
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from fxprune.errors import BudgetError, FxpruneError
 HELP = """Prune the channels of neural networks by rewriting their torch.fx graphs.
 
 A MODEL is torchvision:NAME, timm:NAME, package.module:factory, path/to/file.py:factory, or a model.safetensors that
-fxprune wrote. Exit codes: 0 done, 1 the budget can't be met, 2 wrong use."""
+fxprune wrote. Exit codes: 0 done, 1 the budget can't be met, 2 wrong use, 3 a bug."""
 
 
 class Verbs(TyperGroup):
@@ -32,6 +33,12 @@ class Verbs(TyperGroup):
         except FxpruneError as error:
             complain(error)
             raise typer.Exit(2) from None
+        except Exception as error:
+            if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # typer's own way out
+                raise
+            traceback.print_exc()
+            complain(RuntimeError("this is a bug in fxprune, or in the model; please report it"))
+            raise typer.Exit(3) from None
 
 
 app = typer.Typer(

@@ -10,6 +10,7 @@ from fxprune.cli import options
 from fxprune.cli.models import Source, open_model
 from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
 from fxprune.cli.say import progress
+from fxprune.errors import FileError
 from fxprune.plan import Plan
 
 
@@ -36,6 +37,8 @@ def apply(
     """
     found = Plan.load(plan)
     source = Source.of(found, named, plan)
+    if out.resolve() == plan.parent.resolve():
+        raise FileError(f"{out} has the plan and the model that it was made for: say with -o where the new one goes")
     check_folder(out)
     opened = open_model(
         source.model,

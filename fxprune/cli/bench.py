@@ -9,6 +9,7 @@ from fxprune.backends import BACKENDS
 from fxprune.cli import options
 from fxprune.cli.models import ModelError, open_model
 from fxprune.cli.say import progress, show, show_json
+from fxprune.errors import BenchError
 from fxprune.summary import layers_of
 from fxprune.tables import bench_table, idle_table
 
@@ -42,12 +43,16 @@ def bench(
     other = vs or compact.source.model
     same = {"classes": compact.source.classes, "inputs": list(compact.source.input)}
     dense = open_model(other, **same, named=named, weights_matter=False)  # type: ignore[arg-type]
-    sizes = [int(size) if size.strip().isdecimal() else 0 for size in batch.split(",")]
+    if not all(size.strip().isdecimal() and int(size) for size in batch.split(",")):
+        raise ModelError(f"--batch {batch!r} must be sizes such as 1,32")
+    sizes = [int(size) for size in batch.split(",")]
     names = None if backend is None else [name.strip() for name in backend.split(",")]
     progress(f"measuring {model} beside {other}")
     found = fxprune.bench(
         dense.model, compact.model, compact.inputs, batches=sizes, backends=names, seconds=seconds, threads=threads
     )
+    if not any(row.after for row in found.rows):
+        raise BenchError(f"nothing could be measured: {'; '.join(dict.fromkeys(row.problem for row in found.rows))}")
     analysis = fxprune.analyze(fxprune.trace(dense.model, dense.inputs), dense.inputs)
     groups = {name: layers_of(group) for name, group in analysis.groups.items()}
     idle = {"groups": found.idle(groups), "layers": found.idle()}

@@ -36,33 +36,46 @@ def images(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> "Data
     ]
     steps += [transforms.Grayscale()] if channels == 1 else []
     steps += [transforms.ToTensor(), transforms.Normalize(MEAN[:channels], STD[:channels])]
+    if not folder.is_dir():
+        raise FileError(f"there is no folder {folder}")
     try:
-        found = ImageFolder(str(folder), transforms.Compose(steps))
+        found = ImageFolder(str(folder), transforms.Compose(steps), loader=image)
     except (OSError, ValueError) as error:
         raise FileError(
-            f"there are no images in {folder}: put them in one folder for each class, as {folder}/cat/1.jpg ({error})"
+            f"{folder} must have a folder for each class with images in it, as {folder}/cat/1.jpg: {error}"
         ) from error
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
     return DataLoader(Subset(found, order.tolist()), BATCH)
 
 
+def image(path: str) -> Any:
+    """The image in a file."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, ValueError) as error:
+        raise FileError(f"can't read the image {path}: {error}") from error
+
+
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, batches: "DataLoader[Any]") -> float:
     """The fraction of images whose class is the model's first choice."""
-    right = [(logits(model(x)).argmax(1) == y).float() for x, y in batches]
+    right = [(logits(model(x), y).argmax(1) == y).float() for x, y in batches]
     return torch.cat(right).mean().item()
 
 
-def logits(output: Any) -> Tensor:
-    """What a classifier says of each class."""
+def logits(output: Any, y: Tensor) -> Tensor:
+    """What a classifier says of each class. Raises DataError where the folder has more classes than the model."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise DataError("--data needs a classifier, a model that gives a tensor of [batch, classes]")
+    if int(y.max()) >= output.shape[1]:
+        raise DataError(
+            f"the folder has more classes than the model, which tells {output.shape[1]} apart; see --classes"
+        )
     return output
 
 
 def loss(output: Any, y: Tensor) -> Tensor:
-    """Cross entropy. Raises DataError where the folder has more classes than the model."""
-    classes = logits(output).shape[1]
-    if int(y.max()) >= classes:
-        raise DataError(f"the folder has more classes than the model, which tells {classes} apart; see --classes")
-    return torch.nn.functional.cross_entropy(output, y)
+    """Cross entropy."""
+    return torch.nn.functional.cross_entropy(logits(output, y), y)

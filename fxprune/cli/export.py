@@ -9,6 +9,7 @@ import fxprune
 from fxprune.cli import options
 from fxprune.cli.models import open_model
 from fxprune.cli.say import progress, show, show_json
+from fxprune.errors import FileError
 
 
 def export(
@@ -26,6 +27,8 @@ def export(
 
     Example: fxprune export out/model.safetensors out/model.onnx
     """
+    if path.suffix != ".onnx":
+        raise FileError(f"the file must end in .onnx, but it is {path}")
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
     progress(f"exporting {model}")
     result = fxprune.export_onnx(opened.model, opened.inputs, path, dynamic_batch=not fixed_batch)

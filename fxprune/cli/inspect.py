@@ -35,7 +35,8 @@ def inspect(
     if html is not None:
         analysis.to_html(html)
     if as_json:
-        show_json(facts(analysis, opened.source.model))
+        why = {"explain": {name: analysis.explain(name) for name in explain}} if explain else {}
+        show_json(facts(analysis, opened.source.model) | why)
     elif explain:
         show(*(analysis.explain(name) for name in explain))
     else:

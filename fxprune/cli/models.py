@@ -21,7 +21,7 @@ from fxprune.cli.say import note
 from fxprune.cli.weights import load_weights
 from fxprune.errors import FileError, FxpruneError
 from fxprune.files import read
-from fxprune.inputs import bind, imagine, map_tensors
+from fxprune.inputs import bind, imagine, map_tensors, tensors_in
 from fxprune.plan import Plan
 from fxprune.timing import stand_in
 
@@ -121,9 +121,10 @@ def checked(model: nn.Module, inputs: Any, source: Source) -> Opened:
         with torch.no_grad(), torch.random.fork_rng():
             model.eval()(*args, **kwargs)
     except Exception as error:
+        shapes = " and ".join(",".join(map(str, each.shape)) for each in tensors_in(inputs))
         raise ModelError(
-            f"{source.model} does not run on inputs of shape {' and '.join(source.input)}: {type(error).__name__}: "
-            f"{error}. Give others with --input."
+            f"{source.model} does not run on inputs of shape {shapes}: {type(error).__name__}: {error}. Give others "
+            "with --input."
         ) from error
     return Opened(model, inputs, source)
 
@@ -262,4 +263,7 @@ def tensor(shape: str) -> Tensor:
             f"int64:1,128 (of {', '.join(DTYPES)})"
         )
     sized, kind = [int(part) for part in parts], getattr(torch, dtype)
-    return torch.randn(sized).to(kind) if kind.is_floating_point else torch.zeros(sized, dtype=kind)
+    try:
+        return torch.randn(sized).to(kind) if kind.is_floating_point else torch.zeros(sized, dtype=kind)
+    except RuntimeError as error:
+        raise ModelError(f"an input of shape {shape} does not fit into memory") from error

@@ -14,12 +14,15 @@ from fxprune.channels.analysis import Analysis
 from fxprune.cli import data
 from fxprune.cli.models import Opened
 from fxprune.cli.say import note, progress, show, show_json
-from fxprune.errors import FileError
+from fxprune.errors import ExportError, FileError
+from fxprune.export import Exported
 from fxprune.inputs import tensors_in
 from fxprune.plan import Plan
 from fxprune.staircase import staircase, tallest
 from fxprune.summary import Summary, summarize
 from fxprune.tables import layers_table, totals_table
+
+FILES = ("plan.json", "model.safetensors", "model.onnx", "report.html", "report.json")
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,23 @@ def carry_out(
         batch = shape_of(opened)[0]
         timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
         summary = replace(summary, bench=timed)
-    summary = write(analysis, compact, summary, opened, wanted)
+    summary, files = write(analysis, compact, summary, opened, wanted)
     if wanted.as_json:
         show_json(summary.to_json())
         return summary
     show(layers_table(summary), "", totals_table(summary), "")
     show(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
-    files = sorted(each.name for each in wanted.out.iterdir() if each.name[0] != ".")
     note(f"written to {wanted.out}: {', '.join(files)}")
     return summary
 
 
-def write(analysis: Analysis, compact: Any, summary: Summary, opened: Opened, wanted: Wanted) -> Summary:
-    """Write the files; they appear when all of them are there. The summary, with what the export found."""
+def write(
+    analysis: Analysis, compact: Any, summary: Summary, opened: Opened, wanted: Wanted
+) -> tuple[Summary, list[str]]:
+    """Write the files; they appear when all of them are there, and none stays that was of another model.
+
+    Returns the summary, with what the export found, and the names of the files.
+    """
     out = wanted.out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -85,27 +92,41 @@ def write(analysis: Analysis, compact: Any, summary: Summary, opened: Opened, wa
             fxprune.save(compact, partial / "model.safetensors")
             if wanted.onnx:
                 progress("exporting to ONNX")
-                exported = fxprune.export_onnx(compact, opened.inputs, partial / "model.onnx")
+                exported = exported_to(partial / "model.onnx", compact, opened)
                 exported = replace(exported, path=Path("model.onnx"))
                 summary = replace(summary, about={**summary.about, "exported": str(exported)})
             progress("writing the report")
             stairs = [staircase(analysis, tallest(analysis))] if summary.bench else []
             summary.to_html(partial / "report.html", analysis, stairs=stairs)
             (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
-            for each in list(partial.iterdir()):
-                os.replace(each, out / each.name)
+            files = sorted(each.name for each in partial.iterdir())
+            for name in files:
+                os.replace(partial / name, out / name)
+            for name in set(FILES) - set(files):
+                (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"can't write to {out}: {error.strerror}") from error
-    return summary
+    return summary, files
+
+
+def exported_to(path: Path, compact: Any, opened: Opened) -> Exported:
+    """Export to ONNX."""
+    try:
+        return fxprune.export_onnx(compact, opened.inputs, path)
+    except ExportError as error:
+        raise ExportError(f"{error} Nothing is written; --no-onnx writes the rest.") from error
 
 
 def check_folder(out: Path) -> None:
     """Refuse a folder that can't be written to, before the work begins."""
-    if out.exists() and not out.is_dir():
-        raise FileError(f"can't write to {out}: it is a file, not a folder")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FileError(f"can't write to {out}: {there} is a file, not a folder")
     if not os.access(there, os.W_OK):
         raise FileError(f"can't write to {out}: permission denied")
+    for name in FILES:
+        if (out / name).is_dir():
+            raise FileError(f"can't write to {out}: {out / name} is a folder")
 
 
 def images_for(opened: Opened, folder: Path | None, samples: int, seed: int) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.channels.analysis import abridged
 from fxprune.errors import FileError
-from fxprune.files import describe
+from fxprune.files import describe, read
 
 INSIDE = ("state_dict", "model_state_dict", "model", "model_ema", "weights")  # where checkpoints keep the weights
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -19,6 +19,8 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Give ``model`` the weights in a file; all must fit. Raises FileError, and nothing is changed then."""
+    if is_ours(Path(path)):
+        raise FileError(f"{path} holds a model that fxprune wrote, and not weights for another: give it as the MODEL")
     state = without_prefix(read_state(Path(path)), set(model.state_dict()))
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
@@ -36,6 +38,14 @@ def load_weights(model: nn.Module, path: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether fxprune wrote this file of a pruned model."""
+    try:
+        return path.suffix == ".safetensors" and "plan" in read(path)[0]
+    except FileError:
+        return False
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of safetensors or ``torch.save``."""
     if not path.is_file():
@@ -45,9 +55,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        why = str(error).strip().partition("\n")[0]
         raise FileError(
-            f"can't read weights from {path}: {why} Only plain weights are read, no pickled code."
+            f"can't read weights from {path}: it is damaged, or no state_dict. Only plain weights are read, no pickled "
+            "modules: save them with torch.save(model.state_dict(), path)"
         ) from error
     for name in INSIDE:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
