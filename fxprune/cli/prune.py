@@ -62,7 +62,12 @@ def prune(
     ] = None,
     criterion: Annotated[str, typer.Option(help=f"Says which channels matter: {', '.join(CRITERIA)}.")] = "magnitude",
     round_to: Annotated[
-        int | None, typer.Option(min=1, help="Widths are multiples of this; default, what suits the device.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Widths are multiples of this, but for narrow groups and a few that use up the rest of the limit; "
+            "default, what suits the device.",
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="How much of a limit may be left unused, as a fraction of it.")
