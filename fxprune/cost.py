@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
@@ -70,6 +69,8 @@ def latency(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0, thre
 
     ``torch.utils.benchmark`` warms up and waits for the GPU. ``threads``: default, those that torch uses now.
     """
+    from torch.utils.benchmark import Timer  # imports what builds extensions, and that warns where there is no GPU
+
     args, kwargs = bind(example_inputs)
     timer = Timer(
         "with no_grad(): model(*args, **kwargs)",

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from fxprune.inputs import Bound, bind
 
@@ -47,6 +46,8 @@ def in_turns(
         seconds: that all rounds take about, for each run, on the clock that times them; five rounds are made at least.
         threads: of the CPU, for torch; default, those that torch uses now.
     """
+    from torch.utils.benchmark import Timer  # imports what builds extensions, and that warns where there is no GPU
+
     threads = threads or torch.get_num_threads()
     clock = clock_for(threads)
     timers = {
@@ -65,7 +66,10 @@ def in_turns(
 def clock_for(threads: int) -> Callable[[], float]:
     """The clock for work on so many CPU threads, or on a GPU where there is one."""
     if torch.cuda.is_available():
-        return torch.utils.benchmark.utils.timer.timer  # waits for the GPU
+        from torch.utils.benchmark.utils.timer import timer
+
+        wait: Callable[[], float] = timer  # for the GPU
+        return wait
     return time.thread_time if threads == 1 else time.perf_counter
 
 

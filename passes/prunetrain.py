@@ -292,7 +292,7 @@ class _Slices:
         peaks = self.weight.detach().abs().amax(self.others)
         peaks = peaks if self.index is None else peaks[self.index]
         if self.channel is not None:
-            peaks = peaks.new_zeros(self.size).index_reduce(0, self.channel, peaks, "amax")
+            peaks = peaks.new_zeros(self.size).scatter_reduce(0, self.channel, peaks, "amax")
         return peaks
 
     @torch.no_grad()

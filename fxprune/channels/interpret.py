@@ -16,7 +16,7 @@ from fxprune.channels.layers import Lowered, lower
 from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
-from fxprune.inputs import Bound, map_tensors
+from fxprune.inputs import Bound, map_tensors, tensors_in
 from fxprune.trace import is_users, named_tensors
 from fxprune.traced import TracedModule
 
@@ -158,7 +158,10 @@ class Recorder(Runner):
         except FxpruneError:
             raise
         except Exception as error:
-            raise AnalysisError(f"node {where(n)} does not run on channel names: {cause(error)}") from error
+            given = [list(tensor.shape) for tensor in tensors_in(self.fetch_args_kwargs_from_env(n))]
+            raise AnalysisError(
+                f"node {where(n)} does not run on channel names, given the shapes {given}: {cause(error)}"
+            ) from error
         self.values[self.run_.names.node] = (
             self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
         )
