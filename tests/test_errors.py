@@ -202,7 +202,7 @@ def test_arguments_of_another_kind() -> None:
         (BudgetError, "budget must be a Budget, but it is 0.5", lambda: passes.Random().plan(analysis, anything)),
         (PlanError, "analysis must be a Analysis", lambda: passes.Random().plan(anything, HALF)),
         (PlanError, "seed must be a int", lambda: passes.Random(anything)),
-        (PlanError, "p='2' must be positive", lambda: passes.Magnitude(p="2")),  # type: ignore[arg-type]
+        (PlanError, "p='2' must be a positive number", lambda: passes.Magnitude(p="2")),  # type: ignore[arg-type]
         (PlanError, "can't plan: give an instance", lambda: fxprune.prune(graph, inputs, anything, budget=HALF)),
         (RewriteError, "plan must be a Plan", lambda: fxprune.rewrite(graph, analysis, anything)),
         (RewriteError, "graph must be a TracedModule", lambda: fxprune.rewrite(anything, analysis, plan)),
