@@ -140,7 +140,7 @@ def test_example_inputs_of_another_shape() -> None:
     model, _ = prepare(MODELS["residual"])
     with (
         unchanged(model),
-        pytest.raises(AnalysisError, match=r"node _0_0 .*does not run on channel names, given the shapes .*: RuntimeError"),
+        pytest.raises(AnalysisError, match=r"does not run on channel names, given the shapes .*: RuntimeError"),
     ):
         fxprune.prune(model, torch.randn(2, 5, 8, 8), passes.Magnitude(), budget=HALF)
 
