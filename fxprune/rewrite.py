@@ -142,18 +142,16 @@ def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
             f"the first analysis, analysis.after(plan, compact). ({error})"
         ) from error
     example = before["example_inputs"] if before else describe(analysis.example_inputs)
-    shapes = {name: tensor.shape for name, tensor in named_tensors(compact).items()}
-    places = {
-        name: [(m.parameter, m.axis) for m in analysis.groups[name].members if m.parameter in shapes]
-        for name, width in plan.widths.items()
-        if width > 1
-    }
     compact.meta["fxprune"] = {
         "plan": whole.to_json(),
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
-        "groups": {name: its for name, its in places.items() if its},
+        "groups": {
+            name: (analysis.groups[name], plan.keep.get(name, range(width)))
+            for name, width in plan.widths.items()
+            if width > 1
+        },
     }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)

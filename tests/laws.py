@@ -350,7 +350,10 @@ def pruning_composes(
 
 
 def pruned_again(graph: TracedModule, inputs: Any, analysis: Analysis, p: Plan, seed: int) -> None:
-    """Law 3 where the compact model is analysed anew, as by somebody who prunes it a second time."""
+    """Law 3 where the compact model is analysed anew, as by somebody who prunes it a second time.
+
+    Raises PlanError where other groups are found than it was cut by.
+    """
     first, _ = fxprune.rewrite(graph, analysis, p)
     fresh = fxprune.analyze(first, inputs)
     second, _ = fxprune.rewrite(first, fresh, random_plan(fresh, seed))

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, read_groups, settle_grids
+from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, places_after, read_groups, settle_grids
 from fxprune.channels.interpret import name_parameters, run_on_names, where, within
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
@@ -260,7 +260,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     freeze_leftovers(
         run, axes, (leaf for its in values.values() for leaf in tree_leaves(its) if isinstance(leaf, Value))
     )
-    names = {frozenset(places): name for name, places in before["groups"].items()} if same else {}
+    cuts = before["groups"].items() if same else ()
+    names = {places_after(group, kept, state): name for name, (group, kept) in cuts}
     found, frozen = read_groups(run, list(axes.values()), names)
     return Analysis(
         graph=graph,

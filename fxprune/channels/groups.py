@@ -1,8 +1,9 @@
 """Groups: classes of names that live on the same parameter axes, read off after a run."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from fxprune.channels.names import Bools, Ints, Names, Reason
 from fxprune.channels.tensor import Run
 from fxprune.channels.values import Value
 
-Place = tuple[str, int]  # a parameter or buffer, and one of its axes
+Place = tuple[str, int, int]  # a parameter or buffer, one of its axes, and a checksum of the channels there
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def read_groups(
 ) -> tuple[list[Group], list[Frozen]]:
     """Classes that live on the same axes are a group; what is frozen is listed by axis and reason.
 
-    ``known``: the names that groups had before a cut, by where they live.
+    ``known``: the names that groups had before a cut, by their places now.
     """
     if not axes:
         return [], []
@@ -163,10 +164,23 @@ def read_groups(
     groups = []
     for its, lives_on in zip(own, members, strict=True):
         mine = classes[its]
-        places = frozenset((member.parameter, member.axis) for member in lives_on)
-        name = known.get(places) or unique_name(lives_on[0].parameter, taken)
+        name = known.get(frozenset(map(place_of, lives_on))) or unique_name(lives_on[0].parameter, taken)
         groups.append(Group(name, len(mine), tuple(lives_on), bool(np.isin(mine, inexact).any()), mine))
     return groups, frozen
+
+
+def place_of(member: Member) -> Place:
+    """Where a group lives, and in which order its channels are there."""
+    return member.parameter, member.axis, zlib.crc32(member.channel.tobytes())
+
+
+def places_after(group: Group, kept: Sequence[int], there: Container[str]) -> frozenset[Place]:
+    """The places of a group that keeps the channels ``kept``, on the parameters that are ``there``."""
+    new_channel = np.full(group.size, -1)
+    new_channel[np.asarray(kept, dtype=np.int64)] = np.arange(len(kept))
+    members = [member for member in group.members if member.parameter in there]
+    channels = [new_channel[member.channel] for member in members]
+    return frozenset(place_of(replace(m, channel=its[its >= 0])) for m, its in zip(members, channels, strict=True))
 
 
 def renumber(roots: Ints, count: int) -> tuple[Ints, Ints]:
