@@ -206,8 +206,8 @@ def foreign(folder: Path) -> dict[str, tuple[Callable[[Path], Any], str]]:
     cannot = r"can't read a checkpoint from .*file: "
     return {
         "text": (lambda p: p.write_text("epoch 1"), cannot),
-        "nothing there": (lambda p: None, cannot + r"FileNotFoundError: \[Errno 2\] No such file"),
-        "a folder": (lambda p: p.mkdir(), cannot),
+        "nothing there": (lambda p: None, "there is no file"),
+        "a folder": (lambda p: p.mkdir(), "there is no file"),
         "a picture": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200)), cannot),
         "weights": (
             lambda p: torch.save(network().state_dict(), p),

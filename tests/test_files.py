@@ -136,7 +136,7 @@ def test_a_truncated_file(tmp_path: Path, keep: float) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"can't read a model from .*missing"):
+    with pytest.raises(FileError, match=r"there is no file .*missing"):
         fxprune.load(tmp_path / "missing", nn.Linear(2, 2))
 
 

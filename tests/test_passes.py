@@ -81,7 +81,7 @@ def test_magnitude_takes_the_smallest_channels() -> None:
 
 @pytest.mark.parametrize("p", [0, -1.0, float("nan")])
 def test_magnitude_needs_a_positive_exponent(p: float) -> None:
-    with pytest.raises(PlanError, match=f"p={p!r} must be positive"):
+    with pytest.raises(PlanError, match=f"p={p!r} must be a positive number"):
         passes.Magnitude(p=p)
 
 
