@@ -12,7 +12,7 @@ import pytest
 import steered_models
 import torch
 import torchvision
-from laws import assert_same_state, random_plan, slice_is_zero
+from laws import assert_same_state, random_plan, slice_is_zero, thinner
 from models import MODELS, cast, conv_bn, image_net, prepare, randomize
 from torch import Tensor, nn
 
@@ -317,3 +317,26 @@ def test_a_detector_trains_in_a_session_while_it_is_cut() -> None:
             session.reconfigure(plan)
     found = session.model.eval()(images)
     assert [set(each) for each in found] == [{"boxes", "scores", "labels"}] * 2
+
+
+class Detects(nn.Module):
+    """Plain Python that gives the layers behind it nothing, as a detector does that finds no box."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.stem(x)
+        found = found[found.sum((1, 2, 3)) > 1e9]
+        return self.head(found) if len(found) < 9 else found
+
+
+def test_a_norm_that_is_given_nothing_goes_with_its_layer() -> None:
+    model, x = Detects().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    analysis = fxprune.analyze(fxprune.trace(model, x), x)
+    members = {member.parameter for member in analysis.groups["head.0"].members}
+    assert {"head.0.weight", "head.1.weight", "head.1.running_mean", "head.3.weight"} <= members
+    compact, _ = fxprune.rewrite(analysis.graph, analysis, thinner(analysis, 0))
+    assert compact.head(x).shape == (2, 4, 4, 4)

@@ -104,6 +104,8 @@ class ChannelTensor(Tensor):
                 return cls.steering.call(func, args, kwargs or {})
             if func in WHOLE:
                 return apply(WHOLE[func], args, kwargs or {})
+            if func is F.batch_norm:
+                return batch_norm(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -117,6 +119,22 @@ class ChannelTensor(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ChannelTensor({tuple(self.shape)}, varies along {[varying(label) for label in self.labels]})"
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """``F.batch_norm`` as a whole: of an empty batch torch makes another operator, of the first channel alone."""
+    if x.numel():
+        return F.batch_norm(x, mean, var, weight, bias, training, *rest, **more)
+    return apply(aten.batch_norm.default, (x, weight, bias, mean, var, training, 0.1, 1e-5, False), {})
 
 
 def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
