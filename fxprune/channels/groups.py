@@ -24,8 +24,8 @@ class Member:
 
     parameter: str
     axis: int
-    index: Ints
-    channel: Ints
+    index: Ints = field(compare=False)
+    channel: Ints = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Group:
     size: int
     members: tuple[Member, ...]
     inexact: bool
-    roots: Ints = field(repr=False)  # int64[size]: the name that stands for each channel
+    roots: Ints = field(repr=False, compare=False)  # int64[size]: the name that stands for each channel
 
     def __str__(self) -> str:
         axes = " · ".join(f"{member.parameter}[{member.axis}]" for member in self.members)
