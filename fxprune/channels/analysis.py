@@ -14,7 +14,16 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.channels.groups import Axis, Frozen, Group, freeze_leftovers, places_after, read_groups, settle_grids
+from fxprune.channels.groups import (
+    Axis,
+    Frozen,
+    Group,
+    channels_after,
+    freeze_leftovers,
+    places_after,
+    read_groups,
+    settle_grids,
+)
 from fxprune.channels.interpret import name_parameters, run_on_names, where, within
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
@@ -86,8 +95,7 @@ class Analysis:
         groups = {}
         for group in self.groups.values():
             kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
-            new_channel = np.full(group.size, -1)
-            new_channel[kept] = np.arange(len(kept))
+            new_channel = channels_after(group, kept)
             members = []
             for member in group.members:
                 if member.parameter not in there:

@@ -174,12 +174,18 @@ def place_of(member: Member) -> Place:
     return member.parameter, member.axis, zlib.crc32(member.channel.tobytes())
 
 
+def channels_after(group: Group, kept: Sequence[int] | Ints) -> Ints:
+    """int64[size]: what each channel of a group that keeps the channels ``kept`` is then, -1 where it goes."""
+    after = np.full(group.size, -1)
+    after[np.asarray(kept, dtype=np.int64)] = np.arange(len(kept))
+    return after
+
+
 def places_after(group: Group, kept: Sequence[int], there: Container[str]) -> frozenset[Place]:
     """The places of a group that keeps the channels ``kept``, on the parameters that are ``there``."""
-    new_channel = np.full(group.size, -1)
-    new_channel[np.asarray(kept, dtype=np.int64)] = np.arange(len(kept))
+    after = channels_after(group, kept)
     members = [member for member in group.members if member.parameter in there]
-    channels = [new_channel[member.channel] for member in members]
+    channels = [after[member.channel] for member in members]
     return frozenset(place_of(replace(m, channel=its[its >= 0])) for m, its in zip(members, channels, strict=True))
 
 
