@@ -103,7 +103,13 @@ def models():
     ]
     for row in rows:
         law = max(value for value in (row["outputs"], row["gradients"]) if value is not None)
-        onnx = f"{row['onnx']:.0e}" if row.get("onnx") is not None else "not measured"
+        match row["onnx"]:  # what benchmarks/zoo.py records: a difference, why there is none, or nothing yet
+            case None:
+                onnx = "not measured"
+            case {"error": _}:
+                onnx = "refused"
+            case difference:
+                onnx = f"{difference:.0e}"
         kind = row["kind"].replace("_", " ")
         lines.append(
             f"| {row['model']} | {kind} | {row['channels']:,} | {row['frozen']:.1%} | {row['flops']:.1%} "
