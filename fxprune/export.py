@@ -83,11 +83,13 @@ def export_onnx(
                 raise
             write(module, given, file, dynamic_batch, dynamo=False)
         batches = [resized(inputs, n) if dynamic_batch else inputs for n in sizes]
-        worst = compare(module, batches, file, isinstance(model, TracedModule) or dynamic_batch)
+        ordered = isinstance(model, TracedModule) or dynamic_batch
+        worst = compare(module, batches, file, ordered)
         if not worst <= tolerance:
+            ties = "" if ordered else "Boxes chosen by scores that are all alike may differ: try trained weights. "
             raise ExportError(
                 f"onnxruntime differs from PyTorch by {worst:.2e} of the largest output, allowed is {tolerance:.0e}; "
-                f"nothing was written to {path}. Please report this model, or pass a larger tolerance."
+                f"nothing was written to {path}. {ties}Please report this model, or pass a larger tolerance."
             )
         for written in Path(folder).iterdir():  # the weights of the largest models stand beside the file
             os.replace(written, path.parent / written.name)

@@ -133,6 +133,14 @@ def test_a_mismatch_raises_and_leaves_what_was_there(
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_mismatch_of_what_python_steers_names_equal_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "compare", lambda *_: 0.25)
+    with pytest.raises(ExportError, match="Boxes chosen by scores that are all alike may differ: try trained weights"):
+        fxprune.export_onnx(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "model.onnx", dynamic_batch=False)
+    with pytest.raises(ExportError, match=r"model\.onnx. Please report"):
+        fxprune.export_onnx(*pruned("chain"), tmp_path / "model.onnx", dynamic_batch=False)
+
+
 class Outputs(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()
