@@ -33,7 +33,11 @@ from fxprune import passes
 
 MEAN, STD = (torch.tensor(each).view(3, 1, 1) for each in ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)))
 LAST = torch.channels_last  # the faster layout on a CPU
-VGGS = {"vgg8": "32 M 64 M 128 128 M 256", "vgg16_bn": "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M"}
+VGGS = {
+    "vgg8": "32 M 64 M 128 128 M 256",
+    "vgg8_wide": "64 M 128 M 256 256 M 512",
+    "vgg16_bn": "64 64 M 128 128 M 256 256 256 M 512 512 512 M 512 512 512 M",
+}
 RESNETS = {"resnet20": 3, "resnet32": 5, "resnet56": 9}  # blocks in each of the three stages
 console = Console(highlight=False)
 ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
