@@ -75,6 +75,8 @@ class Pruning(Callback):
                 f"the Pruning callback needs automatic optimization and one optimizer, not {len(trainer.optimizers)}. "
                 "Otherwise make a fxprune.Session in the module and call its epoch_end."
             )
+        if hasattr(self, "session"):  # of a fit that an exception ended
+            self.session.close()
         graph = put(pl_module, self.part, self.example_inputs, None)
         options = {"around": trainer.strategy.model, **self.options}
         self.session = Session(graph, self.example_inputs, trainer.optimizers[0], self.passes, **options)

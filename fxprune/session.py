@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from fxprune.when import Decision
 from fxprune.wrappers import check_whole, wrap, wrappers_of
 
 Policy = Callable[["Session", Plan, float, int], Decision]
+HOOKED: WeakSet[Optimizer] = WeakSet()  # the optimizers of the sessions that are open
 
 
 class Session:
@@ -88,7 +90,7 @@ class Session:
 
         Raises:
             TraceError, AnalysisError: the model can't be traced or run.
-            SessionError: a pass is none, or the wrapper is not supported.
+            SessionError: a pass is none, the wrapper is not supported, or another session has this optimizer.
             MigrationError: the optimizer holds other parameters.
         """
         require(model, nn.Module, "model", SessionError)
@@ -102,6 +104,8 @@ class Session:
                     f"{each!r:.80} can't stand in a session: it needs training passes such as passes.PruneTrain(). "
                     "Criteria make plans: use fxprune.prune, or session.reconfigure(criterion.plan(...))."
                 )
+        if optimizer in HOOKED:
+            raise SessionError("another session has this optimizer: close() that one first, or give one all passes")
         wrappers = wrappers_of(model)
         graph = trace(model, example_inputs)
         outer = ([], graph) if around is None else (wrappers_of(around), unwrap(around))
@@ -131,6 +135,7 @@ class Session:
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
         self._meter = Meter()
+        HOOKED.add(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -248,6 +253,8 @@ class Session:
 
     def close(self) -> None:
         """Take the hooks off. The model and the optimizer go on without the session."""
+        if self._handles:
+            HOOKED.discard(self.optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles = []

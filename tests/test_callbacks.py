@@ -211,6 +211,27 @@ def test_lightning_fits_twice(tmp_path: Path) -> None:
 
 
 @applied
+def test_lightning_fits_again_after_an_exception(tmp_path: Path) -> None:
+    module = Lit()
+    optimizer = sgd(module)
+    module.configure_optimizers = lambda: optimizer
+    ends = iter([RuntimeError("out of luck")])
+
+    def on_train_batch_start(*_: Any) -> None:
+        for error in ends:
+            raise error
+
+    from fxprune.lightning import Pruning
+
+    pruning = Pruning("net", X[:2], passes())
+    module.on_train_batch_start = on_train_batch_start
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, module=module, callback=pruning)
+    fit(tmp_path, module=module, callback=pruning)
+    assert_same(pruning.session, by_hand())
+
+
+@applied
 def test_lightning_refuses(tmp_path: Path) -> None:
     from fxprune.lightning import Pruning
 

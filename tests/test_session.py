@@ -410,6 +410,18 @@ def test_a_closed_session_lets_go(capsys: pytest.CaptureFixture[str]) -> None:
     assert again.epoch_end().removed > 0
 
 
+def test_an_optimizer_has_one_session_at_a_time() -> None:
+    session, inputs = begin(passes=[Thin()])
+    with nothing_changes(session), pytest.raises(SessionError, match=r"another session has this optimizer: close\(\)"):
+        Session(session.model, inputs, session.optimizer, [Thin()])
+    session.close()
+    other = Session(session.model, inputs, session.optimizer, [Thin()], progress=False)
+    session.close()  # a second time, which leaves the other one alone
+    with pytest.raises(SessionError, match="another session"):
+        Session(session.model, inputs, session.optimizer)
+    assert other.epoch_end().removed > 0
+
+
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     session, _ = begin(passes=[Thin()], progress=True)
     session.epoch_end(accuracy=0.5)
