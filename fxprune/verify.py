@@ -155,7 +155,7 @@ def compare(
 def rounding(
     masked: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
 ) -> dict[tuple[str, str], float]:
-    """What a change of the last bit of the inputs makes of each output and gradient: no two computations agree better.
+    """What a change of the last bit of inputs and weights makes of outputs and gradients: nothing can agree better.
 
     Batch norm over few values that hardly differ amplifies it.
     """
@@ -166,7 +166,11 @@ def rounding(
         signs = (-1.0) ** torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
         return tensor * (1 + torch.finfo(tensor.dtype).eps * signs.reshape(tensor.shape))
 
-    found = outputs_of(masked, mode, map_tensors(nudged, inputs), gradients, param_map, expected.within)
+    other = copy.deepcopy(masked)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(nudged(parameter))
+    found = outputs_of(other, mode, map_tensors(nudged, inputs), gradients, param_map, expected.within)
     return {(kind, name): error for kind, name, error in differences(expected, found, lambda _, tensor: tensor)}
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from laws import random_plan
 from models import MODELS, prepare
+from random_networks import ChannelsLastNorm
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, Adam, Optimizer
 
@@ -285,6 +286,24 @@ def test_verify_sees_a_weight_that_was_changed() -> None:
     )
     with unchanged(graph), unchanged(compact), pytest.raises(VerificationError, match=message):
         fxprune.verify(graph, compact, param_map, inputs)
+
+
+def test_a_layer_norm_over_one_channel_gives_zeros_and_gradients_of_rounding() -> None:
+    """No change of the inputs shows how much of it there is: its output stays zero."""
+    largest = 0.0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        norm = ChannelsLastNorm(8)
+        norm.norm.eps = 1e-7
+        model = nn.Sequential(nn.Conv2d(4, 8, 1), norm, nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).double()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+        analysis = fxprune.analyze(fxprune.trace(model, x), x)
+        plan = fxprune.Plan({"0": (seed % 8,)}, analysis.sizes, analysis.options)
+        compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)
+        largest = max(largest, fxprune.verify(analysis.graph, compact, param_map, x).gradients)
+    assert 1e-10 < largest < 1e-9
 
 
 def test_what_a_network_makes_of_rounding_is_no_difference() -> None:
