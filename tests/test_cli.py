@@ -1,5 +1,6 @@
 """The command line: every verb does what its help says, and every wrong use gives one line and its exit code."""
 
+import errno
 import json
 import re
 import sys
@@ -538,6 +539,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["prune", *TINY, *HALF])
     assert result.exit_code == 3
     assert "ZeroDivisionError: a bug" in result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*args: Any) -> None:  # as `fxprune --help | head -3` does
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(fxprune, "analyze", closed)
+    assert "bug" not in run("prune", *TINY, *HALF, code=1).stderr
 
 
 # ------------------------------------------------------------------------------------------------- slow

@@ -34,7 +34,7 @@ class Verbs(TyperGroup):
             complain(error)
             raise typer.Exit(2) from None
         except Exception as error:
-            if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):  # typer's own way out
+            if isinstance(error, (typer.Abort, BrokenPipeError)) or hasattr(error, "exit_code"):  # typer's own ways out
                 raise
             traceback.print_exc()
             complain(RuntimeError("this is a bug in fxprune, or in the model; please report it"))
