@@ -327,6 +327,7 @@ def test_a_pattern_of_names_may_lose_its_layers_to_a_cut(tmp_path: Path) -> None
     session.optimizer.zero_grad()
     session.save(tmp_path / "run.pt")
     other, _ = begin("residual", steps=0)
+    other.close()
     again = Session.load(tmp_path / "run.pt", other.graph, inputs, other.optimizer, progress=False)
     assert masks(again).keys() == masks(session).keys()
 
