@@ -64,7 +64,7 @@ def verify(
     """Compare the masked original with the compact model on ``example_inputs``. Neither is changed.
 
     Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. A model
-    that amplifies the last bit of its inputs to more than that may differ by ten times as much. Where
+    that amplifies the last bit of inputs and weights to more than that may differ by ten times as much. Where
     plain Python steers regions, what these give is compared too, before that Python looks at it.
 
     Raises:
