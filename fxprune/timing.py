@@ -1,7 +1,8 @@
 """Timing: seconds of things that run in turns, so that a machine that slows down slows all of them.
 
 ``torch.utils.benchmark`` runs each, with warm-up, and waits for the GPU. On one CPU thread the time is that thread's
-own, which other programs can't stretch; elsewhere it is that of the clock on the wall.
+own, which other programs can't stretch; elsewhere it is that of the clock on the wall. Memory that is freed stays with
+the process meanwhile, or page faults hide what the kernels take.
 """
 
 import random
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.inputs import Bound, bind
+from fxprune.malloc import memory_kept
 
 BLOCK = 0.02  # seconds that a turn takes at least, where one run takes less
 ROUNDS = 5  # at least
@@ -36,6 +38,7 @@ class Spread:
         return cls(median, low, high)
 
 
+@memory_kept()
 def in_turns(
     runs: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, threads: int | None = None
 ) -> dict[str, list[float]]:
@@ -89,6 +92,7 @@ def ratio(first: list[float], second: list[float]) -> Spread:
     return Spread.of(np.array(second) / np.array(first))
 
 
+@memory_kept()
 def by_module(models: Mapping[str, nn.Module], inputs: Bound, seconds: float) -> dict[str, dict[str, float]]:
     """For each model, the median seconds of each module that calls no other; forward passes take turns."""
     clocks = {name: Clock(model) for name, model in models.items()}
