@@ -21,6 +21,7 @@ from fxprune.channels.names import Bools
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value
+from fxprune.collector import collector_rests
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require
 from fxprune.fit import fit
 from fxprune.inputs import describe, tensors_in
@@ -32,6 +33,7 @@ from fxprune.traced import START, Model, TracedModule, copy_graph, of_region, re
 Shape = tuple[int, ...]
 
 
+@collector_rests()
 def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamMap]:
     """Carry out ``plan``.
 

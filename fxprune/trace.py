@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 from fxprune.attention import REPLACEMENTS
+from fxprune.collector import collector_rests
 from fxprune.errors import TraceError, require
 from fxprune.inputs import bind, tensors_in
 from fxprune.regions import trace_regions
@@ -31,6 +32,7 @@ TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand
 KEPT = (StochasticDepth,)  # like dropout: what it does depends on the mode, but not on channels
 
 
+@collector_rests()
 def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     """Trace ``model`` in train and in eval mode.
 
@@ -127,7 +129,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-EMPTY = (dict, OrderedDict, set, list)
+EMPTY = frozenset((dict, OrderedDict, set, list))
 
 
 def copy_modules(root: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -145,16 +147,19 @@ def copy_modules(root: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     def copied(name: str, value: Any) -> Any:
         if name in ("_parameters", "_buffers", "_modules"):
             return {key: memo.get(id(each), each) for key, each in value.items()}
-        if type(value) in ATOMS or (type(value) is tuple and all(type(each) in ATOMS for each in value)):
+        if type(value) is tuple and all(type(each) in ATOMS for each in value):
             return value
-        if type(value) in EMPTY and not value:
-            return type(value)()
         # In a container, a tensor may have a history, which can't be copied.
         memo.update({id(tensor): memo.get(id(tensor), tensor) for tensor in tensors_in(value)})
         return copy.deepcopy(value, memo)
 
     for module in modules:
-        memo[id(module)].__dict__ = {name: copied(name, value) for name, value in vars(module).items()}
+        own = memo[id(module)].__dict__ = vars(module).copy()
+        for name, value in own.items():
+            kind = type(value)
+            if kind in ATOMS:
+                continue
+            own[name] = kind() if kind in EMPTY and not value else copied(name, value)
     result: nn.Module = memo[id(root)]
     return result
 

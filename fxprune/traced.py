@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, require
 
-ATOMS = (type(None), bool, int, float, str)
+ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
 

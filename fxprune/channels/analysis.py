@@ -29,6 +29,7 @@ from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, bare, on_meta
 from fxprune.channels.values import Cutter, Value, map_values
+from fxprune.collector import collector_rests
 from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors
 from fxprune.plan import Plan
@@ -229,6 +230,7 @@ def abridged(items: Sequence[str], limit: int = 6) -> str:
     return ", ".join(items[:limit]) + more
 
 
+@collector_rests()
 def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", groups: str = "auto") -> Analysis:
     """Find the groups of coupled channels of ``model``.
 
