@@ -14,14 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.labels import Label, varying
 from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
-from fxprune.channels.values import Value
+from fxprune.channels.values import values_in
 from fxprune.inputs import bind, map_tensors
 from fxprune.traced import TracedModule, is_traced
 
@@ -211,8 +210,8 @@ def stored(analysis: Analysis, tensors: dict[str, Any], in_bytes: bool) -> Itera
 def computed(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The bytes of the values of the eval graph that hold memory of their own."""
     for tree in analysis.values[False].values():
-        for value in pytree.tree_leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Value)):
-            if isinstance(value, Value) and value.owner:
+        for value in values_in(tree):
+            if value.owner:
                 covered = {axis for label in value.labels for axis in varying(label)}
                 rest = math.prod(size for axis, size in enumerate(value.shape) if axis not in covered)
                 yield rest * torch.empty(0, dtype=value.dtype).element_size(), value.labels

@@ -13,12 +13,11 @@ from pathlib import Path
 from string import Template
 
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import where, within
 from fxprune.channels.names import Ints
-from fxprune.channels.values import Value
+from fxprune.channels.values import Value, values_in
 from fxprune.errors import FileError, require
 from fxprune.picture import Lanes, Part, Parts, Row, counted, entry, lay_out, section
 from fxprune.traced import TracedModule, regions
@@ -91,7 +90,7 @@ class Report:
         nodes = dict[fx.Node, list[Value]]()
         for node in module.graphs[False].nodes:
             name = within(region, node.name)
-            found = [leaf for leaf in tree_leaves(values.get(name)) if isinstance(leaf, Value)]
+            found = values_in(values.get(name))
             if found or name not in values or node.op in ("placeholder", "output"):
                 nodes[node] = found
         number = {node: at for at, node in enumerate(nodes)}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.branches import is_empty, remove_branches
 from fxprune.channels.analysis import Analysis
@@ -20,7 +19,7 @@ from fxprune.channels.labels import left
 from fxprune.channels.names import Bools
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
-from fxprune.channels.values import Value
+from fxprune.channels.values import Value, values_in
 from fxprune.collector import collector_rests
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require
 from fxprune.fit import fit
@@ -325,8 +324,8 @@ class Fitter(Runner):
             return expected
         if isinstance(result, Tensor) and isinstance(expected, Value) and result.shape == expected.shape:
             return result
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        predicted = [leaf.shape for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Value)]
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(result)]
+        predicted = [value.shape for value in values_in(expected)]
         if shapes != predicted and node.op != "output":
             raise RewriteError(
                 f"node {where(node)} has shape {shapes} in the compact graph, predicted was {predicted}. The model is "

@@ -12,7 +12,6 @@ from typing import Any
 import networkx as nx
 import numpy as np
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.channels.groups import (
     Axis,
@@ -28,7 +27,7 @@ from fxprune.channels.interpret import name_parameters, run_on_names, where, wit
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, bare, on_meta
-from fxprune.channels.values import Cutter, Value, map_values
+from fxprune.channels.values import Cutter, map_values, values_in
 from fxprune.collector import collector_rests
 from fxprune.errors import AnalysisError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors
@@ -268,7 +267,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
             given[mode] = {"": its}
     settle_grids(run)
     freeze_leftovers(
-        run, axes, (leaf for its in values.values() for leaf in tree_leaves(its) if isinstance(leaf, Value))
+        run, axes, (value for its in values.values() for tree in its.values() for value in values_in(tree))
     )
     cuts = before["groups"].items() if same else ()
     names = {places_after(group, kept, state): name for name, (group, kept) in cuts}

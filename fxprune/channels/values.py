@@ -68,6 +68,13 @@ class Cutter:
         return Value(tuple(shape), labels, value.dtype, value.owner)
 
 
+def values_in(tree: Any) -> list[Value]:
+    """The Values in ``tree``, in order."""
+    if isinstance(tree, Value):
+        return [tree]
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value)]
+
+
 def map_values(function: Callable[[Value], Value], values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with ``function`` applied to each Value in them."""
     return {
