@@ -26,15 +26,24 @@ LARGEST = 1_900_000_000  # bytes of weights in one file; protobuf's limit is 2 G
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file that was compared with PyTorch. ``difference`` is relative to the largest output."""
+    """An ONNX file that was compared with PyTorch.
+
+    Attributes:
+        path: of the file.
+        difference: the largest, relative to the largest output.
+        batches: the batch sizes it was run at.
+        flat: all outputs were zero, as those of a last layer that starts at zero. Then the comparison says little.
+    """
 
     path: Path
     difference: float
     batches: tuple[int, ...]
+    flat: bool = False
 
     def __str__(self) -> str:
         sizes = " and ".join(map(str, self.batches))
-        return f"{self.path}: onnxruntime == PyTorch to {self.difference:.1e} at batch size {sizes}"
+        doubt = "; all outputs were zero, so this says little: load trained weights" if self.flat else ""
+        return f"{self.path}: onnxruntime == PyTorch to {self.difference:.1e} at batch size {sizes}{doubt}"
 
 
 def export_onnx(
@@ -84,7 +93,7 @@ def export_onnx(
             write(module, given, file, dynamic_batch, dynamo=False)
         batches = [resized(inputs, n) if dynamic_batch else inputs for n in sizes]
         ordered = isinstance(model, TracedModule) or dynamic_batch
-        worst = compare(module, batches, file, ordered)
+        worst, flat = compare(module, batches, file, ordered)
         if not worst <= tolerance:
             ties = "" if ordered else "Boxes chosen by scores that are all alike may differ: try trained weights. "
             raise ExportError(
@@ -93,7 +102,7 @@ def export_onnx(
             )
         for written in Path(folder).iterdir():  # the weights of the largest models stand beside the file
             os.replace(written, path.parent / written.name)
-    result = Exported(path, worst, sizes)
+    result = Exported(path, worst, sizes, flat)
     logger.info("%s", result)
     return result
 
@@ -174,8 +183,8 @@ def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool, *, 
         quiet.setLevel(level)
 
 
-def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> float:
-    """The largest difference between onnxruntime and PyTorch, relative to the largest output.
+def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> tuple[float, bool]:
+    """The largest difference between onnxruntime and PyTorch, relative to the largest output; and whether all are zero.
 
     Where outputs are not ``ordered``, the same values in another order are the same.
     """
@@ -183,10 +192,11 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bo
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    worst = 0.0
+    worst, flat = 0.0, True
     for args, kwargs in batches:
         with torch.no_grad():
             expected = tensors_in(module(*args, **kwargs))
+        flat = flat and not any(tensor.any() for tensor in expected)
         try:
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             arrays = [tensor.cpu().numpy() for tensor in tensors_in((args, kwargs))]
@@ -203,4 +213,4 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bo
             again = [(a.sort(0).values, b.sort(0).values) if a.ndim else (a, b) for a, b in pairs]
             gaps = [min(gap, difference(a, b)) for gap, (a, b) in zip(gaps, again, strict=True)]
         worst = max([worst, *gaps], key=lambda gap: float("inf") if math.isnan(gap) else gap)
-    return worst
+    return worst, flat

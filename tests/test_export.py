@@ -95,6 +95,17 @@ def test_the_difference_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert f"onnxruntime == PyTorch to {exported.difference:.1e} at batch size 2 and 3" in str(exported)
 
 
+def test_outputs_that_are_all_zero_are_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    inputs = torch.randn(2, 3, 4, 4)
+    assert not fxprune.export_onnx(model, inputs, tmp_path / "model.onnx").flat
+    for parameter in model[2].parameters():
+        nn.init.zeros_(parameter)
+    exported = fxprune.export_onnx(model, inputs, tmp_path / "zero.onnx")
+    assert exported.flat
+    assert "; all outputs were zero, so this says little: load trained weights" in str(exported)
+
+
 def test_integers_and_booleans_come_out_too(tmp_path: Path) -> None:
     class Predictor(nn.Module):
         def __init__(self) -> None:
@@ -134,7 +145,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(
 
 
 def test_a_mismatch_of_what_python_steers_names_equal_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "compare", lambda *_: 0.25)
+    monkeypatch.setattr(export, "compare", lambda *_: (0.25, False))
     with pytest.raises(ExportError, match="Boxes chosen by scores that are all alike may differ: try trained weights"):
         fxprune.export_onnx(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "model.onnx", dynamic_batch=False)
     with pytest.raises(ExportError, match=r"model\.onnx. Please report"):
@@ -164,7 +175,7 @@ def test_the_comparison_sees(tmp_path: Path, other: Any, message: str | None) ->
     path = tmp_path / "model.onnx"
     fxprune.export_onnx(Outputs(lambda x: 2 * x), inputs, path)
     if message is None:
-        assert not export.compare(Outputs(other), [inputs, inputs], path) <= 0.01
+        assert not export.compare(Outputs(other), [inputs, inputs], path)[0] <= 0.01
     else:
         with pytest.raises(ExportError, match=message):
             export.compare(Outputs(other), [inputs], path)

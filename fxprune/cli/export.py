@@ -33,5 +33,7 @@ def export(
     progress(f"exporting {model}")
     result = fxprune.export_onnx(opened.model, opened.inputs, path, dynamic_batch=not fixed_batch)
     if as_json:
-        return show_json({"path": str(path), "difference": result.difference, "batches": list(result.batches)})
+        return show_json(
+            {"path": str(path), "difference": result.difference, "batches": list(result.batches), "flat": result.flat}
+        )
     return show(str(result))
