@@ -24,9 +24,7 @@ from fxprune.timing import by_module, forward, in_turns, stand_in
 from fxprune.traced import in_eval
 
 LEVELS = 16  # widths of each group that are timed
-WORTH = (
-    0.5  # the share of time that a width saves over the next larger one, over the share of channels: less is left out
-)
+WORTH = 0.5  # of the share of channels that a width saves over the next larger one: that share of time at least
 ROUNDS = 10  # candidates that are timed
 CLOSE = 0.03  # of the limit: what may be left unused
 SECONDS = 1.0  # that a candidate is run for
