@@ -22,6 +22,7 @@ from pathlib import Path
 from common import RESULTS
 
 HERE, TRIALS = Path(__file__).parent, Path("out/benchmarks")
+QUIET = 0.5  # cores that other programs may keep busy
 SMALL = (  # models whose cut takes little time, where what a tool does besides counts
     "alexnet convnext_tiny densenet121 densenet201 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 mnasnet0_5 "
     "mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 shufflenet_v2_x1_0 squeezenet1_0 "
@@ -78,11 +79,8 @@ BENCHMARKS = (
 
 def main() -> None:
     options = arguments()
-    if not (options.trial or options.busy) and os.getloadavg()[0] > 0.5:
-        raise SystemExit(
-            f"other programs keep {os.getloadavg()[0]:.1f} cores of this machine busy: their work would be in the "
-            "results. Wait, or say --busy."
-        )
+    if not (options.trial or options.busy):
+        wait_for_quiet()
     failed = []
     for each in chosen(options):
         command = [sys.executable, str(HERE / f"{each.script}.py"), *words(each, options)]
@@ -93,6 +91,21 @@ def main() -> None:
         failed += [each.script] * (code != 0)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def wait_for_quiet(tries: int = 24) -> None:
+    """Leave if the machine stays busy; the load is that of the last minute, in which this may have been installed."""
+    for left in reversed(range(tries)):
+        load = os.getloadavg()[0]
+        if load <= QUIET:
+            return
+        if left:
+            print(f"waiting for a quiet machine: {load:.1f} of its cores were busy in the last minute", flush=True)
+            time.sleep(5)
+    raise SystemExit(
+        f"other programs keep {load:.1f} cores of this machine busy: their work would be in the results. Wait, or say "
+        "--busy."
+    )
 
 
 def arguments() -> argparse.Namespace:

@@ -43,9 +43,19 @@ def test_nothing_to_run_is_said(
 
 def test_a_busy_machine_is_refused(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setattr(run_all.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--only", "widths"])
     with pytest.raises(SystemExit, match=r"1\.5 cores of this machine busy"):
         run_all.main()
+
+
+def test_a_machine_that_becomes_quiet_is_waited_for(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([1.5, 0.9, 0.4])
+    waited: list[float] = []
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    monkeypatch.setattr(run_all.time, "sleep", waited.append)
+    run_all.wait_for_quiet()
+    assert len(waited) == 2
 
 
 @pytest.mark.slow
