@@ -35,7 +35,8 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
     expected = calls.record(inputs)
     made: dict[int, TracedModule] = {}
 
-    def replace(module: nn.Module) -> None:
+    waiting = [model]
+    for module in waiting:  # it grows
         for name, child in module._modules.items():
             if child is None or is_layer(child) or not child.state_dict():
                 continue
@@ -46,9 +47,8 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
             if id(child) in made:
                 module._modules[name] = made[id(child)]
             else:
-                replace(child)
+                waiting.append(child)
 
-    replace(model)
     vars(model).update(steers=True, meta={})
     found = run(model, inputs, "with its parts traced, ")
     if len(expected) != len(found) or not all(map(equal, expected, found)):

@@ -243,7 +243,16 @@ class Tracer(fx.Tracer):
     def __init__(self, follow_buffers: bool = True) -> None:
         super().__init__(autowrap_functions=())
         self.proxy_buffer_attributes = follow_buffers
-        self.inside: list[nn.Module] = []
+        self.inside: list[tuple[int, str]] = []  # the id and class of each module around the current line
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of ``root``. The tracer then forgets the model: closures of fx keep the tracer for a while."""
+        try:
+            return super().trace(root, concrete_args or None)
+        finally:
+            inside = self.inside
+            vars(self).clear()
+            self.inside = inside
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -286,7 +295,7 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace one module, which is left standing if it fails."""
-        self.inside.append(m)
+        self.inside.append((id(m), type(m).__name__))
         result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
@@ -296,7 +305,7 @@ def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx
     """The graph of ``model`` in one mode."""
     model.train(training)
     try:
-        graph = Tracer(follow_buffers=True).trace(model, concrete_args=concrete or None)
+        graph = Tracer(follow_buffers=True).trace(model, concrete)
     except Exception:  # Python there may depend on the value of a buffer
         graph = trace_once(model, concrete)
     for node in list(graph.nodes):
@@ -311,15 +320,15 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
     """The graph of ``model`` with buffers taken as constants, or an error that says where it can't be traced."""
     tracer = Tracer(follow_buffers=False)
     try:
-        return tracer.trace(model, concrete_args=concrete or None)
+        return tracer.trace(model, concrete)
     except Exception as error:
         where = next(
             (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if is_users(frame.filename)), None
         )
         place = f", {where.filename}:{where.lineno}: `{where.line}`" if where else ""
-        paths = {part: path for path, part in model.named_modules()}
-        inner = tracer.inside[-1] if tracer.inside else model
-        module = f"{paths.get(inner, '')} ({type(inner).__name__})" if inner is not model else type(model).__name__
+        paths = {id(part): path for path, part in model.named_modules()}
+        inner, kind = tracer.inside[-1] if tracer.inside else (id(model), type(model).__name__)
+        module = f"{paths.get(inner, '')} ({kind})" if tracer.inside else kind
         raise TraceError(
             f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
             "Python there depends on the values of tensors. With example_inputs, its parts are traced one by one; "
@@ -345,19 +354,19 @@ def is_users(filename: str) -> bool:
 def plain(working: nn.Module, called: set[Any]) -> nn.Module:
     """The modules that graphs call, in a tree of plain modules that hold everything else under its own name."""
     paths = dict(working.named_modules(remove_duplicate=False))
-    leaves = {id(paths[path]) for path in called}
-    made: dict[int, nn.Module] = {}
+    made = {id(paths[path]): paths[path] for path in called}
+    return bare_module(working, made)
 
-    def convert(module: nn.Module) -> nn.Module:
-        if id(module) in leaves:
-            return module
-        if id(module) in made:
-            return made[id(module)]
-        new = made[id(module)] = nn.Module()
-        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-            new.__dict__[name] = module.__dict__[name]
-        new._modules = {name: None if child is None else convert(child) for name, child in module._modules.items()}
-        new.__dict__.update(carried(module))
-        return new
 
-    return convert(working)
+def bare_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A plain module for ``module`` and for each below it, unless ``made`` has one by the id."""
+    if id(module) in made:
+        return made[id(module)]
+    new = made[id(module)] = nn.Module()
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        new.__dict__[name] = module.__dict__[name]
+    new._modules = {
+        name: None if child is None else bare_module(child, made) for name, child in module._modules.items()
+    }
+    new.__dict__.update(carried(module))
+    return new
