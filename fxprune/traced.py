@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,20 @@ from fxprune.errors import FxpruneError, require
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
+
+
+class OwnedGraph(fx.Graph):
+    """A graph that does not keep its module alive, so that a network nobody uses frees its memory at once."""
+
+    @property
+    def owning_module(self) -> fx.GraphModule | None:
+        """The module it belongs to; None once that is gone."""
+        owner: weakref.ref[fx.GraphModule] | None = self.__dict__.get("_owner")
+        return owner() if owner else None
+
+    @owning_module.setter
+    def owning_module(self, module: fx.GraphModule | None) -> None:
+        self._owner = None if module is None else weakref.ref(module)
 
 
 class TracedModule(fx.GraphModule):
@@ -28,7 +43,7 @@ class TracedModule(fx.GraphModule):
         """
         self.__dict__["_both"] = None
         self.__dict__["_observers"] = {}
-        super().__init__(nn.Module(), fx.Graph())
+        super().__init__(nn.Module(), OwnedGraph())
         own = self.__dict__
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
             own[name] = root.__dict__[name]
@@ -52,6 +67,8 @@ class TracedModule(fx.GraphModule):
         """Replace both graphs and recompile."""
         self.__dict__["_both"] = {True: train_graph, False: eval_graph}
         for graph in (train_graph, eval_graph):
+            graph.__class__ = OwnedGraph
+            graph._owning_module = None
             graph.owning_module = self
         if compiled:
             self.recompile()
