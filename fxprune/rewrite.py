@@ -96,14 +96,14 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
 
 
 def copy_onto(graph: Model, tensors: dict[int, Tensor]) -> Model:
-    """A copy of ``graph`` and its modules, not compiled, with ``tensors`` (by the id of the original) for its own."""
+    """A copy of ``graph`` and its modules, with ``tensors`` (by the id of the original) for its own."""
     if not isinstance(graph, TracedModule):
         return copy_modules(graph, tensors)
     root = copy_modules(graph.root(), tensors)
     train, evaluate = graph.graphs[True], graph.graphs[False]
     new_train = copy_graph(train)
     new_evaluate = new_train if evaluate is train else copy_graph(evaluate)
-    return TracedModule(root, new_train, new_evaluate, compiled=False)
+    return TracedModule(root, new_train, new_evaluate)
 
 
 def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:

@@ -30,17 +30,24 @@ class OwnedGraph(fx.Graph):
         self._owner = None if module is None else weakref.ref(module)
 
 
+class Late:
+    """``forward`` of a model until somebody asks for it: the code of a graph that is only looked at is never made."""
+
+    def __get__(self, model: "TracedModule | None", owner: type) -> Any:
+        if model is None:
+            return self
+        model.recompile()
+        return model.forward
+
+
 class TracedModule(fx.GraphModule):
     """A ``GraphModule`` with one graph for each mode. ``.training`` decides which one runs, and is ``.graph``.
 
     Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
     """
 
-    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
-        """Take over everything that ``root`` holds, except its class.
-
-        Without ``compiled`` it can't be called before ``recompile``: for one whose graphs are still to be edited.
-        """
+    def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
+        """Take over everything that ``root`` holds, except its class."""
         self.__dict__["_both"] = None
         self.__dict__["_observers"] = {}
         super().__init__(nn.Module(), OwnedGraph())
@@ -49,7 +56,7 @@ class TracedModule(fx.GraphModule):
             own[name] = root.__dict__[name]
         own.update(carried(root))
         self.meta.update(getattr(root, "meta", {}))
-        self.set_graphs(train_graph, eval_graph, compiled=compiled)
+        self.set_graphs(train_graph, eval_graph)
 
     @property
     def graphs(self) -> dict[bool, fx.Graph]:
@@ -63,15 +70,15 @@ class TracedModule(fx.GraphModule):
             mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]
         }
 
-    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph, *, compiled: bool = True) -> None:
-        """Replace both graphs and recompile."""
+    def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
+        """Replace both graphs."""
         self.__dict__["_both"] = {True: train_graph, False: eval_graph}
         for graph in (train_graph, eval_graph):
             graph.__class__ = OwnedGraph
             graph._owning_module = None
             graph.owning_module = self
-        if compiled:
-            self.recompile()
+        self._graph = train_graph
+        type(self).forward = Late()  # type: ignore[assignment]
 
     @property
     def graph(self) -> fx.Graph:
@@ -116,6 +123,16 @@ class TracedModule(fx.GraphModule):
         if True in forwards:
             cls.forward = by_mode(forwards[True], forwards[False])
         return codes[self.training if self.training in codes else False]
+
+    @property
+    def code(self) -> str:
+        """The Python code that runs."""
+        self.forward  # noqa: B018 - makes it
+        return super().code
+
+    def __str__(self) -> str:
+        self.forward  # noqa: B018 - makes the code that this shows
+        return super().__str__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
         root = copy.deepcopy(self.root(), memo)
