@@ -103,7 +103,7 @@ class ChannelTensor(Tensor):
             if cls.steering is not None:
                 return cls.steering.call(func, args, kwargs or {})
             if func in WHOLE:
-                return apply(WHOLE[func], args, kwargs or {})
+                return apply(WHOLE[func], *positional(WHOLE[func], args, kwargs or {}))
             if func is F.batch_norm:
                 return batch_norm(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
@@ -122,9 +122,9 @@ class ChannelTensor(Tensor):
 
 
 def batch_norm(
-    x: Tensor,
-    mean: Any,
-    var: Any,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
     weight: Any = None,
     bias: Any = None,
     training: bool = False,
@@ -132,9 +132,20 @@ def batch_norm(
     **more: Any,
 ) -> Any:
     """``F.batch_norm`` as a whole: of an empty batch torch makes another operator, of the first channel alone."""
-    if x.numel():
-        return F.batch_norm(x, mean, var, weight, bias, training, *rest, **more)
-    return apply(aten.batch_norm.default, (x, weight, bias, mean, var, training, 0.1, 1e-5, False), {})
+    if input.numel():
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, *rest, **more)
+    whole = (input, weight, bias, running_mean, running_var, training, 0.1, 1e-5, False)
+    return apply(aten.batch_norm.default, whole, {})
+
+
+def positional(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Arguments as torch's dispatcher hands them on: by position, as far as there is no gap."""
+    args, kwargs = list(args), dict(kwargs)
+    for name in list(arguments(func))[len(args) :]:
+        if name not in kwargs:
+            break
+        args.append(kwargs.pop(name))
+    return args, kwargs
 
 
 def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
