@@ -25,7 +25,7 @@ from laws import (
     slice_commutes_with_a_step,
     slice_is_zero,
 )
-from models import MODELS, args_kwargs, cast, prepare, randomize
+from models import MODELS, args_kwargs, cast, conv_bn, prepare, randomize
 from random_networks import Program, build, inputs, networks, program_from_seed
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -168,6 +168,37 @@ def test_slice_is_zero_under_every_option(name: str, options: dict[str, str]) ->
     _, example, graph, _ = analysed(name)
     analysis = fxprune.analyze(graph, example, **options)
     slice_is_zero(graph, example, analysis, random_plan(analysis, 8), modes_of(name))
+
+
+class Pooled(nn.Module):
+    """Batch norm has one value per channel for each sample, and each mode its own graph."""
+
+    def __init__(self, pooled: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.pooled, self.last = conv_bn(3, 8), pooled, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.pooled(self.conv(x).mean((2, 3), keepdim=True)).flatten(1))
+        return result * 2 if self.training else result
+
+
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
+        nn.Sequential(nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8)),
+    ],
+    ids=["2d", "1d"],
+)
+def test_one_sample_is_enough_where_batch_norm_trains_on_two(pooled: nn.Module) -> None:
+    model, one = randomize(Pooled(pooled), 0).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    graph = fxprune.trace(model, one)
+    analysis = fxprune.analyze(graph, one)
+    plan = random_plan(analysis, 3)
+    compact, param_map = fxprune.rewrite(graph, analysis, plan)
+    assert plan.keep
+    fxprune.verify(graph, compact, param_map, one)
+    fxprune.verify(graph, compact, param_map, torch.cat([one, 2 - one, one * 3]))
 
 
 # -------------------------------------------------------------------------------- total and harmless

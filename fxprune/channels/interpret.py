@@ -172,19 +172,22 @@ class Recorder(Runner):
         run = self.run_
         if kwargs or run.real or not all(isinstance(arg, ChannelTensor) for arg in args):
             return super().call_module(target, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            operator = self.lowered(target, args)
         given = tuple((tuple(map(place, arg.labels)), arg.data_.shape, arg.data_.stride(), arg.source) for arg in args)
-        if (target, given) in run.calls:
-            _, result, norms = run.calls[target, given]
+        key = target, given, operator is None and self.mode  # what torch runs, it may refuse in the other mode
+        if key in run.calls:
+            _, result, norms = run.calls[key]
             run.norms += [replace(norm, mode=run.mode, node=run.names.node) for norm in norms]
             return result
         before = len(run.norms)
         labels = [arg.labels for arg in args]  # kept, so that their memory is not used again
-        with torch._C.DisableTorchFunctionSubclass():
-            operator = self.lowered(target, args)
-            result = apply(*operator, {}) if operator is not None else None
         if operator is None:
             result = super().call_module(target, args, {})
-        run.calls[target, given] = labels, result, run.norms[before:]
+        else:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = apply(*operator, {})
+        run.calls[key] = labels, result, run.norms[before:]
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
