@@ -1,11 +1,12 @@
 """Every torchvision model: pruned to half its FLOPs, the law checked, exported to ONNX.
 
     python benchmarks/zoo.py                     all models, each in a process of its own
+    python benchmarks/zoo.py --timm              one of each family of timm instead
     python benchmarks/zoo.py --models resnet18   some
     python benchmarks/zoo.py --onnx              their ONNX parity too
     python benchmarks/zoo.py --analyses          analyse anew, without checking the law
 
-Appends a line a model to results/zoo.jsonl, skips what is there, and writes results/zoo.md.
+Appends a line a model to results/zoo.jsonl (zoo_timm.jsonl), skips what is there, and writes results/zoo.md.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,30 @@ RESULTS = Path(__file__).parent / "results"
 BIG = 150_000_000  # parameters from which the law is checked in float32, outputs only
 SINGLE = {"keypointrcnn_resnet50_fpn"}  # takes float32 targets only
 
+TIMM = (  # a small one of each family, as far as it trains on a CPU in seconds
+    "beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny coatnet_pico_rw_224 convit_tiny convmixer_768_32 "
+    "convnext_atto convnextv2_atto crossvit_9_240 cs3darknet_s davit_tiny deit_tiny_patch16_224 densenet121 dla34 "
+    "dla46_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_lite0 efficientvit_b0 "
+    "efficientvit_m0 ese_vovnet19b_dw eva02_tiny_patch14_224 fastvit_t8 fbnetc_100 focalnet_tiny_srf gcvit_xxtiny "
+    "gernet_s ghostnet_050 gmixer_12_224 gmlp_ti16_224 halonet26t hardcorenas_a hgnet_tiny hiera_tiny_224 "
+    "hrnet_w18_small inception_next_tiny inception_resnet_v2 lambda_resnet26t lcnet_035 levit_128s mambaout_femto "
+    "maxvit_rmlp_pico_rw_256 mixer_s32_224 mixnet_s mnasnet_050 mobilenetv4_conv_small mobileone_s0 mobilevit_xxs "
+    "mobilevitv2_050 mvitv2_tiny nasnetalarge nest_tiny nf_regnet_b0 nfnet_l0 pit_ti_224 poolformer_s12 pvt_v2_b0 "
+    "rdnet_tiny regnetx_002 regnety_002 repghostnet_050 repvgg_a0 repvit_m0_9 res2net50_14w_8s res2next50 "
+    "resmlp_12_224 resnest14d resnet18 resnetv2_50 rexnet_100 selecsls42b sequencer2d_s seresnet18 shvit_s1 "
+    "skresnet18 starnet_s1 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 "
+    "tresnet_m twins_pcpvt_small vgg11 visformer_tiny vit_tiny_patch16_224 volo_d1_224 vovnet39a xception41 "
+    "xcit_nano_12_p16_224"
+)
+
+
+def kind_of(name: str) -> str:
+    """Where a model comes from."""
+    return "timm" if name.startswith("timm:") else names()[name]
+
 
 def names() -> dict[str, str]:
-    """All builders with their kind: 80 + 6 + 9 + 12 that are one graph, and 12 + 2 that plain Python steers."""
+    """torchvision's builders with their kind: 80 + 6 + 9 + 12 that are one graph, 12 + 2 that plain Python steers."""
     from torchvision import models
 
     kinds = {
@@ -43,22 +66,9 @@ def names() -> dict[str, str]:
 def build(name: str) -> Any:
     """The model with random weights, and norms, biases and scales that are not at their initial values."""
     import torch
-    from torchvision import models
 
-    options: dict[str, Any] = {"weights": None}
-    kind = names()[name]
-    if kind in ("segmentation", "detection"):
-        options["weights_backbone"] = None
-    if kind == "detection" and not name.startswith("ssd"):
-        options |= {"min_size": 96, "max_size": 128}
-    if "rcnn" in name:
-        options |= {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10}
-    if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
-    if kind == "quantizable":
-        options["quantize"] = False
     torch.manual_seed(0)
-    model = models.get_model(name, **options)
+    model = from_timm(name) if kind_of(name) == "timm" else from_torchvision(name)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -76,12 +86,41 @@ def build(name: str) -> Any:
     return model
 
 
-def example(name: str) -> Any:
+def from_timm(name: str) -> Any:
+    """A model of timm."""
+    import timm
+
+    return timm.create_model(name.removeprefix("timm:"), pretrained=False)
+
+
+def from_torchvision(name: str) -> Any:
+    """A model of torchvision, with small images for detectors."""
+    from torchvision import models
+
+    options: dict[str, Any] = {"weights": None}
+    kind = kind_of(name)
+    if kind in ("segmentation", "detection"):
+        options["weights_backbone"] = None
+    if kind == "detection" and not name.startswith("ssd"):
+        options |= {"min_size": 96, "max_size": 128}
+    if "rcnn" in name:
+        options |= {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 10}
+    if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    if kind == "quantizable":
+        options["quantize"] = False
+    return models.get_model(name, **options)
+
+
+def example(name: str, model: Any) -> Any:
     """An input, as small as the model allows."""
     import torch
 
     torch.manual_seed(1)
-    kind = names()[name]
+    kind = kind_of(name)
+    if kind == "timm":
+        x = torch.randn(2, 3, 96, 96)
+        return x if runs(model, x) else torch.randn(2, *model.default_cfg["input_size"])
     if kind == "optical_flow":
         return torch.randn(2, 3, 128, 128), torch.randn(2, 3, 128, 128)
     if kind == "detection":
@@ -94,6 +133,15 @@ def example(name: str) -> Any:
     if name.startswith(("vit", "maxvit")):
         return torch.randn(2, 3, 518 if name == "vit_h_14_518" else 224, 224)
     return torch.randn(2, 3, 96, 96)
+
+
+def runs(model: Any, x: Any) -> bool:
+    """Whether a model takes ``x``: some are made for one size."""
+    try:
+        copy.deepcopy(model).eval()(x)
+    except (AssertionError, RuntimeError):
+        return False
+    return True
 
 
 def target(name: str, height: int, width: int) -> dict[str, Any]:
@@ -117,8 +165,9 @@ def parity(name: str) -> float:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    x, model = example(name), build(name)
-    if names()[name] == "detection":  # averages that fit nothing make all scores equal, and any choice of boxes right
+    model = build(name)
+    x = example(name, model)
+    if kind_of(name) == "detection":  # averages that fit nothing make all scores equal, and any choice of boxes right
         for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
             norm.reset_running_stats()
             norm.momentum = None
@@ -172,7 +221,8 @@ def check(name: str) -> dict[str, Any]:
     from fxprune import cost, passes
     from fxprune.verify import mask_
 
-    model, x = build(name), example(name)
+    model = build(name)
+    x = example(name, model)
     big = cost.params(model) > BIG or name in SINGLE
     analysis, row = analysed(model, x)
     graph = analysis.graph
@@ -188,7 +238,7 @@ def check(name: str) -> dict[str, Any]:
         mask_(whole, param_map)
     return row | {
         "model": name,
-        "kind": names()[name],
+        "kind": kind_of(name),
         "flops": cost.flops(compact, x) / cost.flops(whole, x),
         "params": cost.params(compact) / cost.params(graph),
         "dtype": "float32" if big else "float64",
@@ -200,10 +250,10 @@ def check(name: str) -> dict[str, Any]:
     }
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[dict[str, Any]], title: str) -> str:
     """The table, as Markdown."""
     lines = [
-        "# torchvision, every model",
+        f"# {title}",
         "",
         "Each is pruned to half its FLOPs by the defaults of `passes.Magnitude`, with random weights and",
         "randomised norms. `law` is the largest difference between the masked original and the compact model,",
@@ -258,6 +308,7 @@ def main() -> None:
     """Check the models that are not in the results yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="", help="comma-separated; default all")
+    parser.add_argument("--timm", action="store_true", help="the models of timm (pip install timm)")
     parser.add_argument("--onnx", action="store_true", help="compare onnxruntime with PyTorch too")
     parser.add_argument("--analyses", action="store_true", help="analyse anew what is in the results")
     parser.add_argument("--limit-s", type=float, default=1200)
@@ -267,23 +318,25 @@ def main() -> None:
         print(json.dumps(parity(options.one) if options.onnx else check(options.one)))
         return
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "zoo.jsonl"
+    every = [f"timm:{name}" for name in TIMM.split()] if options.timm else list(names())
+    title = f"timm {version('timm')}, one model of each family" if options.timm else "torchvision, every model"
+    path = RESULTS / ("zoo_timm.jsonl" if options.timm else "zoo.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = {row["model"]: row for row in found if "error" not in row}
-    kinds = names()
-    for name in options.models.split(",") if options.models else kinds:
+    for name in options.models.split(",") if options.models else every:
         if name in rows and options.analyses:
-            rows[name] |= analysed(build(name), example(name))[1]
+            model = build(name)
+            rows[name] |= analysed(model, example(name, model))[1]
             print(name, "analysed", file=sys.stderr, flush=True)
         if name not in rows:
-            rows[name] = {"model": name, "kind": kinds[name], **one(name, False, options.limit_s)}
+            rows[name] = {"model": name, "kind": kind_of(name), **one(name, False, options.limit_s)}
             print(name, rows[name].get("error", "passes"), file=sys.stderr, flush=True)
-        if options.onnx and not isinstance(rows[name]["onnx"], float):
+        if options.onnx and "error" not in rows[name] and not isinstance(rows[name]["onnx"], float):
             rows[name]["onnx"] = one(name, True, options.limit_s)
             print(name, "onnx", rows[name]["onnx"], file=sys.stderr, flush=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    (RESULTS / "zoo.md").write_text(report(list(rows.values())))
-    print(report(list(rows.values())))
+    path.with_suffix(".md").write_text(report(list(rows.values()), title))
+    print(report(list(rows.values()), title))
 
 
 if __name__ == "__main__":

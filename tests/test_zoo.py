@@ -1,6 +1,6 @@
-"""The torchvision zoo: the smallest of each family, pruned to half its FLOPs, obeys the law in eval and train mode.
+"""The zoos: small torchvision models of each family, and some of timm, pruned to half their FLOPs, obey the law.
 
-``benchmarks/zoo.py`` runs all 107 and records them; this is its ``check`` on a third.
+``benchmarks/zoo.py`` runs them all and records them; this is its ``check`` on a third.
 """
 
 import sys
@@ -22,11 +22,18 @@ OTHERS = (
     "quantized_googlenet quantized_mobilenet_v2 quantized_mobilenet_v3_large quantized_resnet18 "
     "quantized_shufflenet_v2_x0_5"
 )
+TIMM = [  # what torchvision has none of
+    f"timm:{name}"
+    for name in (
+        "crossvit_9_240 efficientformer_l1 ghostnet_050 hrnet_w18_small levit_128s mobilevit_xxs "
+        "nfnet_l0 res2net50_14w_8s skresnet18 xcit_nano_12_p16_224"
+    ).split()
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", f"{CLASSIFICATION} {OTHERS}".split())
-@pytest.mark.filterwarnings("ignore")  # torch's and torchvision's own, of 35 models in turn
+@pytest.mark.parametrize("name", [*f"{CLASSIFICATION} {OTHERS}".split(), *TIMM])
+@pytest.mark.filterwarnings("ignore")  # torch's and torchvision's own, of these models in turn
 def test_half_the_flops_and_the_same_function(name: str) -> None:
     row = check(name)  # raises where the law does not hold
     assert 0.49 <= row["flops"] <= 0.5
