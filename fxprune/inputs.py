@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import AnalysisError
+from fxprune.traced import regions
 
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -41,12 +43,21 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 def for_mode(inputs: Bound, mode: bool, module: nn.Module) -> Bound:
     """The inputs to run a mode with: batch norm can't train on one value per channel, so a batch of 1 becomes 2."""
-    normed = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
-    if not (mode and normed) or any(not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)):
+    if not (mode and norms_batches(module)) or any(
+        not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)
+    ):
         return inputs
     # Unlike samples: the norm of two that are nearly alike is all noise.
     double: Bound = map_tensors(lambda t: torch.cat([t, -t if t.is_floating_point() else t.flip(-1)]), inputs)
     return double
+
+
+def norms_batches(model: nn.Module) -> bool:
+    """Whether there is batch norm in ``model``, as a layer or as a function."""
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        return True
+    graphs = [graph for region in regions(model).values() for graph in region.graphs.values()]
+    return any(node.target in (F.batch_norm, torch.batch_norm) for graph in graphs for node in graph.nodes)
 
 
 def describe(example_inputs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from criteria import CRITERIA
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from laws import (
     slice_commutes_with_a_step,
     slice_is_zero,
 )
-from models import MODELS, args_kwargs, cast, conv_bn, prepare, randomize
+from models import MODELS, args_kwargs, cast, prepare, randomize
 from random_networks import Program, build, inputs, networks, program_from_seed
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -175,11 +176,18 @@ class Pooled(nn.Module):
 
     def __init__(self, pooled: nn.Module) -> None:
         super().__init__()
-        self.conv, self.pooled, self.last = conv_bn(3, 8), pooled, nn.Linear(8, 4)
+        self.conv, self.pooled, self.last = nn.Conv2d(3, 8, 3), pooled, nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.last(self.pooled(self.conv(x).mean((2, 3), keepdim=True)).flatten(1))
         return result * 2 if self.training else result
+
+
+class Functional(nn.BatchNorm2d):
+    """A class of the user's own, which is traced through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +195,9 @@ class Pooled(nn.Module):
     [
         nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
         nn.Sequential(nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8)),
+        nn.Sequential(nn.Conv2d(8, 8, 1), Functional(8)),
     ],
-    ids=["2d", "1d"],
+    ids=["2d", "1d", "functional"],
 )
 def test_one_sample_is_enough_where_batch_norm_trains_on_two(pooled: nn.Module) -> None:
     model, one = randomize(Pooled(pooled), 0).double(), torch.randn(1, 3, 8, 8, dtype=torch.float64)
