@@ -5,18 +5,20 @@ FLOPs are those of ``torch.utils.flop_counter``: a multiply and an add are 2 FLO
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.interpret import Runner
 from fxprune.channels.labels import Label, varying
 from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
@@ -38,7 +40,12 @@ def flops(model: nn.Module, example_inputs: Any) -> int:
 def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """The same for each module, by its path; what stands in a module counts for it too, and "" is the model."""
     found = counted(model, example_inputs).get_flop_counts()
-    return {path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"}
+    flops = Counter({path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"})
+    if isinstance(model, TracedModule):
+        functions = Functions(model, model.training, without_data(model))
+        functions.start(map_tensors(on_meta, bind(example_inputs)))
+        flops += functions.flops
+    return flops
 
 
 def counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
@@ -49,13 +56,34 @@ def counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
         with counter, torch.no_grad(), torch.random.fork_rng():
             model(*args, **kwargs)
         return counter
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    # A single integer is a counter, whose value batch norm reads.
-    state = {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}
     args, kwargs = map_tensors(on_meta, bind(example_inputs))
     with counter, torch.no_grad():
-        functional_call(model, state, args, kwargs)
+        functional_call(model, without_data(model), args, kwargs)
     return counter
+
+
+def without_data(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers on meta, but for single integers: counters, whose value batch norm reads."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}
+
+
+class Functions(Runner):
+    """Counts the FLOPs of functions, for the module whose forward called them: tracing went through that."""
+
+    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor]) -> None:
+        super().__init__(module, mode, state)
+        self.flops = Counter[str]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and count if it is a function of a module."""
+        if n.op == "call_module" or not n.meta.get("nn_module_stack"):
+            return super().run_node(n)
+        path, _ = list(n.meta["nn_module_stack"].values())[-1]
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        self.flops[path] += counter.get_total_flops()
+        return result
 
 
 def params(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from fxprune.channels.groups import Group
 from fxprune.cost import Channels, cost_of, flops_by_module
 from fxprune.log import Log
 from fxprune.plan import Plan
-from fxprune.traced import Model, in_eval
+from fxprune.traced import Model, in_eval, regions
 
 if TYPE_CHECKING:
     from fxprune.bench import Bench
@@ -157,6 +157,7 @@ def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     for group in before.groups.values():
         for path in layers_of(group):
             groups.setdefault(path, []).append(group.name)
+    kinds = classes(before.graph)
     result = []
     for path, layer in modules[0].items():
         both = (layer, modules[1].get(path))
@@ -164,7 +165,7 @@ def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
         result.append(
             Layer(
                 name=path,
-                kind=type(layer).__name__,
+                kind=kinds.get(path, type(layer).__name__),
                 outputs=outputs,
                 inputs=inputs,
                 params=pair(sum(p.numel() for p in each.parameters(recurse=False)) if each else 0 for each in both),
@@ -193,6 +194,17 @@ def weighted(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if any(p.ndim > 1 for p in module.parameters(recurse=False))
     }
+
+
+def classes(model: nn.Module) -> dict[str, str]:
+    """The class that each module had which tracing went through, by path."""
+    found = {}
+    for region, traced in regions(model).items():
+        for node in traced.graphs[False].nodes:
+            if node.op != "call_module":
+                for path, kind in node.meta.get("nn_module_stack", {}).values():
+                    found[f"{region}.{path}".strip(".")] = getattr(kind, "__name__", str(kind))
+    return found
 
 
 def ends(layer: nn.Module | None) -> tuple[int, int]:

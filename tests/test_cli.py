@@ -21,6 +21,7 @@ import fxprune
 from fxprune import passes
 from fxprune.bench import Bench, Measured
 from fxprune.cli.app import app
+from fxprune.cli.models import ModelError, timm_model
 from fxprune.timing import Spread
 
 FACTORY = """
@@ -340,6 +341,16 @@ def test_factories(model: str, shapes: list[str]) -> None:
     run("apply", "out/plan.json", "--model", model, "--no-onnx", "--no-measure", "-o", "again")
 
 
+def test_a_model_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = "timm:mobilenetv4_conv_small", ["--input", "1,3,32,32", "--classes", "4"]
+    text = run("prune", model, *options, *HALF, "--no-onnx", "--no-measure", "-o", "mobile").stdout
+    assert "verified: masked original == compact" in text
+    run("apply", "mobile/plan.json", "--no-onnx", "--no-measure", "-o", "again")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match="timm:resnet50 needs timm: pip install timm"):
+        timm_model("resnet50", {}, False)
+
+
 def test_help_and_version() -> None:
     text = run("--help").stdout
     for verb in ("inspect", "prune", "apply", "bench", "export", "diff"):
@@ -361,7 +372,7 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["prune", *TINY], 2, r"an empty budget: give at least one of flops.* For example --flops 0\.5"),
     (["prune", "resnet18", *HALF], 2, "'resnet18' names no model: give torchvision:NAME"),
     (["prune", "torchvision:resnet81", *HALF], 2, "torchvision has no model 'resnet81'; did you mean resnet1[08]"),
-    (["prune", "timm:resnet50", *HALF], 2, "timm:resnet50 needs timm: pip install timm"),
+    (["prune", "timm:resnet81", *HALF], 2, "timm has no model 'resnet81'; did you mean resnet"),
     (["prune", "no.such:factory", *SHAPE, *HALF], 2, "no.such can't be imported: ModuleNotFoundError"),
     (["prune", "no.py:factory", *SHAPE, *HALF], 2, "there is no file no.py"),
     (["prune", "net:nett", *SHAPE, *HALF], 2, "net has no class or function 'nett'; did you mean net"),

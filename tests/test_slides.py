@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_report import ATTACKS, Named, Page
-from torch import nn
+from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, passes
@@ -65,6 +66,22 @@ def test_a_summary_counts() -> None:
     assert summary.paths() == {"0": ["0", "3"], "3": ["3", "4"]}
     assert "16 → " in str(summary)
     assert analysis.graph.training, "modes are as before"
+
+
+class Own(nn.Conv2d):
+    """A layer of the user's own, which tracing goes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
+def test_functions_count_for_the_layer_that_calls_them() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Sequential(Own(16, 8, 3)), nn.Conv2d(8, 4, 1))
+    _, summary = summarized(model)
+    assert [each.kind for each in summary.layers] == ["Conv2d", "Own", "Conv2d"]
+    assert all(each.flops[0] > each.flops[1] > 0 for each in summary.layers)
+    for at in (0, 1):
+        assert sum(each.flops[at] for each in summary.layers) == summary.totals["flops"][at]
 
 
 def test_a_branch_that_is_gone_is_zero() -> None:
