@@ -39,6 +39,11 @@ class Late:
         model.recompile()
         return model.forward
 
+    def __call__(self, model: "TracedModule", *args: Any, **kwargs: Any) -> Any:
+        """As a function: some libraries call ``type(model).forward(model, x)``."""
+        model.recompile()
+        return type(model).forward(model, *args, **kwargs)
+
 
 class TracedModule(fx.GraphModule):
     """A ``GraphModule`` with one graph for each mode. ``.training`` decides which one runs, and is ``.graph``.
@@ -78,7 +83,7 @@ class TracedModule(fx.GraphModule):
             graph._owning_module = None
             graph.owning_module = self
         self._graph = train_graph
-        type(self).forward = Late()  # type: ignore[assignment]
+        type(self).forward = Late()
 
     @property
     def graph(self) -> fx.Graph:

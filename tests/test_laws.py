@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -324,6 +325,21 @@ def test_trace_is_the_model(name: str) -> None:
             torch.testing.assert_close(run(graph, example, mode), expected, rtol=1e-12, atol=1e-12)
         else:
             assert_identical(run(graph, example, mode), expected)
+
+
+def test_forward_is_made_late_however_it_is_called() -> None:
+    _, x = prepare(MODELS["residual"])
+    expected = copy.deepcopy(analysed("residual")[2]).eval()(*x)
+
+    def patched(self: nn.Module, *args: Any) -> Any:  # as Accelerate does
+        return type(self).forward(self, *args)
+
+    for call in (lambda new: new(*x), lambda new: new.forward(*x), lambda new: type(new).forward(new, *x)):
+        assert torch.equal(call(copy.deepcopy(analysed("residual")[2]).eval()), expected)
+    new = copy.deepcopy(analysed("residual")[2]).eval()
+    new.forward = MethodType(patched, new)
+    assert torch.equal(new(*x), expected)
+    assert "def forward" in copy.deepcopy(new).code
 
 
 @every_case
