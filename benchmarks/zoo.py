@@ -1,7 +1,7 @@
 """Every torchvision model: pruned to half its FLOPs, the law checked, exported to ONNX.
 
     python benchmarks/zoo.py                     all models, each in a process of its own
-    python benchmarks/zoo.py --timm              one of each family of timm instead
+    python benchmarks/zoo.py --timm              small models of the families of timm instead
     python benchmarks/zoo.py --models resnet18   some
     python benchmarks/zoo.py --onnx              their ONNX parity too
     python benchmarks/zoo.py --analyses          analyse anew, without checking the law
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 BIG = 150_000_000  # parameters from which the law is checked in float32, outputs only
 SINGLE = {"keypointrcnn_resnet50_fpn"}  # takes float32 targets only
 
-TIMM = (  # a small one of each family, as far as it trains on a CPU in seconds
+TIMM = (  # small ones of its families, that train on a CPU in seconds
     "beit_base_patch16_224 cait_xxs24_224 coat_lite_tiny coatnet_pico_rw_224 convit_tiny convmixer_768_32 "
     "convnext_atto convnextv2_atto crossvit_9_240 cs3darknet_s davit_tiny deit_tiny_patch16_224 densenet121 dla34 "
     "dla46_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_lite0 efficientvit_b0 "
@@ -319,7 +319,7 @@ def main() -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     every = [f"timm:{name}" for name in TIMM.split()] if options.timm else list(names())
-    title = f"timm {version('timm')}, one model of each family" if options.timm else "torchvision, every model"
+    title = f"timm {version('timm')}, small models of its families" if options.timm else "torchvision, every model"
     path = RESULTS / ("zoo_timm.jsonl" if options.timm else "zoo.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = {row["model"]: row for row in found if "error" not in row}
