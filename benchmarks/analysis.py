@@ -213,11 +213,9 @@ def summary(pairs: dict[str, Pair]) -> Iterator[str]:
         yield f"- Median ratio: {median(faster.values()):.1f} (aim 3), over {len(faster)} models."
         best = {m: times_faster(*pairs[m], typical=min) for m in faster}
         yield f"- The same by the fastest repeat: {median(filter(None, best.values())):.1f}."
-        least = [ratio for a, b in pairs.values() if (ratio := at_least(a, b)) is not None]
-        yield (
-            f"- With the {len(least)} models that took Torch-Pruning more than the limit, counted as the limit: "
-            f"{median([*faster.values(), *least]):.1f}."
-        )
+    if faster and (least := [ratio for a, b in pairs.values() if (ratio := at_least(a, b)) is not None]):
+        over = f"the {len(least)} models that took Torch-Pruning more than the limit, counted as the limit"
+        yield f"- With {over}: {median([*faster.values(), *least]):.1f}."
     if dense := {model: ratio for model, ratio in faster.items() if model.startswith("densenet")}:
         listed = ", ".join(f"{model} {ratio:.1f}" for model, ratio in dense.items())
         yield f"- DenseNets (aim 30): {listed}."

@@ -135,6 +135,12 @@ def example(name: str, model: Any) -> Any:
     return torch.randn(2, 3, 96, 96)
 
 
+def made(name: str) -> tuple[Any, Any]:
+    """A model and its input."""
+    model = build(name)
+    return model, example(name, model)
+
+
 def runs(model: Any, x: Any) -> bool:
     """Whether a model takes ``x``: some are made for one size."""
     try:
@@ -165,8 +171,7 @@ def parity(name: str) -> float:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    model = build(name)
-    x = example(name, model)
+    model, x = made(name)
     if kind_of(name) == "detection":  # averages that fit nothing make all scores equal, and any choice of boxes right
         for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
             norm.reset_running_stats()
@@ -221,8 +226,7 @@ def check(name: str) -> dict[str, Any]:
     from fxprune import cost, passes
     from fxprune.verify import mask_
 
-    model = build(name)
-    x = example(name, model)
+    model, x = made(name)
     big = cost.params(model) > BIG or name in SINGLE
     analysis, row = analysed(model, x)
     graph = analysis.graph
@@ -325,8 +329,7 @@ def main() -> None:
     rows = {row["model"]: row for row in found if "error" not in row}
     for name in options.models.split(",") if options.models else every:
         if name in rows and options.analyses:
-            model = build(name)
-            rows[name] |= analysed(model, example(name, model))[1]
+            rows[name] |= analysed(*made(name))[1]
             print(name, "analysed", file=sys.stderr, flush=True)
         if name not in rows:
             rows[name] = {"model": name, "kind": kind_of(name), **one(name, False, options.limit_s)}

@@ -42,7 +42,7 @@ def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     found = counted(model, example_inputs).get_flop_counts()
     flops = Counter({path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"})
     if isinstance(model, TracedModule):
-        functions = Functions(model, model.training, without_data(model))
+        functions = Functions(model, model.training, state_on_meta(model))
         functions.start(map_tensors(on_meta, bind(example_inputs)))
         flops += functions.flops
     return flops
@@ -58,11 +58,11 @@ def counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
         return counter
     args, kwargs = map_tensors(on_meta, bind(example_inputs))
     with counter, torch.no_grad():
-        functional_call(model, without_data(model), args, kwargs)
+        functional_call(model, state_on_meta(model), args, kwargs)
     return counter
 
 
-def without_data(model: nn.Module) -> dict[str, Tensor]:
+def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers on meta, but for single integers: counters, whose value batch norm reads."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     return {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}

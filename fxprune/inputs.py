@@ -56,7 +56,7 @@ def norms_batches(model: nn.Module) -> bool:
     """Whether there is batch norm in ``model``, as a layer or as a function."""
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
         return True
-    graphs = [graph for region in regions(model).values() for graph in region.graphs.values()]
+    graphs = [graph for region in regions(model).values() for graph in region.distinct_graphs().values()]
     return any(node.target in (F.batch_norm, torch.batch_norm) for graph in graphs for node in graph.nodes)
 
 

@@ -326,9 +326,11 @@ def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
             (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if is_users(frame.filename)), None
         )
         place = f", {where.filename}:{where.lineno}: `{where.line}`" if where else ""
-        paths = {id(part): path for path, part in model.named_modules()}
-        inner, kind = tracer.inside[-1] if tracer.inside else (id(model), type(model).__name__)
-        module = f"{paths.get(inner, '')} ({kind})" if tracer.inside else kind
+        module = type(model).__name__
+        if tracer.inside:
+            paths = {id(part): path for path, part in model.named_modules()}
+            inner, kind = tracer.inside[-1]
+            module = f"{paths.get(inner, '')} ({kind})"
         raise TraceError(
             f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
             "Python there depends on the values of tensors. With example_inputs, its parts are traced one by one; "
