@@ -4,24 +4,26 @@
 
 The clock takes CPU seconds on one thread: trace + analyze + plan + rewrite for fxprune, graph +
 step for Torch-Pruning, both to half the channels by group magnitude. Every (model, tool) has a
-process of its own, the tools take turns, and each result is appended to analysis.jsonl: a broken
-run goes on where it stopped. Needs Linux (/proc).
+process of its own, and the tools take turns, repeat by repeat: a machine that gets slower does so
+for both. Each result is appended to analysis.jsonl: a broken run goes on where it stopped. Needs
+Linux (/proc).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from common import RESULTS, in_words, machine, table, write
 
@@ -42,12 +44,12 @@ def main() -> None:
         log.unlink(missing_ok=True)
     done = read(log, options)
     for model in options.models:
-        for tool in options.tools:
-            if (model, tool) not in done:
-                row = done[model, tool] = measure(model, tool, options.repeats, options.limit_s)
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{model:20} {tool:14} {outcome(row)}", flush=True)
+        tools = [tool for tool in options.tools if (model, tool) not in done]
+        for row in measure(model, tools, options):
+            done[model, row["tool"]] = row
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{model:20} {row['tool']:14} {outcome(row)}", flush=True)
     report(done, options)
 
 
@@ -55,7 +57,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--models", type=names, help="separated by commas; default: all")
     parser.add_argument("--tools", type=names, default=list(TOOLS), help=f"of {', '.join(TOOLS)}")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="at least")
+    parser.add_argument("--at-least-s", type=float, default=2, help="repeat until a tool has used this much CPU")
     parser.add_argument("--limit-s", type=float, default=200, help="CPU seconds for one repeat")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--name", default="analysis", help="of the files of the result")
@@ -84,57 +87,112 @@ def classification_models() -> list[str]:
 def read(log: Path, options: argparse.Namespace) -> dict[tuple[str, str], Row]:
     """Read what was measured so far under the same options, by model and tool."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    same = {"repeats": options.repeats, "limit_s": options.limit_s}
-    rows = [row for row in map(json.loads, lines) if same.items() <= row.items()]
+    rows = [row for row in map(json.loads, lines) if conditions(options).items() <= row.items()]
     return {(row["model"], row["tool"]): row for row in rows}
 
 
-def measure(model: str, tool: str, repeats: int, limit_s: float) -> Row:
-    """Run the worker in a fresh process, and watch its memory.
+def conditions(options: argparse.Namespace) -> Row:
+    """Say what rows must agree in to stand in one table."""
+    return {key: vars(options)[key] for key in ("repeats", "at_least_s", "limit_s")}
+
+
+def measure(model: str, tools: list[str], options: argparse.Namespace) -> list[Row]:
+    """Prune one model with each tool, in turns.
 
     A row holds the seconds of each repeat, the medians of their stages, and the peak memory;
     `result` is "runs" or what the pruned model raised, `failure` why there is none, or None.
     """
-    command = [sys.executable, "-W", "ignore", str(WORKER), tool, model, str(repeats), str(limit_s)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    largest = 0
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-        try:
-            while process.poll() is None:
-                largest = max(largest, resident_bytes(process.pid))
-                if largest > MEMORY_LIMIT:
-                    process.kill()
-                time.sleep(0.05)
-        finally:
-            process.kill()
-            process.wait()
-        out.seek(0)
-        err.seek(0)
-        told = [json.loads(line) for line in out]
-        last_words = (err.read().strip().splitlines() or [""])[-1]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(model, tool, options.limit_s)) for tool in tools]
+        while waiting := [worker for worker in workers if worker.goes_on(options)]:
+            for worker in waiting:
+                worker.repeat()
+        return [worker.row() | conditions(options) for worker in workers]
 
-    runs = [facts for facts in told if "stages" in facts]
-    stages = runs[0]["stages"] if runs else {}
-    ends = {key: facts[key] for facts in told for key in ("failure", "result") if key in facts}
-    if largest > MEMORY_LIMIT:
-        ends["failure"] = f"memory: over {MEMORY_LIMIT / GIB:.0f} GiB"
-    elif process.returncode == -signal.SIGPROF:
-        ends["failure"] = f"time: over {limit_s:.0f} s"
-    elif process.returncode != 0:
-        ends["failure"] = f"exit code {process.returncode}: {last_words}"[:120]
-    return {
-        "model": model,
-        "tool": tool,
-        "repeats": repeats,
-        "limit_s": limit_s,
-        "seconds": [sum(run["stages"].values()) for run in runs],
-        "stages": {stage: median(run["stages"][stage] for run in runs) for stage in stages},
-        "peak_bytes": largest if "failure" in ends else runs[-1]["peak_bytes"],
-        "parameters_kept": runs[-1]["parameters_kept"] if runs else None,
-        "result": ends.get("result"),
-        "failure": ends.get("failure"),
-    }
+
+class Worker:
+    """A fresh process that prunes one model with one tool each time it is asked to. Its memory is watched."""
+
+    def __init__(self, model: str, tool: str, limit_s: float) -> None:
+        self.model, self.tool, self.limit_s = model, tool, limit_s
+        self.told: list[Row] = []
+        self.ended = False
+        self.largest = 0
+
+    def __enter__(self) -> Self:
+        self.err = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(WORKER), self.tool, self.model, str(self.limit_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.err,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(BrokenPipeError), self.process, self.err:
+            self.process.kill()
+
+    @property
+    def runs(self) -> list[Row]:
+        return [facts for facts in self.told if "stages" in facts]
+
+    @property
+    def seconds(self) -> list[float]:
+        return [sum(run["stages"].values()) for run in self.runs]
+
+    def goes_on(self, options: argparse.Namespace) -> bool:
+        """Say whether it can be asked again, and should be."""
+        enough = len(self.runs) >= options.repeats and sum(self.seconds) >= options.at_least_s
+        return not (self.ended or enough)
+
+    def repeat(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(file=self.process.stdin, flush=True)
+        self.hear()
+
+    def hear(self) -> None:
+        """Wait for the line that it tells next, or for its end."""
+        assert self.process.stdout is not None
+        while not select.select([self.process.stdout], [], [], 0.05)[0]:
+            self.largest = max(self.largest, resident_bytes(self.process.pid))
+            if self.largest > MEMORY_LIMIT:
+                self.process.kill()
+        line = self.process.stdout.readline()
+        if line:
+            self.told.append(json.loads(line))
+        self.ended = not line or "failure" in self.told[-1]
+
+    def row(self) -> Row:
+        """Let it come to its end, and say what it told."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        while not self.ended:
+            self.hear()
+        self.process.wait()
+        ends = {key: facts[key] for facts in self.told for key in ("failure", "result") if key in facts}
+        if self.largest > MEMORY_LIMIT:
+            ends["failure"] = f"memory: over {MEMORY_LIMIT / GIB:.0f} GiB"
+        elif self.process.returncode == -signal.SIGPROF:
+            ends["failure"] = f"time: over {self.limit_s:.0f} s"
+        elif self.process.returncode != 0:
+            self.err.seek(0)
+            last_words = (self.err.read().strip().splitlines() or [""])[-1]
+            ends["failure"] = f"exit code {self.process.returncode}: {last_words}"[:120]
+        stages = self.runs[0]["stages"] if self.runs else {}
+        return {
+            "model": self.model,
+            "tool": self.tool,
+            "seconds": self.seconds,
+            "stages": {stage: median(run["stages"][stage] for run in self.runs) for stage in stages},
+            "peak_bytes": self.largest if "failure" in ends else self.runs[-1]["peak_bytes"],
+            "parameters_kept": self.runs[-1]["parameters_kept"] if self.runs else None,
+            "result": ends.get("result"),
+            "failure": ends.get("failure"),
+        }
 
 
 def resident_bytes(pid: int) -> int:
@@ -164,8 +222,9 @@ def report(done: dict[tuple[str, str], Row], options: argparse.Namespace) -> Non
         [
             "# The cost of a cut",
             "",
-            "CPU seconds on one thread to cut half the channels: the median of "
-            f"{options.repeats} repeats in one process; the first, which warms up, in brackets. "
+            "CPU seconds on one thread to cut half the channels: the median of the repeats in one process, of which "
+            f"there are {options.repeats}, or more until a tool has used {options.at_least_s:g} s; the first, which "
+            "warms up, in brackets. The tools take turns, repeat by repeat. "
             "Peak: resident memory of the process, torch included. "
             f"Parameters: what is left. Limits: {options.limit_s:.0f} CPU seconds a repeat, "
             f"{MEMORY_LIMIT // GIB} GiB.",
@@ -214,7 +273,7 @@ def summary(pairs: dict[str, Pair]) -> Iterator[str]:
         best = {m: times_faster(*pairs[m], typical=min) for m in faster}
         yield f"- The same by the fastest repeat: {median(filter(None, best.values())):.1f}."
     if faster and (least := [ratio for a, b in pairs.values() if (ratio := at_least(a, b)) is not None]):
-        over = f"the {len(least)} models that took Torch-Pruning more than the limit, counted as the limit"
+        over = f"those that took Torch-Pruning more than the limit ({len(least)}) counted as the limit"
         yield f"- With {over}: {median([*faster.values(), *least]):.1f}."
     if dense := {model: ratio for model, ratio in faster.items() if model.startswith("densenet")}:
         listed = ", ".join(f"{model} {ratio:.1f}" for model, ratio in dense.items())

@@ -1,4 +1,4 @@
-"""Prune one model with one tool, several times, and print a line of JSON after each time.
+"""Prune one model with one tool for each line read, and print a line of JSON after each time.
 
 `analysis.py` starts this in a fresh process for each (model, tool). Imports and the building of the
 model are outside the clock.
@@ -130,8 +130,8 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"[:100]
 
 
-def work(tool: str, name: str, repeats: int, limit_s: float) -> None:
-    """Print one line a repeat, then one that says whether the last result runs, or the failure."""
+def work(tool: str, name: str, limit_s: float) -> None:
+    """Print one line a repeat, after the last line read whether the last result runs, or the failure."""
     out = sys.stdout
 
     def tell(**facts: Any) -> None:
@@ -139,7 +139,7 @@ def work(tool: str, name: str, repeats: int, limit_s: float) -> None:
 
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
-        for _ in range(repeats):
+        for _ in sys.stdin:
             model, x = build(name)
             dense = parameters(model)
             gc.collect()
@@ -156,4 +156,4 @@ def work(tool: str, name: str, repeats: int, limit_s: float) -> None:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], sys.argv[2], repeats=int(sys.argv[3]), limit_s=float(sys.argv[4]))
+    work(sys.argv[1], sys.argv[2], limit_s=float(sys.argv[3]))
