@@ -125,8 +125,9 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
     for norm in analysis.norms:
         mask = stays[norm.label]
         if not mask.all():
+            before = kept.get((norm.mode, norm.node), (None,) * mask.ndim)
             kept[norm.mode, norm.node] = tuple(
-                torch.from_numpy(left(mask, axis).nonzero()[0]) if size > 1 else None
+                torch.from_numpy(left(mask, axis).nonzero()[0]) if size > 1 else before[axis]
                 for axis, size in enumerate(mask.shape)
             )
     return kept

@@ -29,6 +29,7 @@ from fxprune.traced import ATOMS, START, TracedModule, carried, is_traced
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(__file__) + os.sep
 TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand in their attributes
+NOT_NEEDED = (torch._assert, "mean")  # unless used: checks of sizes, and the attention weights' mean over the heads
 KEPT = (StochasticDepth,)  # like dropout: what it does depends on the mode, but not on channels
 
 
@@ -311,7 +312,7 @@ def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx
     for node in list(graph.nodes):
         if isinstance(node.type, str):  # an annotation of postponed evaluation; torch 2.11 can't pickle it
             node.type = None
-        if node.op == "call_function" and node.target is torch._assert and not node.users:
+        if node.target in NOT_NEEDED and not node.users:
             graph.erase_node(node)
     return graph
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.channels.interpret import placeholders, within
+from fxprune.channels.reduction import STATISTICS
 from fxprune.cost import device_of
 from fxprune.errors import VerificationError, require
 from fxprune.inputs import Bound, bind, for_mode, map_tensors, tensors_in
@@ -339,15 +340,17 @@ class MaskedNorms(fx.Interpreter):
 
 
 class NormOverKept(TorchFunctionMode):
-    """Layer, RMS, single-group and stateless batch norms over the kept channels; removed channels come out as zero."""
+    """Norms, and statistics that others are written with, over the kept channels; removed ones come out as zero."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
         self.kept = kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept the norms of torch.nn.functional."""
+        """Intercept the norms of torch.nn.functional, and statistics."""
         kwargs = kwargs or {}
+        if func in STATISTICS:
+            return self.statistic(func, *args, **kwargs)
         if func not in NORM_ARGUMENTS:
             return func(*args, **kwargs)
         value = args[0]
@@ -363,13 +366,22 @@ class NormOverKept(TorchFunctionMode):
         for name in ("weight", "bias"):
             if given.get(name) is not None:
                 given[name] = cut_differentiably(given[name], vector)
-        result = func(small, **given)
-        for axis, index in enumerate(kept):
-            if index is not None:
-                shape = list(result.shape)
-                shape[axis] = value.shape[axis]
-                result = result.new_zeros(shape).index_copy(axis, index.to(result.device), result)
-        return result
+        return back(func(small, **given), kept, value)
+
+    def statistic(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A statistic of what is kept; one that norms its input gives something of the same shape."""
+        result = func(cut_differentiably(input, self.kept), *args, **kwargs)
+        return back(result, self.kept, input) if func is F.normalize else result
+
+
+def back(small: Tensor, kept: Kept, whole: Tensor) -> Tensor:
+    """What ``small`` holds, at the kept places of a tensor shaped like ``whole``, and zeros elsewhere."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            shape = list(small.shape)
+            shape[axis] = whole.shape[axis]
+            small = small.new_zeros(shape).index_copy(axis, index.to(small.device), small)
+    return small
 
 
 NORM_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {

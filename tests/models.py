@@ -765,6 +765,7 @@ register(
     "global_response",
     lambda: image_net(GlobalResponse(), cout=12),
     "ConvNeXt V2: a hand-written norm",
+    inexact=True,
 )
 
 
@@ -949,7 +950,8 @@ register(
 register(
     "weight_standardisation",
     lambda: image_net(StandardisedConv(), cout=12),
-    "the mean over the weight's inputs freezes them; its outputs can go",
+    "the mean over the weight's inputs is that of the inputs that are kept",
+    inexact=True,
 )
 register(
     "weight_standardisation_by_batch_norm",
@@ -1053,6 +1055,52 @@ class HandRms(nn.Module):
         return self.c(F.relu(self.b(x)))
 
 
+class HandLayerNorm(nn.Module):
+    """A layer norm over the channels of an image, as SAM and many others write it; ``form`` is how."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.weight, self.bias = nn.Parameter(torch.ones(12)), nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "var_mean":
+            variance, mean = torch.var_mean(x, 1, keepdim=True, correction=0)
+        else:
+            mean = x.mean(1, keepdim=True)
+            variance = (x - mean).pow(2).mean(1, keepdim=True) if self.form == "mean" else x.var(1, False, keepdim=True)
+        return self.weight[:, None, None] * ((x - mean) / (variance + 1e-5).sqrt()) + self.bias[:, None, None]
+
+
+class Normalize(nn.Module):
+    """Each pixel to length one, as SSD does it; after a sigmoid, no channel that goes is zero."""
+
+    def __init__(self, zero: bool) -> None:
+        super().__init__()
+        self.zero, self.scale = zero, nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.view(1, -1, 1, 1) * F.normalize(F.relu(x) if self.zero else torch.sigmoid(x))
+
+
+class LinearAttention(nn.Module):
+    """Attention without softmax: ``feature`` maps queries and keys, whose channels are summed over."""
+
+    def __init__(self, feature: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.feature, self.stem = feature, nn.Linear(10, 12)
+        self.q, self.k, self.v, self.fc = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        q, k = self.feature(self.q(x)), self.feature(self.k(x))
+        return self.fc(q @ (k.transpose(1, 2) @ self.v(x)))
+
+
+def one_more(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
 class SwiGLU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1092,7 +1140,23 @@ class Mixer(nn.Module):
         return self.fc((x + self.channels(x)).mean(1))
 
 
-register("hand_rms_norm", HandRms, "a norm in plain operators: the mean freezes its axis", VECTOR)
+register("hand_rms_norm", HandRms, "a norm in plain operators: its mean runs over what is kept", VECTOR, inexact=True)
+for form in ("mean", "var", "var_mean"):
+    register(
+        f"hand_layer_norm_{form}",
+        lambda form=form: image_net(conv(8, 12), HandLayerNorm(form), nn.ReLU(), cout=12),
+        "LayerNorm2d in plain operators",
+        inexact=True,
+    )
+register("normalize", lambda: image_net(conv(8, 12), Normalize(True), cout=12), "zeros add nothing to a length: exact")
+register(
+    "normalize_nonzero",
+    lambda: image_net(conv(8, 12), Normalize(False), cout=12),
+    "what goes was not zero: the length is that of what is kept",
+    inexact=True,
+)
+register("linear_attention", lambda: LinearAttention(F.relu), "zeros add nothing to a product", TOKENS)
+register("linear_attention_nonzero", lambda: LinearAttention(one_more), "f(0) = 1: queries and keys are frozen", TOKENS)
 register("swiglu", SwiGLU, "gated MLP of a language model", TOKENS)
 register(
     "convnext",

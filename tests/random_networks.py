@@ -25,7 +25,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 SIZE = 8  # height and width of the input
 LIMIT = 12  # operators in a program, heads not counted
-NORMS = ("group_norm", "layer_norm")  # norms across channels: exact only against a masked norm
+NORMS = ("group_norm", "layer_norm", "hand_norm")  # norms across channels: exact only against a masked norm
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,17 @@ class Writer:
         if self.shapes[x][0] >= 4:
             self.emit("layer_norm", (x,), self.shapes[x], c=self.shapes[x][0])
 
+    def hand_norm(self, x: int) -> None:
+        if self.shapes[x][0] >= 4:
+            form = self.choice(("rms", "layer", "response", "length", "sum"))
+            self.emit("hand_norm", (x,), self.shapes[x], c=self.shapes[x][0], form=form)
+
+    def kernel_attention(self, x: int) -> None:
+        """Queries and keys through a function, which need not map zero to zero, are summed over their channels."""
+        c, h = self.shapes[x]
+        name = self.choice(("relu", "sigmoid", "softplus", "silu"))
+        self.emit("kernel_attention", (x,), (c, h), c=c, dim=self.width(), name=name)
+
     def head(self, values: list[int]) -> Op:
         kind = self.choice(("pool_head", "flatten_head"))
         area = [1 if kind == "pool_head" else self.shapes[i][1] ** 2 for i in values]
@@ -267,7 +278,7 @@ def _write(integer: Callable[[int, int], int], norms: bool) -> Program:
     steps += [w.residual_chain, w.cat, w.split, w.depthwise, w.pool, w.squeeze, w.prelu, w.shuffle]
     steps += [w.reuse, w.conv_transpose, w.gate, w.glu, w.channel_slice, w.attention]
     if norms:
-        steps += [w.group_norm, w.layer_norm]
+        steps += [w.group_norm, w.layer_norm, w.hand_norm, w.kernel_attention]
     length = integer(3, LIMIT)
     w.conv(0)
     while len(w.ops) < length:
@@ -285,13 +296,13 @@ def _write(integer: Callable[[int, int], int], norms: bool) -> Program:
 
 
 def program_from_seed(seed: int, norms: bool = False) -> Program:
-    """The same program for the same seed; ``norms`` allows GroupNorm and LayerNorm."""
+    """The same program for the same seed; ``norms`` allows norms across channels, and attention by kernels."""
     return _write(random.Random(seed).randint, norms)
 
 
 @st.composite
 def networks(draw: st.DrawFn, norms: bool = False) -> Program:
-    """A hypothesis strategy of programs; ``norms`` allows GroupNorm and LayerNorm."""
+    """A hypothesis strategy of programs; ``norms`` allows norms across channels, and attention by kernels."""
     return _write(lambda low, high: draw(st.integers(low, high)), norms)
 
 
@@ -395,6 +406,39 @@ class ChannelsLastNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class HandNorm(nn.Module):
+    """A norm over channels in plain operators."""
+
+    def __init__(self, c: int, form: str) -> None:
+        super().__init__()
+        self.form, self.scale = form, nn.Parameter(torch.rand(c, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "rms":
+            return self.scale * x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-2)
+        if self.form == "layer":
+            return self.scale * (x - x.mean(1, keepdim=True)) / (x.std(1, correction=0, keepdim=True) + 0.1)
+        if self.form == "response":
+            length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+            return x + self.scale * x * (length / (length.mean(1, keepdim=True) + 0.1))
+        if self.form == "sum":
+            return self.scale * x / (1 + x.abs().sum(1, keepdim=True))
+        return self.scale * F.normalize(x, dim=1, eps=0.1)
+
+
+class KernelAttention(nn.Module):
+    """Attention over pixels without softmax."""
+
+    def __init__(self, c: int, dim: int, name: str) -> None:
+        super().__init__()
+        self.q, self.k = nn.Conv2d(c, dim, 1), nn.Conv2d(c, dim, 1)
+        self.function = getattr(F, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.function(self.q(x)).flatten(2), self.function(self.k(x)).flatten(2)
+        return x + (x.flatten(2) @ (k.transpose(1, 2) @ q / q.shape[2])).view(x.shape)
+
+
 class Head(nn.Module):
     """Pool or flatten every value, concatenate, classify."""
 
@@ -439,6 +483,8 @@ _MODULES: dict[str, Callable[..., nn.Module]] = {
     "batch_norm": lambda c: nn.BatchNorm2d(c),
     "group_norm": lambda groups, c: nn.GroupNorm(groups, c),
     "layer_norm": ChannelsLastNorm,
+    "hand_norm": HandNorm,
+    "kernel_attention": KernelAttention,
     "activation": lambda name: Function(getattr(torch if name in ("sigmoid", "tanh") else F, name)),
     "prelu": lambda c: nn.PReLU(c),
     "glu": lambda: nn.GLU(1),

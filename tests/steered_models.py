@@ -140,7 +140,7 @@ class FunctionalInPython(Steered):
         y = F.relu(F.conv2d(self.features(x), self.free))
         y = F.conv2d(y, self.grouped, groups=3, padding=1)
         y = F.group_norm(y, 2, self.norm)
-        return F.linear(y.mean((2, 3)), self.last)
+        return F.linear(y.mean((2, 3)), weight=self.last)
 
 
 class LayersInPython(Steered):

@@ -93,7 +93,7 @@ def test_pruning_composes(name: str) -> None:
 
 
 # One head that is left has positions that can go; a shift moves positions, of which others are at the border then.
-NEW_GROUPS = ("mha_exact", "shift")
+NEW_GROUPS = ("mha_exact", "mha_masked", "shift")
 
 
 @pytest.mark.parametrize("least", [1, 2])

@@ -190,6 +190,11 @@ def verify_is_blind(patch: Patch) -> None:
     wrong_channels(patch)
 
 
+def all_is_zero(patch: Patch) -> None:
+    """What a pointwise operator gives counts as zero in the channels that go."""
+    patch.setattr(pointwise, "zero_along", lambda call, axes: True)
+
+
 def norms_see_everything(patch: Patch) -> None:
     """The norm of the masked original runs over the removed channels too."""
     patch.setattr(REWRITE, "kept_by_norms", lambda analysis, stays: {})
@@ -218,6 +223,9 @@ MUTATIONS: list[tuple[Callable[[Patch], None], str]] = [
     (wrong_channels, "residual"),
     (verify_is_blind, "residual"),
     (norms_see_everything, "layer_norm_mlp"),
+    (norms_see_everything, "hand_rms_norm"),
+    (all_is_zero, "linear_attention_nonzero"),
+    (all_is_zero, "normalize_nonzero"),
     (train_mode_is_not_analysed, "train_only_coupling"),
 ]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxprune.channels.labels import Label, Labels, Operand, along, join, pin, reshape, settle, varying
-from fxprune.channels.pointwise import with_vectors
+from fxprune.channels.pointwise import added, with_vectors
 from fxprune.channels.tensor import Call, Term, operand, rule
 
 
@@ -22,6 +22,7 @@ class Factor:
     letters: str
     labels: Labels
     source: str
+    zero: bool
 
     def along(self, letter: str) -> Label | None:
         """The label that varies along ``letter``."""
@@ -50,6 +51,9 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
             for side in (a, b):
                 side.pin(call, letter, "shared by all groups")
         agree(call, a, b, letter)
+        if not (a.zero or b.zero):
+            for side in (a, b):
+                side.pin(call, letter, "summed where it is not zero")
     for letter in batch:
         agree(call, a, b, letter)
 
@@ -63,6 +67,12 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     results = [(side, label) for side, label in factors if side.varies(label) <= set(out)]
     for _, label in results:
         call.names.produce(label)
+    call.zero = all(
+        side.zero or (other.zero and all(other.along(letter) is not None for letter in side.varies(label)))
+        for side, label in results
+        for other in (a, b)
+        if other is not side
+    )
     return tuple(over(out, side, label) for side, label in results)
 
 
@@ -130,7 +140,9 @@ def addmm(call: Call) -> Labels:
     bias, a, b = (operand(value) for value in call.args[:3])
     batch = "b" if len(a.shape) == 3 else ""
     labels = matmul(call, a, b, f"{batch}mk", f"{batch}kn", f"{batch}mn")
-    return join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
+    labels = join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
+    call.zero = call.zero and added(call, labels, call.args[0], len(call.shape) - 1)
+    return labels
 
 
 @rule("linear")
@@ -138,7 +150,9 @@ def linear(call: Call) -> Labels:
     x, w = operand(call.args[0]), operand(call.args[1])
     rest = "abdefghijl"[: len(x.shape) - 1]
     labels = matmul(call, x, w, f"{rest}k", "ok"[-len(w.shape) :], f"{rest}o"[: len(call.shape)])
-    return with_vectors(call, Operand(labels, call.shape), [call.arg("bias")], len(call.shape) - 1)
+    labels = with_vectors(call, Operand(labels, call.shape), [call.arg("bias")], len(call.shape) - 1)
+    call.zero = call.zero and added(call, labels, call.arg("bias"), len(call.shape) - 1)
+    return labels
 
 
 @rule("mv", "dot")
@@ -150,7 +164,8 @@ def mv(call: Call) -> Labels:
 def matmul(call: Call, a: Operand, b: Operand, left: str, right: str, out: str) -> Labels:
     sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
     policy = call.run.heads
-    return contract(call, Factor(left, a.labels, a.source), Factor(right, b.labels, b.source), out, sizes, policy)
+    one, two = Factor(left, a.labels, a.source, a.zero), Factor(right, b.labels, b.source, b.zero)
+    return contract(call, one, two, out, sizes, policy)
 
 
 @rule("convolution", "_convolution")
@@ -168,7 +183,9 @@ def convolution(call: Call) -> Labels:
         labels = settle(call.names, (*across, *shared))
     before, after = (x.shape[0], groups, sizes["o"]), (*call.shape[:2], *[1] * len(x.shape[2:]))
     labels = tuple(reshape(label, before, after) for label in labels)
-    return with_vectors(call, Operand(labels, call.shape), [call.args[2]], 1)
+    labels = with_vectors(call, Operand(labels, call.shape), [call.args[2]], 1)
+    call.zero = call.zero and added(call, labels, call.args[2], 1)
+    return labels
 
 
 def factor(call: Call, value: Operand, letters: str, axis: int, groups: int, why: str) -> Factor:
@@ -177,7 +194,7 @@ def factor(call: Call, value: Operand, letters: str, axis: int, groups: int, why
     labels = (label.reshape(label.shape[:2]) for label in settle(call.names, pinned))
     before = value.shape[:2]
     after = (*before[:axis], groups, before[axis] // groups, *before[axis + 1 :])
-    return Factor(letters, tuple(reshape(label, before, after) for label in labels), value.source)
+    return Factor(letters, tuple(reshape(label, before, after) for label in labels), value.source, value.zero)
 
 
 ATTENTION = (
@@ -196,6 +213,6 @@ def attention(call: Call) -> Any:
     shape = (*query.shape[:-1], key.shape[-2])
     mask = call.arg("attn_mask", call.arg("attn_bias"))
     operands: Sequence[Operand] = [Operand(scores, shape)] + ([operand(mask)] if mask is not None else [])
-    weights = Operand(join(call.names, operands, len(shape)), shape, "attention weights")
+    weights = Operand(join(call.names, operands, len(shape)), shape, "attention weights", zero=False)
     labels = matmul(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
     return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels

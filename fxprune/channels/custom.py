@@ -73,6 +73,7 @@ def by_letters(letters: str, call: Call) -> Any:
     mixed = [order.index(letter) for letter in order if seen.count(letter) == 1]
     labels = join(call.names, given, len(order))
     labels = settle(call.names, (pin(call.names, label, mixed, f"mixed by {call.func}") for label in labels))
+    call.zero = False  # nobody said
     several = [over(call, order, side, labels) for side in outputs]
     return several if not isinstance(call.out, Tensor) else several[0]
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze, on_axis
 from fxprune.channels.layers import Lowered, lower
+from fxprune.channels.reduction import STATISTICS
 from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
@@ -52,7 +53,7 @@ def name_parameters(
                     axes[name, axis] = Axis(name, axis, names, weak=not isinstance(tensor, nn.Parameter))
                     labels.append(on_axis(names, axis, tensor.ndim))
             data = own(tensor) if run.real else on_meta(tensor)
-            state[name] = ChannelTensor(data, tuple(labels), run, name, name)
+            state[name] = ChannelTensor(data, tuple(labels), run, name, name, isinstance(tensor, nn.Parameter))
     if run.heads == "whole" and buffers is not None:
         run.names.yielding = range(buffers, len(run.names))
     return state, axes, aliases
@@ -153,6 +154,7 @@ class Recorder(Runner):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, with errors that name it and the user's line."""
         self.run_.names.node = within(self.region, n.name)
+        self.run_.statistic = function_of(n) in STATISTICS
         try:
             result = super().run_node(n)
         except FxpruneError:
@@ -217,6 +219,15 @@ class Recorder(Runner):
         owner = storage._cdata not in self._storages
         self._storages[storage._cdata] = storage  # kept alive, so that its address is not used again
         return Value(tuple(data.shape), labels, data.dtype, owner)
+
+
+def function_of(node: fx.Node) -> Any:
+    """The function that a node calls, on its first argument, as a mode of torch sees it; None for other nodes."""
+    if not node.args:
+        return None
+    if node.op == "call_method":
+        return getattr(Tensor, str(node.target), None)
+    return node.target if node.op == "call_function" else None
 
 
 def freeze_output(tensor: Tensor) -> None:

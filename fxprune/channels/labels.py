@@ -21,11 +21,12 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A value as an operator meets it: its labels, its shape, and what to call it where it has no names."""
+    """A value as an operator meets it: its labels, its shape, what to call it where it has no names, and ``zero``."""
 
     labels: Labels
     shape: Shape
     source: str = "a constant"
+    zero: bool = True  # as a ChannelTensor says it
 
 
 def on_axis(names: Ints, axis: int, ndim: int) -> Label:

@@ -187,6 +187,7 @@ def pad(call: Call) -> Labels:
             extend(call, label, axis, before, after) if label.shape[axis] > 1 and (before or after) else label
             for label in labels
         ]
+    call.zero = call.zero and not call.arg("value")
     return settle(call.names, labels)
 
 

@@ -5,12 +5,16 @@ look pointwise from the channels' side.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from fxprune.channels.labels import Labels, Operand, join
-from fxprune.channels.tensor import Call, operand, rule, unknown
+from fxprune.channels.labels import Labels, Operand, align, join, varying
+from fxprune.channels.tensor import Call, name_of, operand, rule, unknown
 
 UNTAGGED = (
     "hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel rrelu_with_noise log_sigmoid log_sigmoid_forward mish "
@@ -22,17 +26,68 @@ LIKE = (
     "alias detach clone contiguous lift_fresh lift_fresh_copy _to_copy zeros_like ones_like full_like empty_like "
     "rand_like randn_like randint_like"
 ).split()
+MADE_UP = "ones_like full_like empty_like rand_like randn_like randint_like".split()
 CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 
 
 @rule("pointwise", *UNTAGGED)
 def pointwise(call: Call) -> Labels:
     tensors = [operand(value) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
-    return join(call.names, tensors, len(call.shape))
+    labels = join(call.names, tensors, len(call.shape))
+    call.zero = all(zero_along(call, {*varying(label)}) for label in labels)
+    return labels
+
+
+def zero_along(call: Call, axes: set[int]) -> bool:
+    """Whether the result is zero in channels that go along ``axes``: the operator is asked, on numbers."""
+
+    def known(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        its = operand(value)
+        named = {axis for label in its.labels for axis in varying(align(label, len(call.shape)))}
+        return Sample(value.dtype, its.zero and axes <= named)
+
+    try:
+        return zero_of(call.func, tuple(map(known, call.args)), tuple((k, known(v)) for k, v in call.kwargs.items()))
+    except TypeError:  # an argument that can't be hashed
+        return False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tensor operand: all zeros, or any numbers."""
+
+    dtype: torch.dtype
+    zero: bool
+
+    def values(self) -> Tensor:
+        """Some numbers, none of them a special one."""
+        if self.zero:
+            return torch.zeros(8, dtype=self.dtype, device="cpu")
+        if self.dtype is torch.bool:
+            return torch.arange(8, device="cpu") % 2 == 0
+        return torch.linspace(-3.3, 4.6, 8, device="cpu").to(self.dtype)
+
+
+@lru_cache(maxsize=4096)
+def zero_of(func: OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a pointwise operator gives zeros, whatever its operands are that are not."""
+
+    def given(value: Any) -> Any:
+        return value.values() if isinstance(value, Sample) else value
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            out = func(*map(given, args), **{name: given(value) for name, value in kwargs})
+    except (RuntimeError, NotImplementedError):  # it wants other shapes, or more than one number
+        return False
+    return isinstance(out, Tensor) and not out.any()
 
 
 @rule(*LIKE)
 def like(call: Call) -> Labels:
+    call.zero = call.zero and name_of(call.func) not in MADE_UP
     return operand(call.args[0]).labels
 
 
@@ -64,3 +119,8 @@ def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) 
             shape = (*its.shape, *[1] * (ndim - axis - 1))
             operands.append(Operand(tuple(label.reshape(shape) for label in its.labels), shape, its.source))
     return join(call.names, operands, ndim)
+
+
+def added(call: Call, labels: Labels, vector: Any, axis: int) -> bool:
+    """Whether a value with ``labels`` stays zero where it is when ``vector``, if given, is added along ``axis``."""
+    return vector is None or (operand(vector).zero and all(varying(label) == [axis] for label in labels))

@@ -2,14 +2,34 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from fxprune.channels.labels import Label, Labels, Operand, condense, freeze, join, pin, reshape, settle, varying
-from fxprune.channels.pointwise import with_vectors
-from fxprune.channels.tensor import Call, ChannelTensor, Norm, operand, rule
+from fxprune.channels.pointwise import added, with_vectors
+from fxprune.channels.tensor import Call, ChannelTensor, Norm, name_of, operand, rule
 
 REDUCTIONS = (
     "sum mean amax amin aminmax prod any all logsumexp var std var_mean std_mean linalg_vector_norm norm argmax argmin "
     "max min median mode count_nonzero nansum"
 )
+# What norms written by hand call. Where a node of the graph calls one, verify takes it over what is kept.
+STATISTICS = {
+    torch.mean,
+    Tensor.mean,
+    torch.var,
+    Tensor.var,
+    torch.std,
+    Tensor.std,
+    torch.var_mean,
+    torch.std_mean,
+    torch.norm,
+    Tensor.norm,
+    torch.linalg.vector_norm,
+    F.normalize,
+}
+NOT_OF_ZEROS = "prod logsumexp mode any all count_nonzero argmax argmin".split()  # or not of zeros alone
 ALONG_AN_AXIS = "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp sort topk kthvalue"
 POOLS = (
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d "
@@ -39,11 +59,26 @@ def reduce(call: Call) -> Any:
     dims = call.arg("dim")
     axes = range(ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = sorted({axis % ndim for axis in axes})
-    labels = [pin(call.names, label, axes, "reduced") for label in operand(value).labels]
+    exact = value.zero and adds_up(call)
+    labels = []
+    for label in operand(value).labels:
+        if not varying(label) or not set(varying(label)) <= set(axes):
+            labels.append(pin(call.names, label, axes, "reduced"))
+        elif call.run.statistic and not exact:
+            mark(call, label, tuple(varying(label)))
+        elif not exact:
+            pin(call.names, label, axes, "reduced")
     if len(call.shape) < ndim:
         kept = [axis for axis in range(ndim) if axis not in axes]
         labels = [label.reshape([label.shape[axis] for axis in kept]) for label in labels]
+    call.zero = call.zero and name_of(call.func) not in NOT_OF_ZEROS
     return several(call, settle(call.names, labels))
+
+
+def adds_up(call: Call) -> bool:
+    """Whether this is a sum, or the length of a vector: zeros add nothing to these."""
+    name = name_of(call.func)
+    return name == "sum" or (name in ("norm", "linalg_vector_norm") and call.arg("ord", call.arg("p", 2)) > 0)
 
 
 @rule(*ALONG_AN_AXIS.split())
@@ -51,6 +86,7 @@ def along_an_axis(call: Call) -> Any:
     value = call.args[0]
     axis = call.arg("dim", -1) % value.ndim
     labels = (pin(call.names, label, [axis], "normalized or ordered along") for label in operand(value).labels)
+    call.zero = False
     return several(call, settle(call.names, labels))
 
 
@@ -84,6 +120,8 @@ def batch_norm(call: Call) -> Any:
         labels = settle(call.names, (pin(call.names, label, batch_and_space, "normalized") for label in value.labels))
     labels = with_vectors(call, Operand(labels, value.shape, value.source), call.args[1:5], 1)
     weight = call.args[1]
+    affine = weight is not None and operand(weight).zero and added(call, labels, call.args[2], 1)
+    call.zero = affine or (value.zero and weight is None and call.arg("running_mean") is None)
     if isinstance(weight, ChannelTensor) and weight.parameter is not None:
         call.run.batch_norm_scales.add(weight.parameter)
     return first(call, labels)
@@ -98,6 +136,7 @@ def layer_norm(call: Call) -> Any:
     labels = join(call.names, [value, *vectors], ndim)
     for label in labels:
         mark(call, label, tuple(axis for axis in varying(label) if axis in axes))
+    call.zero = all(set(varying(label)) <= set(axes) for label in labels)
     return first(call, labels)
 
 
@@ -115,6 +154,8 @@ def group_norm(call: Call) -> Any:
         elif label.shape[1] > 1:
             split = reshape(label, value.shape, (batch, groups, channels // groups, *space))
             pin(call.names, split, [2], "normalized in one group")
+    affine = call.arg("weight") is not None and added(call, labels, call.arg("bias"), 1)
+    call.zero = groups == 1 or affine or (value.zero and call.arg("weight") is None)
     return first(call, labels)
 
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fxprune.channels.interpret import Recorder, cause, freeze_output, in_mode, within
 from fxprune.channels.labels import Label, along, freeze
 from fxprune.channels.names import Bools, Names
-from fxprune.channels.tensor import WHOLE, ChannelTensor, Run, apply
+from fxprune.channels.tensor import ChannelTensor, Run, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.inputs import Bound, map_tensors
@@ -204,14 +204,14 @@ class Steering:
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One call of a function by Python. What it gives without names is an ordinary tensor."""
         if self.inside:
-            return apply(WHOLE[func], args, kwargs) if func in WHOLE else func(*args, **kwargs)
+            return carry_out(func, args, kwargs)
         self.locate()
         if func in self.reads:
             return self.reads[func](*args, **kwargs)
         before = map_tensors(known, (args, kwargs))
         self.inside = True
         try:
-            result = apply(WHOLE[func], args, kwargs) if func in WHOLE else func(*args, **kwargs)
+            result = carry_out(func, args, kwargs)
             self.check(func, before, result)
         finally:
             self.inside = False

@@ -43,6 +43,7 @@ class Run:
 
     mode: bool = False  # of the graph that is being run
     real: bool = False  # tensors have data: for Python that looks at values
+    statistic: bool = False  # the node that is being run takes one that may run over channels
     heads: str = "whole"
     groups: str = "auto"
     policies: dict[str, str] = field(default_factory=dict)  # contraction -> "whole" or "within": see choose
@@ -71,7 +72,8 @@ class Run:
 class ChannelTensor(Tensor):
     """A meta tensor with labels. ``source`` says in words what it is where it has no names.
 
-    In a run on real data the tensor inside has data.
+    ``zero``: in the original whose parameters are masked it is zero in every channel that goes. A weight is, and what a
+    layer makes with it; a sigmoid of that is not. In a run on real data the tensor inside has data.
     """
 
     data_: Tensor
@@ -79,17 +81,25 @@ class ChannelTensor(Tensor):
     run: Run
     source: str
     parameter: str | None
+    zero: bool
     steering: ClassVar[Any] = None  # watches over plain Python while that, not a graph, calls functions: see steered.py
 
     @staticmethod
     def __new__(
-        cls, data: Tensor, labels: Labels, run: Run, source: str = "a constant", parameter: str | None = None
+        cls,
+        data: Tensor,
+        labels: Labels,
+        run: Run,
+        source: str = "a constant",
+        parameter: str | None = None,
+        zero: bool = True,
     ) -> Self:
         """``labels`` have as many axes as ``data``; ``parameter`` is the name of a parameter or buffer."""
         self = torch.Tensor._make_wrapper_subclass(
             cls, data.shape, strides=data.stride(), dtype=data.dtype, device=data.device
         )
         self.data_, self.labels, self.run, self.source, self.parameter = data, labels, run, source, parameter
+        self.zero = zero
         for label in labels:
             run.remember(label)
         return self
@@ -102,11 +112,7 @@ class ChannelTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if cls.steering is not None:
                 return cls.steering.call(func, args, kwargs or {})
-            if func in WHOLE:
-                return apply(WHOLE[func], *positional(WHOLE[func], args, kwargs or {}))
-            if func is F.batch_norm:
-                return batch_norm(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+            return carry_out(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -119,6 +125,13 @@ class ChannelTensor(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ChannelTensor({tuple(self.shape)}, varies along {[varying(label) for label in self.labels]})"
+
+
+def carry_out(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a function of torch: as a whole where there is a rule for that, or in other steps than torch takes."""
+    if func in WHOLE:
+        return apply(WHOLE[func], *positional(WHOLE[func], args, kwargs))
+    return STEPS.get(func, func)(*args, **kwargs)
 
 
 def batch_norm(
@@ -136,6 +149,11 @@ def batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, *rest, **more)
     whole = (input, weight, bias, running_mean, running_var, training, 0.1, 1e-5, False)
     return apply(aten.batch_norm.default, whole, {})
+
+
+def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    """``F.normalize``, which expands the lengths to the size of the channels before it divides."""
+    return input / torch.linalg.vector_norm(input, p, dim, keepdim=True).clamp_min(eps)
 
 
 def positional(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -158,18 +176,18 @@ def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if "device" in kwargs:
             kwargs = kwargs | {"device": torch.device("meta")}
         out = result_of(func, bare(args), bare(kwargs))
-    call = Call(run, func, args, kwargs, out, tensors)
+    call = Call(run, func, args, kwargs, out, tensors, all(tensor.zero for tensor in tensors))
     run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
     labels = rule_of(func)(call)
     if func._schema.is_mutable:
         return call.mutated(labels)
     source = call.unknown or tensors[0].source
     if isinstance(out, Tensor):
-        return ChannelTensor(out, labels, run, source)
+        return ChannelTensor(out, labels, run, source, zero=call.zero)
     if isinstance(out, (tuple, list)):
         several = labels if isinstance(labels, list) else [labels] + [()] * (len(out) - 1)
         return type(out)(
-            ChannelTensor(part, each, run, source) if isinstance(part, Tensor) else part
+            ChannelTensor(part, each, run, source, zero=call.zero) if isinstance(part, Tensor) else part
             for part, each in zip(out, several, strict=True)
         )
     return out
@@ -186,7 +204,11 @@ def result_of(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 @dataclass(slots=True)
 class Call:
-    """One call of an ATen operator: what a rule sees. ``out`` is the result on meta tensors."""
+    """One call of an ATen operator: what a rule sees. ``out`` is the result on meta tensors.
+
+    ``zero`` says of the result what it says of a ChannelTensor. Operators that move or pool leave it as it is: zero
+    where all operands are.
+    """
 
     run: Run
     func: OpOverload
@@ -194,6 +216,7 @@ class Call:
     kwargs: dict[str, Any]
     out: Any
     tensors: list[ChannelTensor]
+    zero: bool
     unknown: str = ""
 
     @property
@@ -230,6 +253,7 @@ class Call:
         )
         if tuple(self.shape) == tuple(target.shape):
             target.labels = tuple(label for label in labels if set(varying(label)) <= held)
+            target.zero = self.zero
         return target
 
 
@@ -242,6 +266,7 @@ WHOLE: dict[Any, OpOverload] = {
     torch.batch_norm: aten.batch_norm.default,
     torch.layer_norm: aten.layer_norm.default,
 }
+STEPS: dict[Any, Callable[..., Any]] = {F.batch_norm: batch_norm, F.normalize: normalize}
 Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
 RULES: dict[str, Rule] = {}
 
@@ -327,5 +352,5 @@ def bare(value: Any, real: bool = False) -> Any:
 def operand(value: Any) -> Operand:
     """Any argument of an operator as an Operand; numbers have no axes."""
     if isinstance(value, ChannelTensor):
-        return Operand(value.labels, value.data_.shape, value.source)
+        return Operand(value.labels, value.data_.shape, value.source, value.zero)
     return Operand((), value.shape if isinstance(value, Tensor) else ())
