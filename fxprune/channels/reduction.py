@@ -59,7 +59,7 @@ def reduce(call: Call) -> Any:
     dims = call.arg("dim")
     axes = range(ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = sorted({axis % ndim for axis in axes})
-    exact = value.zero and adds_up(call)
+    exact = operand(value).zero and adds_up(call)
     labels = []
     for label in operand(value).labels:
         if not varying(label) or not set(varying(label)) <= set(axes):
@@ -78,7 +78,7 @@ def reduce(call: Call) -> Any:
 def adds_up(call: Call) -> bool:
     """Whether this is a sum, or the length of a vector: zeros add nothing to these."""
     name = name_of(call.func)
-    return name == "sum" or (name in ("norm", "linalg_vector_norm") and call.arg("ord", call.arg("p", 2)) > 0)
+    return name == "sum" or (name in ("norm", "linalg_vector_norm") and (call.arg("ord", call.arg("p")) or 2) > 0)
 
 
 @rule(*ALONG_AN_AXIS.split())
