@@ -29,6 +29,18 @@ class Steered(nn.Module):
         return self.backbone(x)
 
 
+class SumDecides(Steered):
+    """Python may look at a sum over channels that go: they add nothing to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        return self.last(y if float(y.detach().sum()) > 1 else 2 * y)
+
+
 class Pyramid(Steered):
     """One head for all levels of a pyramid, as detectors have it."""
 
@@ -291,6 +303,7 @@ class Halve(nn.Module):
 
 
 for steered in (
+    SumDecides,
     Pyramid,
     SumInPython,
     CatInPython,
