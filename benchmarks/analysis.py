@@ -87,7 +87,8 @@ def classification_models() -> list[str]:
 def read(log: Path, options: argparse.Namespace) -> dict[tuple[str, str], Row]:
     """Read what was measured so far under the same options, by model and tool."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    rows = [row for row in map(json.loads, lines) if conditions(options).items() <= row.items()]
+    same = conditions(options)
+    rows = [row for row in map(json.loads, lines) if same.items() <= row.items()]
     return {(row["model"], row["tool"]): row for row in rows}
 
 

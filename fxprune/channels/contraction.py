@@ -141,7 +141,7 @@ def addmm(call: Call) -> Labels:
     batch = "b" if len(a.shape) == 3 else ""
     labels = matmul(call, a, b, f"{batch}mk", f"{batch}kn", f"{batch}mn")
     labels = join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
-    call.zero = call.zero and added(call, labels, call.args[0], len(call.shape) - 1)
+    call.zero = call.zero and added(labels, call.args[0], len(call.shape) - 1)
     return labels
 
 
@@ -150,9 +150,7 @@ def linear(call: Call) -> Labels:
     x, w = operand(call.args[0]), operand(call.args[1])
     rest = "abdefghijl"[: len(x.shape) - 1]
     labels = matmul(call, x, w, f"{rest}k", "ok"[-len(w.shape) :], f"{rest}o"[: len(call.shape)])
-    labels = with_vectors(call, Operand(labels, call.shape), [call.arg("bias")], len(call.shape) - 1)
-    call.zero = call.zero and added(call, labels, call.arg("bias"), len(call.shape) - 1)
-    return labels
+    return with_bias(call, labels, call.arg("bias"), len(call.shape) - 1)
 
 
 @rule("mv", "dot")
@@ -183,8 +181,13 @@ def convolution(call: Call) -> Labels:
         labels = settle(call.names, (*across, *shared))
     before, after = (x.shape[0], groups, sizes["o"]), (*call.shape[:2], *[1] * len(x.shape[2:]))
     labels = tuple(reshape(label, before, after) for label in labels)
-    labels = with_vectors(call, Operand(labels, call.shape), [call.args[2]], 1)
-    call.zero = call.zero and added(call, labels, call.args[2], 1)
+    return with_bias(call, labels, call.args[2], 1)
+
+
+def with_bias(call: Call, labels: Labels, bias: Any, axis: int) -> Labels:
+    """The labels of a contraction's result when ``bias``, if given, is added along ``axis``."""
+    labels = with_vectors(call, Operand(labels, call.shape), [bias], axis)
+    call.zero = call.zero and added(labels, bias, axis)
     return labels
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxprune.channels.labels import Labels, Operand, align, join, varying
-from fxprune.channels.tensor import Call, name_of, operand, rule, unknown
+from fxprune.channels.tensor import Call, operand, rule, unknown
 
 UNTAGGED = (
     "hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel rrelu_with_noise log_sigmoid log_sigmoid_forward mish "
@@ -22,10 +22,7 @@ UNTAGGED = (
     "clamp clamp_min clamp_max lerp addcmul addcdiv special_expit copy nan_to_num fill zero ne eq "
     "bernoulli normal uniform random exponential bitwise_and bitwise_or bitwise_not logical_not rsub"
 ).split()
-LIKE = (
-    "alias detach clone contiguous lift_fresh lift_fresh_copy _to_copy zeros_like ones_like full_like empty_like "
-    "rand_like randn_like randint_like"
-).split()
+LIKE = "alias detach clone contiguous lift_fresh lift_fresh_copy _to_copy zeros_like".split()
 MADE_UP = "ones_like full_like empty_like rand_like randn_like randint_like".split()
 CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 
@@ -87,7 +84,13 @@ def zero_of(func: OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, An
 
 @rule(*LIKE)
 def like(call: Call) -> Labels:
-    call.zero = call.zero and name_of(call.func) not in MADE_UP
+    return operand(call.args[0]).labels
+
+
+@rule(*MADE_UP)
+def made_up(call: Call) -> Labels:
+    """A value that has only the shape of another."""
+    call.zero = False
     return operand(call.args[0]).labels
 
 
@@ -121,6 +124,6 @@ def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) 
     return join(call.names, operands, ndim)
 
 
-def added(call: Call, labels: Labels, vector: Any, axis: int) -> bool:
+def added(labels: Labels, vector: Any, axis: int) -> bool:
     """Whether a value with ``labels`` stays zero where it is when ``vector``, if given, is added along ``axis``."""
     return vector is None or (operand(vector).zero and all(varying(label) == [axis] for label in labels))

@@ -54,14 +54,14 @@ def first(call: Call, labels: Labels) -> Any:
 
 @rule(*REDUCTIONS.split())
 def reduce(call: Call) -> Any:
-    value = call.args[0]
+    value = operand(call.args[0])
     ndim = len(value.shape)
     dims = call.arg("dim")
     axes = range(ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     axes = sorted({axis % ndim for axis in axes})
-    exact = operand(value).zero and adds_up(call)
+    exact = value.zero and adds_up(call)
     labels = []
-    for label in operand(value).labels:
+    for label in value.labels:
         if not varying(label) or not set(varying(label)) <= set(axes):
             labels.append(pin(call.names, label, axes, "reduced"))
         elif call.run.statistic and not exact:
@@ -120,7 +120,7 @@ def batch_norm(call: Call) -> Any:
         labels = settle(call.names, (pin(call.names, label, batch_and_space, "normalized") for label in value.labels))
     labels = with_vectors(call, Operand(labels, value.shape, value.source), call.args[1:5], 1)
     weight = call.args[1]
-    affine = weight is not None and operand(weight).zero and added(call, labels, call.args[2], 1)
+    affine = weight is not None and operand(weight).zero and added(labels, call.args[2], 1)
     call.zero = affine or (value.zero and weight is None and call.arg("running_mean") is None)
     if isinstance(weight, ChannelTensor) and weight.parameter is not None:
         call.run.batch_norm_scales.add(weight.parameter)
@@ -154,7 +154,7 @@ def group_norm(call: Call) -> Any:
         elif label.shape[1] > 1:
             split = reshape(label, value.shape, (batch, groups, channels // groups, *space))
             pin(call.names, split, [2], "normalized in one group")
-    affine = call.arg("weight") is not None and added(call, labels, call.arg("bias"), 1)
+    affine = call.arg("weight") is not None and added(labels, call.arg("bias"), 1)
     call.zero = groups == 1 or affine or (value.zero and call.arg("weight") is None)
     return first(call, labels)
 
