@@ -521,10 +521,12 @@ def test_wrong_use() -> None:
 
 
 def test_a_file_names_no_code_to_run(folder: Path) -> None:
-    (folder / "evil.py").write_text("raise SystemExit('run')")
+    for name in ("evil.py", "torchvision:evil.py", "timm:evil.py"):
+        (folder / name).write_text("raise SystemExit('run')")
     pruned()
     plan = json.loads(Path(PLAN).read_text())
-    for model in ("evil:x", "evil.py:x", "os:system", "torchvision.models:resnet18"):
+    code = ("evil:x", "evil.py:x", "os:system", "torchvision.models:resnet18")
+    for model in (*code, "torchvision:evil.py:x", "timm:evil:x", "timm:evil.py:x", "torchvision:torchvision:x", ":x"):
         Path("evil.json").write_text(json.dumps({**plan, "options": {**plan["options"], "model": model}}))
         assert "Building that runs code, which a file may not choose" in run("apply", "evil.json", code=2).stderr
     assert "evil" not in sys.modules

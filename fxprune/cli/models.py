@@ -56,7 +56,7 @@ class Source:
         model = named or told.get("model")
         if model is None:
             raise ModelError(f"{path} does not say which model it was made of; say so with --model")
-        if named is None and model.partition(":")[0] not in LOOKED_UP:
+        if named is None and split_name(model)[0] not in LOOKED_UP:
             raise ModelError(
                 f"{path} was made of {model!r}. Building that runs code, which a file may not choose: if you trust it, "
                 f"say --model {model}"
@@ -129,9 +129,18 @@ def checked(model: nn.Module, inputs: Any, source: Source) -> Opened:
     return Opened(model, inputs, source)
 
 
+def split_name(model: str) -> tuple[str, str]:
+    """Where a model is from, and what it is called there: ("torchvision", "resnet50"), ("package.module", "factory").
+
+    Whoever asks whether a file may name a model, and whoever builds it, must read the name alike.
+    """
+    kind, _, name = model.rpartition(":")
+    return kind, name
+
+
 def build(source: Source, weights: str | None) -> tuple[nn.Module, bool]:
     """The model, and whether ``weights`` were the name of published ones, which it has then."""
-    kind, _, name = source.model.rpartition(":")
+    kind, name = split_name(source.model)
     if not kind or not name:
         raise ModelError(
             f"{source.model!r} names no model: give torchvision:NAME, timm:NAME, package.module:factory, "
@@ -227,7 +236,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 def usual_input(name: str) -> tuple[str, ...]:
     """The shape of the input that a model of torchvision or timm is made for."""
-    kind, _, model = name.rpartition(":")
+    kind, model = split_name(name)
     if kind == "timm":
         timm = importlib.import_module("timm")
         cfg = timm.get_pretrained_cfg(model)
