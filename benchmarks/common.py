@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fxprune.bench import cpu_model
+from fxprune.report.bench import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
 

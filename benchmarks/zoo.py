@@ -189,7 +189,7 @@ def analysed(model: Any, x: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
     import fxprune
-    from fxprune.traced import regions
+    from fxprune.graph.traced import regions
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -224,7 +224,7 @@ def check(name: str) -> dict[str, Any]:
 
     import fxprune
     from fxprune import cost, passes
-    from fxprune.verify import mask_
+    from fxprune.rewrite.verify import mask_
 
     model, x = made(name)
     big = cost.params(model) > BIG or name in SINGLE

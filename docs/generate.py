@@ -90,7 +90,7 @@ def operators():
     parts = []
     for family, heading in FAMILIES.items():
         names = " ".join(f"`{name}`" for name in sorted(families[family]))
-        parts.append(f"**{heading}** (`fxprune/channels/{family}.py`):\n\n{names}")
+        parts.append(f"**{heading}** (`fxprune/ops/{family}.py`):\n\n{names}")
     return "\n\n".join(parts)
 
 

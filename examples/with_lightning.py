@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune import passes
-from fxprune.lightning import Pruning
+from fxprune.training.trainers.lightning import Pruning
 
 
 class Classifier(pl.LightningModule):

@@ -1,27 +1,27 @@
 """fxprune: prune neural networks while they train, by rewriting their torch.fx graphs."""
 
-from fxprune import cost
-from fxprune.bench import bench
-from fxprune.budget import Budget
+from fxprune.budget import cost
+from fxprune.budget.budget import Budget
+from fxprune.budget.staircase import staircase
 from fxprune.channels.analysis import Analysis, analyze
-from fxprune.channels.custom import register_operator
 from fxprune.errors import FxpruneError
-from fxprune.export import export_onnx
-from fxprune.files import load, save
-from fxprune.initialize import initialize
-from fxprune.param_map import ParamMap
+from fxprune.files.export import export_onnx
+from fxprune.files.initialize import initialize
+from fxprune.files.model import load, save
+from fxprune.graph.trace import trace
+from fxprune.graph.traced import TracedModule
+from fxprune.ops.custom import register_operator
 from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan
 from fxprune.prune import prune
-from fxprune.rewrite import rewrite
-from fxprune.session import Session
-from fxprune.staircase import staircase
-from fxprune.summary import summarize
-from fxprune.trace import trace
-from fxprune.traced import TracedModule
-from fxprune.training import TrainingPass
-from fxprune.verify import verify
-from fxprune.when import WhenItPays
+from fxprune.report.bench import bench
+from fxprune.report.summary import summarize
+from fxprune.rewrite.param_map import ParamMap
+from fxprune.rewrite.rewrite import rewrite
+from fxprune.rewrite.verify import verify
+from fxprune.training.passes import TrainingPass
+from fxprune.training.session import Session
+from fxprune.training.when import WhenItPays
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,13 +15,13 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.cost import device_of
-from fxprune.dump import Dump
+from fxprune.budget.cost import device_of
 from fxprune.errors import PassError
-from fxprune.inputs import bind, map_tensors
-from fxprune.trace import trace
-from fxprune.traced import TracedModule, regions
-from fxprune.verify import TOLERANCE, difference, outputs_of
+from fxprune.graph.inputs import bind, map_tensors
+from fxprune.graph.trace import trace
+from fxprune.graph.traced import TracedModule, regions
+from fxprune.report.dump import Dump
+from fxprune.rewrite.verify import TOLERANCE, difference, outputs_of
 
 logger = logging.getLogger("fxprune")
 Pass = Callable[[fx.GraphModule], Any]

@@ -5,14 +5,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fxprune.budget import Budget
+from fxprune.budget.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
-from fxprune.dump import Dump
 from fxprune.errors import BudgetError, PlanError, require
+from fxprune.graph.trace import trace
 from fxprune.plan import Plan
-from fxprune.rewrite import rewrite
-from fxprune.trace import trace
-from fxprune.verify import verify as check
+from fxprune.report.dump import Dump
+from fxprune.rewrite.rewrite import rewrite
+from fxprune.rewrite.verify import verify as check
 
 
 class Plans(Protocol):

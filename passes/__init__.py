@@ -1,30 +1,30 @@
 """The pruning methods and graph rewrites, one file each."""
 
-from .activation import Activation
-from .activation_density import ActivationDensity
-from .align import Align
-from .allocator import Allocator
 from .base import Criterion
-from .batch_norm_scale import BatchNormScale
-from .before_training import BeforeTraining
-from .clicktrain import ClickTrain
-from .dropback import DropBack
-from .erdos_renyi import ErdosRenyi
-from .fisher import Fisher
-from .fold_batchnorm import FoldBatchNorm
-from .fold_constants import FoldConstants
-from .gate_channels import GateChannels
-from .geometric_median import GeometricMedian
-from .grow_batch import GrowBatch
-from .magnitude import Magnitude
-from .pattern_conv import PatternConv
-from .precrop import PreCrop
-from .prunetrain import PruneTrain
-from .random import Random
-from .remove_branches import RemoveBranches
-from .single_shot import SingleShot
-from .taylor import Taylor
-from .uniform import Uniform
+from .before_training.allocator import Allocator
+from .before_training.base import BeforeTraining
+from .before_training.erdos_renyi import ErdosRenyi
+from .before_training.precrop import PreCrop
+from .before_training.single_shot import SingleShot
+from .before_training.uniform import Uniform
+from .criteria.activation import Activation
+from .criteria.batch_norm_scale import BatchNormScale
+from .criteria.fisher import Fisher
+from .criteria.geometric_median import GeometricMedian
+from .criteria.magnitude import Magnitude
+from .criteria.random import Random
+from .criteria.taylor import Taylor
+from .rewrites.align import Align
+from .rewrites.fold_batchnorm import FoldBatchNorm
+from .rewrites.fold_constants import FoldConstants
+from .rewrites.gate_channels import GateChannels
+from .rewrites.pattern_conv import PatternConv
+from .rewrites.remove_branches import RemoveBranches
+from .training.activation_density import ActivationDensity
+from .training.clicktrain.clicktrain import ClickTrain
+from .training.dropback.dropback import DropBack
+from .training.grow_batch import GrowBatch
+from .training.prunetrain import PruneTrain
 
 __all__ = [
     "Activation",

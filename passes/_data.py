@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune import distributed
+from fxprune.budget.cost import Floats, device_of
 from fxprune.channels.analysis import Analysis
-from fxprune.cost import Floats, device_of
 from fxprune.errors import PlanError
-from fxprune.inputs import bind, map_tensors
-from fxprune.progress import track
+from fxprune.graph.inputs import bind, map_tensors
+from fxprune.training import distributed
+from fxprune.training.progress import track
 
 from .base import detached, weights_of
 

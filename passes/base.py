@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxprune.budget import Bounds, Budget, patterns_of
+from fxprune.budget.budget import Bounds, Budget, patterns_of
+from fxprune.budget.cost import Floats
+from fxprune.budget.solve import solve
 from fxprune.channels.analysis import Analysis
-from fxprune.cost import Floats
 from fxprune.errors import BudgetError, PlanError, require
-from fxprune.param_map import ParamMap
 from fxprune.plan import Plan
-from fxprune.solve import solve
+from fxprune.rewrite.param_map import ParamMap
 
 
 @dataclass(frozen=True, kw_only=True)

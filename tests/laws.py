@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Analysis, ParamMap, Plan, TracedModule
-from fxprune.inputs import bind
-from fxprune.verify import masked_norms
+from fxprune.graph.inputs import bind
+from fxprune.rewrite.verify import masked_norms
 
 RTOL = 1e-10
 BOTH_MODES = (False, True)

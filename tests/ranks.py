@@ -20,7 +20,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")  # which imports fxprune once for all of them
-        self.context.set_forkserver_preload(["fxprune.passes", "fxprune.session", "torch._dynamo"])
+        self.context.set_forkserver_preload(["fxprune.passes", "fxprune.training.session", "torch._dynamo"])
         self.workers: list[tuple[Any, Any]] = []
 
     def __call__(

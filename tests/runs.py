@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Plan, Session, TracedModule
-from fxprune.training import Memory, TrainingPass
+from fxprune.training.passes import Memory, TrainingPass
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 
 import fxprune
-from fxprune import Analysis, Plan, Session, distributed
+from fxprune import Analysis, Plan, Session
 from fxprune.errors import PlanError
+from fxprune.graph.traced import regions
 from fxprune.passes import ActivationDensity
-from fxprune.traced import regions
-from fxprune.training import Memory, TrainingPass
+from fxprune.training import distributed
+from fxprune.training.passes import Memory, TrainingPass
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActivationDensity leaves:UserWarning")
 EAGER = ActivationDensity(saturation=1.0, patience=1, cooldown=1, stop=1.0, cuts=None)  # cuts every second epoch
@@ -242,7 +243,7 @@ def test_graphs_that_python_steers_are_counted_too() -> None:
     session.epoch_end()
     cut(session, [x], 1)
     session.close()
-    assert not any("count_nonzero" in region.code for region in fxprune.traced.regions(session.graph).values())
+    assert not any("count_nonzero" in region.code for region in fxprune.graph.traced.regions(session.graph).values())
 
 
 class Bottleneck(nn.Module):
@@ -590,7 +591,7 @@ def test_a_cut_that_fails_leaves_run_and_counters(weights: str) -> None:
 
 def test_a_plan_that_somebody_declines_comes_again() -> None:
     answers = iter([False, True])
-    decide = lambda *_: fxprune.when.Decision(next(answers), "says the test", 1.0)  # noqa: E731
+    decide = lambda *_: fxprune.training.when.Decision(next(answers), "says the test", 1.0)  # noqa: E731
     session, inputs = begin("chain", steps=0, passes=[EAGER], when=decide)
     removed = []
     for _ in range(3):

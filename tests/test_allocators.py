@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune import Analysis, Budget, passes
-from fxprune.cost import Channels, cost_of
+from fxprune.budget.cost import Channels, cost_of
 from fxprune.errors import PlanError
 
 ALLOCATORS = {"Uniform": passes.Uniform, "ErdosRenyi": passes.ErdosRenyi, "PreCrop": passes.PreCrop}

@@ -12,10 +12,10 @@ from torch import nn
 
 import fxprune
 from fxprune import Budget, passes
-from fxprune.backends import BACKENDS
-from fxprune.bench import Bench, Measured
+from fxprune.budget.timing import Spread, by_module, in_turns, ratio
 from fxprune.errors import BenchError
-from fxprune.timing import Spread, by_module, in_turns, ratio
+from fxprune.report.backends import BACKENDS
+from fxprune.report.bench import Bench, Measured
 
 X = torch.randn(1, 3, 8, 8)
 

@@ -13,9 +13,9 @@ from torchvision.models import efficientnet_b0, mobilenet_v2, regnet_y_400mf, re
 
 import fxprune
 from fxprune import Analysis, Plan, TracedModule
-from fxprune.branches import ConstantNorm, emptied
 from fxprune.errors import PlanError
 from fxprune.passes import PruneTrain
+from fxprune.rewrite.branches import ConstantNorm, emptied
 
 
 class Block(nn.Module):

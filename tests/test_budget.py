@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Analysis, Budget, Plan, cost, passes
-from fxprune.cost import Channels, cost_of
+from fxprune.budget.cost import Channels, cost_of
+from fxprune.budget.latency import Stairs
 from fxprune.errors import BudgetError, PlanError
-from fxprune.latency import Stairs
 
 KINDS = ["flops", "macs", "params", "channels", "memory"]
 X = torch.randn(2, 3, 32, 32)
@@ -280,7 +280,7 @@ def test_small_widths_are_multiples_too_unless_the_budget_is_too_small_for_them(
 
 
 def test_auto_on_half_precision_rounds_as_the_device_likes() -> None:
-    from fxprune.solver import multiples
+    from fxprune.budget.solver import multiples
 
     model = torchvision.models.resnet18(weights=None)
     assert set(multiples(fxprune.analyze(model, X), "auto")) == {16}
@@ -361,8 +361,8 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
             for key, model in models.items()
         }
 
-    monkeypatch.setattr("fxprune.latency.seconds_of", seconds_of)
-    monkeypatch.setattr("fxprune.latency.by_module", by_module)
+    monkeypatch.setattr("fxprune.budget.latency.seconds_of", seconds_of)
+    monkeypatch.setattr("fxprune.budget.latency.by_module", by_module)
     return taken
 
 
@@ -418,8 +418,8 @@ def test_widths_stand_on_the_staircase(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds_of(models: dict[str, Any], inputs: Any, seconds: float) -> dict[str, list[float]]:
         return {key: [sum(its.values())] for key, its in by_module(models, inputs, seconds).items()}
 
-    monkeypatch.setattr("fxprune.latency.by_module", by_module)
-    monkeypatch.setattr("fxprune.latency.seconds_of", seconds_of)
+    monkeypatch.setattr("fxprune.budget.latency.by_module", by_module)
+    monkeypatch.setattr("fxprune.budget.latency.seconds_of", seconds_of)
     layers = [nn.Conv2d(3 if at == 0 else 192, 192, 1) for at in range(4)]
     analysis = fxprune.analyze(nn.Sequential(*layers, nn.Conv2d(192, 4, 1)), torch.randn(1, 3, 4, 4))
     for criterion in (passes.Random(1), passes.Magnitude(round_to=1), passes.Magnitude(scope="local")):
@@ -438,7 +438,7 @@ def test_stairs() -> None:
 
 
 def test_a_real_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.latency.SECONDS", 0.02)
+    monkeypatch.setattr("fxprune.budget.latency.SECONDS", 0.02)
     model = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 64, 64, 3) for i in range(4)), nn.Conv2d(64, 4, 1))
     analysis = fxprune.analyze(model, torch.randn(4, 3, 32, 32))
     plan = passes.Magnitude().plan(analysis, Budget(latency=0.7))

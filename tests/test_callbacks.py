@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
-from fxprune import distributed
 from fxprune.errors import FileError, SessionError
 from fxprune.passes import PruneTrain
+from fxprune.training import distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:PruneTrain. with lambda:UserWarning")
 EPOCHS, BATCH = 3, 8
@@ -114,7 +114,7 @@ class Lit(lightning.LightningModule):  # type: ignore[name-defined,misc]
 def fit(
     path: Path, epochs: int = EPOCHS, module: Any = None, checkpoint: Any = None, callback: Any = None, **options: Any
 ) -> tuple[Any, Any]:
-    from fxprune.lightning import Pruning
+    from fxprune.training.trainers.lightning import Pruning
 
     module = module or Lit()
     pruning = callback or Pruning("net", X[:2], passes())
@@ -180,7 +180,7 @@ class SeesGradients(fxprune.TrainingPass):
 
 @applied
 def test_lightning_shows_the_gradients_of_the_step(tmp_path: Path) -> None:
-    from fxprune.lightning import Pruning
+    from fxprune.training.trainers.lightning import Pruning
 
     its = SeesGradients()
     fit(tmp_path, 1, callback=Pruning("net", X[:2], [its]))
@@ -221,7 +221,7 @@ def test_lightning_fits_again_after_an_exception(tmp_path: Path) -> None:
         for error in ends:
             raise error
 
-    from fxprune.lightning import Pruning
+    from fxprune.training.trainers.lightning import Pruning
 
     pruning = Pruning("net", X[:2], passes())
     module.on_train_batch_start = on_train_batch_start
@@ -233,7 +233,7 @@ def test_lightning_fits_again_after_an_exception(tmp_path: Path) -> None:
 
 @applied
 def test_lightning_refuses(tmp_path: Path) -> None:
-    from fxprune.lightning import Pruning
+    from fxprune.training.trainers.lightning import Pruning
 
     with pytest.raises(SessionError, match=r"Lit has no module 'nat'; it has net, net\.a"):
         fit(tmp_path, callback=Pruning("nat", X[:2], passes()))
@@ -262,7 +262,7 @@ def _one_accelerator() -> Iterator[None]:
 def accelerated(epochs: int, folder: Path | None = None, load: Path | None = None, **options: Any) -> Any:
     from accelerate import Accelerator
 
-    from fxprune.accelerate import prepare
+    from fxprune.training.trainers.accelerate import prepare
 
     accelerator = Accelerator(cpu=True, **options)
     model = Net()
@@ -311,7 +311,7 @@ def test_accelerate_resumes(tmp_path: Path) -> None:
 def test_accelerate_refuses(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
-    from fxprune.accelerate import prepare
+    from fxprune.training.trainers.accelerate import prepare
 
     accelerated(1, tmp_path)
     (tmp_path / "1" / "fxprune.pt").write_bytes(b"no")
@@ -346,7 +346,7 @@ class WithLoss(nn.Module):
 def trainer_of(path: Path, epochs: int = EPOCHS, **options: Any) -> tuple[Any, Any]:
     from transformers import Trainer, TrainingArguments
 
-    from fxprune.transformers import Pruning
+    from fxprune.training.trainers.transformers import Pruning
 
     arguments = TrainingArguments(
         output_dir=str(path),

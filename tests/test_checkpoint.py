@@ -31,7 +31,7 @@ from training_run import EPOCHS, EXAMPLE, PASSES, Run, network
 import fxprune
 from fxprune import Plan, Session, passes
 from fxprune.errors import FileError, SessionError
-from fxprune.training import Memory, TrainingPass
+from fxprune.training.passes import Memory, TrainingPass
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:PruneTrain. with lambda:UserWarning")

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import fxprune
 from fxprune import passes
-from fxprune.bench import Bench, Measured
+from fxprune.budget.timing import Spread
 from fxprune.cli.app import app
 from fxprune.cli.models import ModelError, timm_model
-from fxprune.timing import Spread
+from fxprune.report.bench import Bench, Measured
 
 FACTORY = """
 import torch

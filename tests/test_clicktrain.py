@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 import fxprune
-from fxprune import Plan, Session, distributed
+from fxprune import Plan, Session
 from fxprune.errors import PlanError
 from fxprune.passes import ClickTrain
-from fxprune.passes._patterns import choose, dynamic_pool, least, static_pool
+from fxprune.passes.training.clicktrain._patterns import choose, dynamic_pool, least, static_pool
+from fxprune.training import distributed
 
 NOW = ClickTrain(select=0, hard=1, kernels=0.5)
 CORNERS = [{(r + i, c + j) for i in (0, 1) for j in (0, 1)} for r, c in ((1, 1), (1, 0), (0, 1), (0, 0))]

@@ -22,12 +22,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fxprune import Plan, Session, TrainingPass, distributed
+from fxprune import Plan, Session, TrainingPass
 from fxprune.errors import FileError, SessionError
 from fxprune.passes import PruneTrain
-from fxprune.training import Memory
-from fxprune.when import Decision
-from fxprune.wrappers import arguments_of
+from fxprune.training import distributed
+from fxprune.training.passes import Memory
+from fxprune.training.when import Decision
+from fxprune.training.wrappers import arguments_of
 
 SHRINK = PruneTrain(ratio=0.8, interval=1, threshold=0.02, proximal=True)
 STEPS, SAMPLES = 3, 8

@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import fxprune
-from fxprune import Session, distributed
+from fxprune import Session
 from fxprune.errors import InitializeError, PlanError
-from fxprune.largest import about_largest, largest
+from fxprune.files.start import start_of
 from fxprune.passes import ClickTrain, DropBack, PruneTrain
-from fxprune.start import start_of
-from fxprune.trainers import progress, resume
+from fxprune.passes.training.dropback._largest import about_largest, largest
+from fxprune.training import distributed
+from fxprune.training.trainers.shared import progress, resume
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]

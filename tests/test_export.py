@@ -15,8 +15,9 @@ from models import MODELS, prepare, randomize
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import Budget, cost, export, passes
+from fxprune import Budget, cost, passes
 from fxprune.errors import ExportError
+from fxprune.files import export
 
 
 def pruned(name: str) -> tuple[nn.Module, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Budget, TracedModule, passes
 from fxprune.errors import FileError
-from fxprune.sparse import bits
+from fxprune.files.sparse import bits
 
 HALF = Budget(channels=0.6, tolerance=0.2)
 TIED = ["tied_module", "tied_parameter", "tied_decoder"]

@@ -18,7 +18,7 @@ import fxprune
 from fxprune import Plan, Session
 from fxprune.errors import PlanError
 from fxprune.passes import GrowBatch
-from fxprune.training import Memory, TrainingPass
+from fxprune.training.passes import Memory, TrainingPass
 
 
 def sgd(parameters: Any) -> Optimizer:

@@ -15,10 +15,10 @@ from models import MODELS, prepare
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import start
 from fxprune.errors import InitializeError
-from fxprune.initialize import by_fans
-from fxprune.start import Origin, Start, start_of
+from fxprune.files import start
+from fxprune.files.initialize import by_fans
+from fxprune.files.start import Origin, Start, start_of
 
 KINDS = {"uniform": Origin("uniform", 0.3, (40, 30, 3, 3)), "normal": Origin("normal", 0.3, (40, 30, 3, 3))}
 

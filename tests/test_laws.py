@@ -35,8 +35,8 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune import Analysis, Budget, Plan, TracedModule
 from fxprune.errors import BudgetError, PlanError
+from fxprune.graph.traced import is_traced, regions
 from fxprune.passes import Magnitude
-from fxprune.traced import is_traced, regions
 
 PRUNABLE = [name for name, case in MODELS.items() if case.prunable]
 every_case = pytest.mark.parametrize("name", MODELS)

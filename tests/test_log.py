@@ -12,7 +12,7 @@ from torch.optim import Adam
 
 import fxprune
 from fxprune.errors import FileError
-from fxprune.log import Epoch, Log
+from fxprune.training.log import Epoch, Log
 
 FIRST = Epoch(
     epoch=1,

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fxprune import malloc
-from fxprune.malloc import glibc, memory_kept
+from fxprune.budget import malloc
+from fxprune.budget.malloc import glibc, memory_kept
 
 FAULTS = """
 import itertools, json, resource, torch
-from fxprune.malloc import memory_kept
+from fxprune.budget.malloc import memory_kept
 
 def run():  # takes and gives back 64 MiB
     torch.ones(16 << 20)
@@ -42,8 +42,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     libc = SimpleNamespace(
         mallopt=lambda option, value: asked.append((option, value)), malloc_trim=lambda pad: asked.append((pad,))
     )
-    monkeypatch.setattr("fxprune.malloc.glibc", lambda: libc)
-    monkeypatch.setattr("fxprune.malloc.os.environ", {})
+    monkeypatch.setattr("fxprune.budget.malloc.glibc", lambda: libc)
+    monkeypatch.setattr("fxprune.budget.malloc.os.environ", {})
     return asked
 
 
@@ -69,7 +69,7 @@ def test_settings_of_the_user_are_left_alone(calls: list[tuple[int, ...]], name:
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.malloc.ctypes.CDLL", lambda _: object())
+    monkeypatch.setattr("fxprune.budget.malloc.ctypes.CDLL", lambda _: object())
     assert glibc() is None
     with memory_kept():
         pass

@@ -11,13 +11,16 @@ from models import IMAGE, MODELS, Case, conv_bn, head, image_net, prepare
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import fit
-from fxprune.channels import contraction, movement, pointwise, reduction, tensor
+from fxprune.channels import tensor
 from fxprune.channels.labels import Labels, Operand, align, narrow, settle
 from fxprune.channels.tensor import Call, operand
-from fxprune.fit import FITTERS
+from fxprune.ops import contraction, movement, pointwise, reduction
+from fxprune.rewrite import fit
+from fxprune.rewrite.fit import FITTERS
 
-INTERPRET, REWRITE, VERIFY = (sys.modules[f"fxprune.{name}"] for name in ("channels.interpret", "rewrite", "verify"))
+INTERPRET, REWRITE, VERIFY = (
+    sys.modules[f"fxprune.{name}"] for name in ("channels.interpret", "rewrite.rewrite", "rewrite.verify")
+)
 Patch = pytest.MonkeyPatch
 
 

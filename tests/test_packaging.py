@@ -71,7 +71,7 @@ def test_methods_know_themselves_as_fxprune_passes(path):
     assert imports_from(path, "tests", "passes") == []
 
 
-ONE_METHOD = [path for path in METHODS if path.stem[0] != "_" and path.stem != "base"]
+ONE_METHOD = [path for path in METHODS if path.stem[0] != "_" and path.stem != "base"]  # "_": what methods share
 
 
 @pytest.mark.parametrize("path", ONE_METHOD, ids=label)

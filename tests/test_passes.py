@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 import fxprune
 from fxprune import Analysis, Budget, Plan, passes
+from fxprune.budget.sums import Sums
 from fxprune.errors import PlanError
-from fxprune.sums import Sums
 
 HALF = Budget(channels=0.5, tolerance=0.2)
 

@@ -249,7 +249,7 @@ def test_dump_of_a_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dump_says_why_there_are_no_groups(tmp_path: Path) -> None:
-    from fxprune.dump import Dump
+    from fxprune.report.dump import Dump
 
     graph, _ = traced()
     Dump(tmp_path, torch.randn(2, 5, 8, 8)).write("a / b", graph)

@@ -28,11 +28,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxprune
 from fxprune import Analysis, Plan, Session
-from fxprune.branches import emptied
 from fxprune.errors import FxpruneError, MigrationError, PlanError, SessionError, VerificationError
-from fxprune.training import Memory, TrainingPass
+from fxprune.rewrite.branches import emptied
+from fxprune.training.passes import Memory, TrainingPass
 
-RECONFIGURE, REWRITE = (sys.modules[f"fxprune.{name}"] for name in ("reconfigure", "rewrite"))
+RECONFIGURE, REWRITE = (sys.modules[f"fxprune.{name}"] for name in ("training.cut", "rewrite.rewrite"))
 PRUNABLE = [name for name, case in MODELS.items() if case.prunable]
 
 

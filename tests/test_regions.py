@@ -21,7 +21,7 @@ from fxprune import Analysis, Plan, passes
 from fxprune.channels.steered import Steering
 from fxprune.channels.tensor import RULES, _resolved
 from fxprune.errors import AnalysisError, ExportError, PassError, VerificationError
-from fxprune.traced import regions
+from fxprune.graph.traced import regions
 
 STEERED = [name for name, case in MODELS.items() if case.steered]
 

@@ -17,12 +17,12 @@ from torch.optim import SGD
 
 import fxprune
 from fxprune import Pipeline, TracedModule
-from fxprune.branches import NORMS
 from fxprune.channels.interpret import placeholders
-from fxprune.constants import Constants
 from fxprune.errors import PassError, PlanError
-from fxprune.inputs import bind
+from fxprune.graph.inputs import bind
 from fxprune.passes import Align, FoldBatchNorm, FoldConstants, RemoveBranches
+from fxprune.passes.rewrites._constants import Constants
+from fxprune.rewrite.branches import NORMS
 
 BOTH = (False, True)
 

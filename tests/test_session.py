@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxprune
 from fxprune import Plan, Session, passes
 from fxprune.errors import AnalysisError, FxpruneError, MigrationError, PlanError, SessionError
-from fxprune.training import Memory, TrainingPass
-from fxprune.when import Decision
+from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.when import Decision
 
 
 def none_of(session: Session) -> Plan:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, passes
-from fxprune.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, around, figure, ticks
+from fxprune.budget.staircase import tallest
 from fxprune.errors import BenchError, FileError, PlanError
-from fxprune.log import Epoch, Log
-from fxprune.slides import pictures
-from fxprune.staircase import tallest
-from fxprune.summary import Summary
+from fxprune.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, around, figure, ticks
+from fxprune.report.slides import pictures
+from fxprune.report.summary import Summary
+from fxprune.training.log import Epoch, Log
 
 X = torch.randn(2, 3, 8, 8)
 

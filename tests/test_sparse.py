@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import FileError
-from fxprune.sparse import bits
-from fxprune.start import start_of
-from fxprune.trace import TracedModule
+from fxprune.files.sparse import bits
+from fxprune.files.start import start_of
+from fxprune.graph.trace import TracedModule
 
 
 def change(model: nn.Module, k: int, seed: int = 0) -> None:
@@ -145,7 +145,7 @@ def test_cut_models(name: str, tmp_path: Path) -> None:
 def test_start_values_that_have_decayed(tmp_path: Path) -> None:
     model = fxprune.initialize(nn.Linear(30, 20), 0)
     begin = start_of(model).decayed(0.25)
-    fxprune.start.remember(model, begin)
+    fxprune.files.start.remember(model, begin)
     with torch.no_grad():
         model.weight.copy_(begin.values("weight"))
         model.bias.copy_(begin.values("bias"))

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprune
 from fxprune import Plan, Session, WhenItPays
 from fxprune.errors import SessionError
-from fxprune.log import Epoch, Log
-from fxprune.when import observed_cost, observed_efficiency, remaining_flops
+from fxprune.training.log import Epoch, Log
+from fxprune.training.when import observed_cost, observed_efficiency, remaining_flops
 
 
 def session_at(epoch: int = 4, log: Log | None = None) -> tuple[Session, Plan]:

@@ -1,3 +1,1 @@
-"""The analysis: run a model on tensors that carry channel names. One file an operator family."""
-
-from fxprune.channels import contraction, custom, movement, pointwise, reduction  # noqa: F401  (each registers its rules)
+"""Channels: run a model on tensors that carry channel names, and read off what belongs together."""

@@ -28,12 +28,12 @@ from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, bare, on_meta
 from fxprune.channels.values import Cutter, map_values, values_in
-from fxprune.collector import collector_rests
 from fxprune.errors import AnalysisError, require
-from fxprune.inputs import Bound, bind, for_mode, map_tensors
+from fxprune.graph.collector import collector_rests
+from fxprune.graph.inputs import Bound, bind, for_mode, map_tensors
+from fxprune.graph.trace import trace
+from fxprune.graph.traced import TracedModule, regions
 from fxprune.plan import Plan
-from fxprune.trace import trace
-from fxprune.traced import TracedModule, regions
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Analysis:
         Raises:
             FileError: nothing can be written there.
         """
-        from fxprune.report import write_html
+        from fxprune.report.page import write_html
 
         write_html(self, path)
 

@@ -26,10 +26,10 @@ from fxprune.channels.names import Bools, Names
 from fxprune.channels.tensor import ChannelTensor, Run, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
-from fxprune.inputs import Bound, map_tensors
-from fxprune.regions import forwards, layers
-from fxprune.trace import is_users
-from fxprune.traced import TracedModule, regions
+from fxprune.graph.inputs import Bound, map_tensors
+from fxprune.graph.regions import forwards, layers
+from fxprune.graph.trace import is_users
+from fxprune.graph.traced import TracedModule, regions
 
 logger = logging.getLogger("fxprune")
 

@@ -9,10 +9,10 @@ import typer
 from fxprune.cli import options
 from fxprune.cli.say import show, show_json
 from fxprune.errors import FileError
-from fxprune.files import read
+from fxprune.files.model import read
 from fxprune.plan import Plan
-from fxprune.summary import FORMAT
-from fxprune.tables import UNITS, amount, table
+from fxprune.report.summary import FORMAT
+from fxprune.report.tables import UNITS, amount, table
 
 File = Annotated[
     Path, typer.Argument(help="plan.json, report.json or model.safetensors that fxprune wrote.", show_default=False)

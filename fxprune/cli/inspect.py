@@ -10,8 +10,8 @@ from fxprune.channels.analysis import Analysis
 from fxprune.cli import options
 from fxprune.cli.models import open_model
 from fxprune.cli.say import note, progress, show, show_json
-from fxprune.summary import totals
-from fxprune.tables import frozen_table, groups_table
+from fxprune.report.summary import totals
+from fxprune.report.tables import frozen_table, groups_table
 
 
 def inspect(

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.budget.timing import stand_in
 from fxprune.cli.say import note
 from fxprune.cli.weights import load_weights
 from fxprune.errors import FileError, FxpruneError
-from fxprune.files import read
-from fxprune.inputs import bind, imagine, map_tensors, tensors_in
+from fxprune.files.model import read
+from fxprune.graph.inputs import bind, imagine, map_tensors, tensors_in
 from fxprune.plan import Plan
-from fxprune.timing import stand_in
 
 LOOKED_UP = ("torchvision", "timm")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool")

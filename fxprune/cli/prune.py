@@ -10,13 +10,13 @@ import typer
 
 import fxprune
 from fxprune import passes
-from fxprune.budget import Budget
+from fxprune.budget.budget import Budget
 from fxprune.cli import data, options
 from fxprune.cli.models import nearest, open_model
 from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
 from fxprune.cli.say import progress
 from fxprune.errors import BudgetError, FxpruneError
-from fxprune.summary import Summary
+from fxprune.report.summary import Summary
 
 CRITERIA: dict[str, type[passes.Criterion]] = {
     "magnitude": passes.Magnitude,

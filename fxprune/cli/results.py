@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 import fxprune
+from fxprune.budget.staircase import staircase, tallest
 from fxprune.channels.analysis import Analysis
 from fxprune.cli import data
 from fxprune.cli.models import Opened
 from fxprune.cli.say import note, progress, show, show_json
 from fxprune.errors import ExportError, FileError
-from fxprune.export import Exported
-from fxprune.inputs import tensors_in
+from fxprune.files.export import Exported
+from fxprune.graph.inputs import tensors_in
 from fxprune.plan import Plan
-from fxprune.staircase import staircase, tallest
-from fxprune.summary import Summary, summarize
-from fxprune.tables import layers_table, totals_table
+from fxprune.report.summary import Summary, summarize
+from fxprune.report.tables import layers_table, totals_table
 
 FILES = ("plan.json", "model.safetensors", "model.onnx", "report.html", "report.json")
 

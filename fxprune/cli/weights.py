@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.channels.analysis import abridged
 from fxprune.errors import FileError
-from fxprune.files import describe, read
+from fxprune.files.model import describe, read
 
 INSIDE = ("state_dict", "model_state_dict", "model", "model_ema", "weights")  # where checkpoints keep the weights
 WRAPPERS = ("module.", "_orig_mod.", "model.")

@@ -1,0 +1,1 @@
+"""Budget: what a model costs, what may remain, and the plans that meet it."""

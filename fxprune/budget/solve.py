@@ -1,0 +1,30 @@
+"""Solve: the plan that meets a budget and keeps the channels of the highest scores."""
+
+from collections.abc import Mapping
+
+from fxprune.budget.budget import Bounds, Budget
+from fxprune.budget.cost import Floats
+from fxprune.budget.latency import meet_latency
+from fxprune.budget.solver import Solver, meet_limits
+from fxprune.channels.analysis import Analysis
+from fxprune.plan import Plan
+
+
+def solve(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget, bounds: Bounds) -> Plan:
+    """The plan that meets ``budget`` and keeps the channels of the highest scores.
+
+    Args:
+        analysis: of the model.
+        scores: group -> float[channels]; groups without a score stay whole.
+        budget: what may remain.
+        bounds: what may be done to each group.
+
+    Raises:
+        BudgetError: the budget is out of reach, or the model already meets it.
+        PlanError: nothing can be pruned, or a pattern in ``keep`` matches nothing.
+    """
+    solver = Solver(analysis, scores, bounds)
+    limits = budget.limits()
+    if budget.latency is not None:
+        return solver.plan(meet_latency(solver, budget, limits))
+    return solver.plan(meet_limits(solver, limits, budget.tolerance))

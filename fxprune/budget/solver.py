@@ -1,0 +1,227 @@
+"""Solver: scores become widths, and widths that meet limits on counted costs are found by bisection."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+from torch import nn
+
+from fxprune.budget.budget import Bounds, is_fraction
+from fxprune.budget.cost import Channels, Floats, cost_of, device_of
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.names import Bools, Ints
+from fxprune.errors import BudgetError, PlanError
+from fxprune.plan import Plan
+
+
+class Solver:
+    """Finds widths for the groups, given scores: highest score stays."""
+
+    def __init__(self, analysis: Analysis, scores: Mapping[str, Floats], bounds: Bounds) -> None:
+        if not analysis.groups:
+            reasons = sorted({frozen.reason.text for frozen in analysis.frozen}) or ["it has no parameters"]
+            raise PlanError(f"nothing in this model can be pruned: {'; '.join(reasons[:5])}. See print(analysis).")
+        self.analysis = analysis
+        self.channels = Channels.of(analysis)
+        self.sizes = np.array(list(analysis.sizes.values()))
+        self.fixed = held(analysis, bounds.keep)
+        self.fixed |= np.array([name not in scores for name in analysis.groups])
+        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+        flat = np.full(int(self.sizes.sum()), np.inf)
+        for number, name in enumerate(analysis.groups):
+            if name in scores:
+                flat[starts[number] : starts[number] + self.sizes[number]] = scores[name]
+        group = self.channels.group
+        if (bad := np.isnan(flat)).any():
+            raise PlanError(
+                f"the criterion's scores of group {self.channels.names[group[bad.argmax()]]!r} are not numbers (NaN); "
+                "are there NaNs or infinities in its weights or gradients?"
+            )
+        order = np.lexsort((-flat, group))  # by group, best first; ties by position
+        self.rank = np.empty_like(order)
+        self.rank[order] = np.arange(len(order)) - starts[group[order]]
+        place = self.rank / self.sizes[group] if bounds.scope == "local" else -flat
+        removable = ~self.fixed[group]
+        worst_first = np.lexsort((-self.rank, -place))
+        self.worst_first = worst_first[removable[worst_first]]
+        self.multiple = multiples(analysis, bounds.round_to)
+        self.floor = np.minimum(self.sizes, np.maximum(1, np.ceil(bounds.minimum * self.sizes - 1e-9)).astype(np.int64))
+        self.cap = np.maximum(self.floor, np.floor(bounds.maximum * self.sizes + 1e-9).astype(np.int64))
+        self.floor[self.fixed] = self.cap[self.fixed] = self.sizes[self.fixed]
+
+    def widths(self, removed: int, multiple: Ints | None = None) -> Ints:
+        """The widths when the ``removed`` worst channels go, as far as minimum, maximum and rounding let them."""
+        multiple = self.multiple if multiple is None else multiple
+        gone = np.bincount(self.channels.group[self.worst_first[:removed]], minlength=len(self.sizes))
+        rounded = -(-np.maximum(self.sizes - gone, self.floor) // multiple) * multiple
+        result: Ints = np.minimum(rounded, self.cap)
+        return result
+
+    def kept(self, widths: Ints) -> Bools:
+        """bool[channels]: the best of each group."""
+        result: Bools = self.rank < widths[self.channels.group]
+        return result
+
+    def plan(self, widths: Ints) -> Plan:
+        """The plan that keeps the best channels of each group."""
+        kept = self.kept(widths)
+        parts = np.split(kept, np.cumsum(self.sizes)[:-1])
+        keep = {name: part.nonzero()[0].tolist() for name, part in zip(self.channels.names, parts, strict=True)}
+        return Plan(keep, self.analysis.sizes, self.analysis.options)
+
+    def meet(self, used: Callable[[Ints], float], tolerance: float) -> Ints:
+        """The widths that use up at most 1, and at least ``1 - tolerance``, of what ``used`` measures.
+
+        Where widths that are multiples use too little or too much, smaller multiples do. Raises UnreachableError, with
+        the nearest, where no widths are found.
+        """
+        nearest, step = None, self.multiple
+        while True:
+            if used(least := self.widths(len(self.worst_first), step)) <= 1:
+                widths = self.largest(step, used)
+                widths = self.filled(widths, step, used, 1 - tolerance)
+                if used(widths) >= 1 - tolerance:
+                    return widths
+                if nearest is None or used(widths) > used(nearest):
+                    nearest = widths
+            if (step == 1).all():
+                raise UnreachableError(least if nearest is None else nearest, above=nearest is None)
+            step = np.maximum(1, step // 2)
+
+    def largest(self, step: Ints, used: Callable[[Ints], float]) -> Ints:
+        """The widths, multiples of ``step``, when as few channels go as the budget allows."""
+        low, high = 0, len(self.worst_first)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if used(self.widths(middle, step)) <= 1 else (middle + 1, high)
+        return self.widths(low, step)
+
+    def filled(self, widths: Ints, step: Ints, used: Callable[[Ints], float], enough: float) -> Ints:
+        """``widths`` with channels given back, in ever smaller steps, until ``enough`` is used or nothing fits."""
+        while (now := used(widths)) < enough:
+            widths = self.fill(widths, step, used)
+            if (step == 1).all() and used(widths) == now:
+                break
+            step = np.maximum(1, step // 2)
+        return widths
+
+    def fill(self, widths: Ints, step: Ints, used: Callable[[Ints], float]) -> Ints:
+        """Give groups back ``step`` channels each, those cut deepest first, while the budget holds."""
+        for number in np.argsort(widths / self.sizes, kind="stable"):
+            grown = widths.copy()
+            grown[number] = min(grown[number] + step[number], self.cap[number])
+            if grown[number] > widths[number] and used(grown) <= 1:
+                widths = grown
+        return widths
+
+
+class UnreachableError(Exception):
+    """No widths use up the budget; the nearest are ``above`` it, or leave too much of it."""
+
+    def __init__(self, widths: Ints, above: bool) -> None:
+        self.widths, self.above = widths, above
+
+
+def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: float) -> Ints:
+    """Widths that meet limits, (kind, value), on counted costs."""
+    costs = [(kind, cost_of(solver.analysis, kind, solver.channels), limit) for kind, limit in limits]
+    everything = np.ones(int(solver.sizes.sum()), dtype=bool)
+    whole = [cost(everything) for _, cost, _ in costs]
+    allowed = [limit * now if is_fraction(limit) else limit for (_, _, limit), now in zip(costs, whole, strict=True)]
+
+    for (kind, _, _), now in zip(costs, whole, strict=True):
+        if not now:
+            raise BudgetError(f"{kind} is 0 for these example_inputs: there is nothing to save")
+
+    # A count of channels can't be met closer than to the whole channel below it.
+    counted = [limit for (kind, _, _), limit in zip(costs, allowed, strict=True) if kind == "channels"]
+    tolerance = max([tolerance, *(1 / limit for limit in counted)])
+
+    def used(widths: Ints) -> float:
+        kept = solver.kept(widths)
+        return max(cost(kept) / limit for (_, cost, _), limit in zip(costs, allowed, strict=True))
+
+    def amounts(values: Iterable[float]) -> str:
+        rows = zip(costs, values, whole, strict=True)
+        return " and ".join(f"{kind}={round(value)} ({value / now:.1%})" for (kind, _, _), value, now in rows)
+
+    if used(solver.sizes) <= 1:
+        raise BudgetError(
+            f"the model already meets the budget {amounts(allowed)}: it has {amounts(whole)}. Give a smaller one."
+        )
+    try:
+        return solver.meet(used, tolerance)
+    except UnreachableError as miss:
+        kept = solver.kept(miss.widths)
+        held = f"{int(solver.fixed.sum())} of {len(solver.sizes)} groups are kept whole"
+        if miss.above:
+            why = f"{held}, and minimum= holds the others; lower it, or keep fewer layers"
+        elif (miss.widths == solver.cap).all():
+            why = f"{held} and maximum= holds the others; raise it, or ask for the nearest"
+        else:
+            why = (
+                f"widths are whole channels, and no plan was found within {100 * tolerance:g} % below it; ask for "
+                "the nearest, or give the Budget a larger tolerance"
+            )
+        nearest = amounts(cost(kept) for _, cost, _ in costs)
+        raise BudgetError(
+            f"the budget {amounts(allowed)} can't be met; the nearest that can be reached is {nearest}: {why}."
+        ) from None
+
+
+def held(analysis: Analysis, patterns: Sequence[str]) -> Bools:
+    """bool[groups]: which groups the ``keep`` patterns name."""
+    result = np.zeros(len(analysis.groups), dtype=bool)
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        named = {key for key in analysis.axes if matches(analysis, *key, pattern)}
+        hits = [
+            fnmatchcase(name, pattern) or any((member.parameter, member.axis) in named for member in group.members)
+            for name, group in analysis.groups.items()
+        ]
+        if not named and not any(hits):
+            raise PlanError(
+                f"keep={pattern!r} matches no module, parameter or group of this model. Names are those of its "
+                "state_dict; * stands for anything."
+            )
+        result |= np.array(hits, dtype=bool)
+    return result
+
+
+def matches(analysis: Analysis, parameter: str, axis: int, pattern: str) -> bool:
+    """Whether ``pattern``, "name" or "name[axis]", names this axis of a parameter, or of a module that it is in."""
+    name, _, number = pattern.removesuffix("]").partition("[")
+    if axis != (int(number) if number.isdecimal() else output_axis(analysis, parameter)):
+        return False
+    return named(parameter, name)
+
+
+def named(path: str, pattern: str) -> bool:
+    """Whether ``pattern`` names a module or parameter, or a module that it is in."""
+    parts = path.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
+
+
+def output_axis(analysis: Analysis, parameter: str) -> int:
+    """The axis of a parameter that its layer's output has: the first that is not of size 1."""
+    module = analysis.graph.get_submodule(parameter.rpartition(".")[0])
+    shape = analysis.shapes[parameter]
+    if isinstance(module, (nn.modules.conv._ConvTransposeNd, nn.Embedding)) and len(shape) > 1:
+        return 1
+    return next((axis for axis, size in enumerate(shape) if size > 1), 0)
+
+
+def multiples(analysis: Analysis, round_to: int | str) -> Ints:
+    """int64[groups]: the multiple that the width of each group is rounded up to."""
+    if round_to == "auto":
+        device, dtype = device_of(analysis.graph)
+        round_to = 16 if device.type != "cuda" else 8 if dtype.itemsize <= 2 else 4
+    result = []
+    for group in analysis.groups.values():
+        # A channel of several positions (a head, a pixel of a flattened map) already makes wide steps.
+        steps = [len(m.index) // group.size for m in group.members if len(analysis.shapes[m.parameter]) > 1]
+        step = min(steps, default=1) or 1
+        limit = 1 << max(0, (group.size // 4).bit_length() - 1)
+        multiple = int(round_to) // math.gcd(int(round_to), step)
+        result.append(min(multiple, limit) if limit < multiple else multiple)
+    return np.array(result, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Files: compact models, start values and ONNX, written whole and read safely."""

@@ -1,0 +1,173 @@
+"""Save and load a compact model: one safetensors file with the weights and, as JSON, the plan. No pickle.
+
+Of a model from ``fxprune.initialize`` the file has the seed, and only the weights that differ from what it gives; of
+convolutions whose kernels have many zeros, only the weights that are not zero.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxprune.channels.analysis import analyze
+from fxprune.errors import FileError, FxpruneError, require
+from fxprune.files import kernels
+from fxprune.files.sparse import packed, start_in, unpacked
+from fxprune.files.start import forget, remember, start_of
+from fxprune.graph.inputs import imagine, map_tensors
+from fxprune.graph.trace import trace, unwrap
+from fxprune.graph.traced import Model
+from fxprune.plan import Plan
+from fxprune.rewrite.rewrite import rewrite
+
+FORMAT = "fxprune model 1"
+EXAMPLE = "example_inputs/"  # names of tensors that are not the model's: those that its plain Python was run on
+
+
+def save(compact: nn.Module, path: str | Path) -> None:
+    """Write a model that ``rewrite``, ``prune`` or ``initialize`` returned. The file appears whole or not at all.
+
+    Raises:
+        FileError: the model did not come from fxprune, so there is neither a plan nor a seed to write; or nothing can
+            be written there.
+    """
+    require(path, (str, Path), "path", FileError)
+    require(compact, nn.Module, "compact", FileError)
+    compact = unwrap(compact)
+    record = getattr(compact, "meta", {}).get("fxprune", {})
+    start = start_of(compact)
+    if not record and not (start and start.fits(compact)):
+        raise FileError(
+            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite, fxprune.prune or "
+            "fxprune.initialize returned can be saved. Save the state_dict of others with safetensors."
+        )
+    path = Path(path)
+    state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
+    state, aliases = without_aliases(state)
+    state, sparse = packed(state, start)
+    state, patterned = kernels.packed(state)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
+        known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
+        description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known})
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
+        partial.chmod(0o666 & ~umask())  # safetensors lets nobody else read it
+        os.replace(partial, path)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise FileError(f"can't write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The permissions that new files do not get. It can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def load(path: str | Path, model: nn.Module) -> Model:
+    """Read a model that ``save`` wrote.
+
+    Args:
+        path: of the file.
+        model: the dense model, built as it was before; its weights do not matter and it is not changed.
+
+    Returns:
+        Where the model was cut, the compact GraphModule: ``model`` is traced and the plan carried out on it. Otherwise
+        a copy of ``model``. The weights are those of the file, bit for bit.
+
+    Raises:
+        FileError: the file is truncated, is no such file, or belongs to another model. Nothing is changed.
+    """
+    require(path, (str, Path), "path", FileError)
+    record, state = read(path)
+    try:
+        state = kernels.unpacked(state, record.get("kernels", []))
+        sparse = record.get("start") or {}
+        start = start_in(sparse, unwrap(model)) if sparse else None
+        if "plan" in record:
+            plan = Plan.from_json(record["plan"])
+            inputs = imagine(record["example_inputs"])
+            example = [state.pop(name) for name in sorted(state, key=number_of) if name.startswith(EXAMPLE)]
+            if example:
+                remaining = iter(example)
+                inputs = map_tensors(lambda _: next(remaining), inputs)
+            graph = trace(model, inputs)
+            options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
+            compact, param_map = rewrite(graph, analyze(graph, inputs, **options), plan)
+            start = start and start.after(param_map)
+        else:
+            compact = copy.deepcopy(unwrap(model))
+        if start is not None:
+            state = unpacked(state, sparse, start)
+            remember(compact, start)
+        else:
+            forget(compact)
+        state |= {name: state[first] for name, first in record["aliases"].items()}
+        check_state(compact, state)
+    except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
+    own = compact.state_dict()  # with the versions of the modules, which some look at when they load
+    own.update(state)
+    compact.load_state_dict(own)
+    return compact
+
+
+def number_of(name: str) -> int:
+    """The place of an example's tensor among them."""
+    end = name.removeprefix(EXAMPLE)
+    return int(end) if end.isdigit() else -1
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of the model and the tensors in a file."""
+    if not Path(path).is_file():
+        raise FileError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {}).get("fxprune", "null"))
+            if not isinstance(record, dict) or record.get("format") != FORMAT:
+                raise FileError(f"{path} is a safetensors file, but not one that fxprune.save wrote ({FORMAT!r})")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise FileError(
+            f"can't read a model from {path}: {error}. Is it truncated, or another kind of file?"
+        ) from error
+    return record, state
+
+
+def without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that share memory under several names once; and the other names."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return {name: tensor for name, tensor in state.items() if name not in aliases}, aliases
+
+
+def check_state(compact: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raise FileError unless ``state`` fits the compact model exactly."""
+    expected = compact.state_dict()
+    for name in [*expected, *state]:
+        if name not in state or name not in expected:
+            raise FileError(f"{name} is only in {'the file' if name in state else 'the model'}")
+        found, wanted = ((*tensor.shape, tensor.dtype) for tensor in (state[name], expected[name]))
+        if found != wanted:
+            raise FileError(f"{name} is {describe(state[name])} in the file, {describe(expected[name])} in the model")
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor's dtype and shape, as "float32[64, 3, 7, 7]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

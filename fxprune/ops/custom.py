@@ -1,0 +1,107 @@
+"""Custom: what operators outside ATen do to channels, told in the letters of an einsum."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from fxprune.channels.labels import Label, Labels, Operand, join, pin, settle, varying
+from fxprune.channels.tensor import RULES, Call, _resolved, operand
+from fxprune.errors import AnalysisError
+from fxprune.graph.inputs import tensors_in
+
+
+def register_operator(operator: Any, letters: str) -> None:
+    """Say what a custom operator does to the channels of its arguments, so that they need not be frozen.
+
+    ``letters`` names every axis of every tensor that the operator takes, in the order of its arguments, and of every
+    one that it returns: ``"b c h w, c -> b c h w"``. Where a letter stands in several tensors their channels go
+    together, from all of them. A letter that only one argument has, and no result, is an axis that the operator mixes:
+    its channels stay. You say by this that the operator does the same, channel by channel, with fewer of them.
+
+    Args:
+        operator: a ``torch.library`` operator, ``torch.ops.mylib.myop`` or ``"mylib::myop"``.
+        letters: of all its tensors; those that are None in a call are passed over.
+
+    Raises:
+        AnalysisError: there is no such operator, or the letters can't be read.
+
+    >>> register_operator("torchvision::roi_align", "n c h w, k r -> k c p q")
+    """
+    packet = operator.overloadpacket if isinstance(operator, OpOverload) else operator
+    name = str(packet._qualified_op_name if isinstance(packet, OpOverloadPacket) else packet)
+    library, _, short = name.partition("::")
+    if not short or library == "aten" or not hasattr(getattr(torch.ops, library), short):
+        raise AnalysisError(
+            f"operator={operator!r:.60} is no custom operator: give torch.ops.mylib.myop or 'mylib::myop', made with "
+            "torch.library"
+        )
+    inputs, outputs = parsed(letters)
+    for part in (*inputs, *outputs):
+        sound = all(len(letter) == 1 and letter.isalpha() for letter in part) and len({*part}) == len(part)
+        if "->" not in letters or not sound:
+            raise AnalysisError(
+                f"letters={letters!r} can't be read: write 'b c h w, c -> b c h w', each axis one letter, no letter "
+                "twice in one tensor"
+            )
+    RULES[name] = partial(by_letters, letters)
+    _resolved.clear()
+
+
+def parsed(letters: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The letters of each argument, and of each result."""
+    given, _, returned = letters.partition("->")
+    return [part.split() for part in given.split(",")], [part.split() for part in returned.split(",")]
+
+
+def by_letters(letters: str, call: Call) -> Any:
+    """The rule of an operator with these letters."""
+    inputs, outputs = parsed(letters)
+    tensors, results = tensors_in((call.args, call.kwargs)), tensors_in(call.out)
+    expected = [len(each) for each in (*inputs, *outputs)]
+    if len(tensors) != len(inputs) or [tensor.ndim for tensor in (*tensors, *results)] != expected:
+        raise AnalysisError(
+            f"{call.func} is registered with letters {letters!r}, but here it takes tensors with "
+            f"{[tensor.ndim for tensor in tensors]} axes and returns some with {[each.ndim for each in results]}"
+        )
+    seen = [letter for side in (*inputs, *outputs) for letter in side]
+    order = list(dict.fromkeys(seen))
+    given = [spread_over(order, its, operand(tensor)) for its, tensor in zip(inputs, tensors, strict=True)]
+    mixed = [order.index(letter) for letter in order if seen.count(letter) == 1]
+    labels = join(call.names, given, len(order))
+    labels = settle(call.names, (pin(call.names, label, mixed, f"mixed by {call.func}") for label in labels))
+    call.zero = False  # nobody said
+    several = [over(call, order, side, labels) for side in outputs]
+    return several if not isinstance(call.out, Tensor) else several[0]
+
+
+def spread_over(order: Sequence[str], letters: Sequence[str], value: Operand) -> Operand:
+    """A value with one axis for each letter of ``order``; of size 1 for those that it lacks."""
+    axes = [letters.index(letter) for letter in order if letter in letters]
+
+    def shaped(sizes: Sequence[int]) -> list[int]:
+        return [sizes[letters.index(letter)] if letter in letters else 1 for letter in order]
+
+    labels = tuple(label.transpose(axes).reshape(shaped(label.shape)) for label in value.labels)
+    return Operand(labels, shaped(value.shape), value.source)
+
+
+def over(call: Call, order: Sequence[str], letters: Sequence[str], labels: Labels) -> Labels:
+    """``labels`` over the letters of one result."""
+    lacking = [at for at, letter in enumerate(order) if letter not in letters]
+    axes = [order.index(letter) for letter in letters]
+    kept: list[Label] = []
+    for label in labels:
+        if {*varying(label)} & {*axes}:
+            label = pin(call.names, label, lacking, f"mixed by {call.func}")
+            kept.append(label.transpose([*axes, *lacking]).reshape([label.shape[axis] for axis in axes]))
+    return settle(call.names, kept)
+
+
+RULES |= {
+    "torchvision::roi_align": partial(by_letters, "n c h w, k r -> k c p q"),
+    "torchvision::roi_pool": partial(by_letters, "n c h w, k r -> k c p q, k c p q"),
+}

@@ -1,0 +1,1 @@
+"""Report: what was done to a model, as tables, pages and measurements."""

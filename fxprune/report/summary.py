@@ -1,0 +1,217 @@
+"""Summary: what a plan does to a model, as tables: by group, by layer and in all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from fxprune.budget.cost import Channels, cost_of, flops_by_module
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import Group
+from fxprune.graph.traced import Model, in_eval, regions
+from fxprune.plan import Plan
+from fxprune.training.log import Log
+
+if TYPE_CHECKING:
+    from fxprune.budget.staircase import Staircase
+    from fxprune.report.bench import Bench
+
+Pair = tuple[float, float]  # before, after
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights before and after the cut; after it, all is 0 where the layer is gone.
+
+    Attributes:
+        name: its path.
+        kind: its class.
+        outputs: channels that it writes.
+        inputs: channels that it reads; of a grouped convolution, those of one of its groups.
+        params: parameters.
+        flops: of a forward pass on the example inputs.
+        groups: the groups whose channels go through it.
+    """
+
+    name: str
+    kind: str
+    outputs: Pair
+    inputs: Pair
+    params: Pair
+    flops: Pair
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a plan does to a model. Printing it gives the table by layer.
+
+    Attributes:
+        groups: channels of each group.
+        layers: those with weights.
+        totals: "flops", "params", "memory" (bytes) and "channels".
+        bench: times, where they were taken.
+        accuracy: on data that the user gave.
+        about: anything else in words, by title: the model, the criterion, what was verified.
+    """
+
+    groups: Mapping[str, Pair]
+    layers: tuple[Layer, ...]
+    totals: Mapping[str, Pair]
+    bench: "Bench | None" = None
+    accuracy: Pair | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def paths(self) -> dict[str, list[str]]:
+        """The layers that the channels of each group go through."""
+        return {name: [each.name for each in self.layers if name in each.groups] for name in self.groups}
+
+    def to_html(
+        self,
+        path: str | Path,
+        analysis: Analysis,
+        *,
+        log: Log | None = None,
+        stairs: "Sequence[Staircase]" = (),
+        accuracies: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Write one HTML page that needs nothing from elsewhere: the tables, pictures, and the graph of the model.
+
+        Args:
+            path: where to write.
+            analysis: of the model before the cut.
+            log: of a session, for the pictures of a training run.
+            stairs: what ``fxprune.staircase`` measured of some groups.
+            accuracies: by name, seconds and accuracy of models that should be compared.
+
+        Raises:
+            FileError: nothing can be written there.
+        """
+        from fxprune.report.page import write_html
+        from fxprune.report.slides import pictures
+
+        title = f"report on {self.about['model']}" if "model" in self.about else "report"
+        write_html(analysis, path, title, pictures(self, log, stairs, accuracies or {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON data."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def __str__(self) -> str:
+        from fxprune.report.tables import layers_table, text, totals_table
+
+        return text(layers_table(self), totals_table(self))
+
+
+FORMAT = "fxprune report 1"
+
+
+def summarize(
+    analysis: Analysis,
+    plan: Plan,
+    compact: Model,
+    *,
+    bench: "Bench | None" = None,
+    about: Mapping[str, str] | None = None,
+) -> Summary:
+    """What ``plan`` does to the model of ``analysis``, of which ``rewrite`` made ``compact``.
+
+    Args:
+        analysis: of the model before the cut.
+        plan: that was carried out.
+        compact: the model after it.
+        bench: what ``fxprune.bench`` measured of both.
+        about: anything else that should stand in the report, by title.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    plan.check(analysis.sizes)
+    after = analysis.after(plan, compact)
+    counts = [totals(each) for each in (analysis, after)]
+    return Summary(
+        groups={name: (size, plan.widths.get(name, 0)) for name, size in analysis.sizes.items()},
+        layers=layers(analysis, after),
+        totals={kind: (before, counts[1][kind]) for kind, before in counts[0].items()},
+        bench=bench,
+        about=dict(about or {}),
+    )
+
+
+def totals(analysis: Analysis) -> dict[str, float]:
+    """What the model of ``analysis`` costs in all."""
+    channels = Channels.of(analysis)
+    every = np.ones(len(channels.group), dtype=bool)
+    return {kind: cost_of(analysis, kind, channels)(every) for kind in ("flops", "params", "memory", "channels")}
+
+
+def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
+    """The layers with weights, in the order of the model."""
+    with in_eval(before.graph, after.graph):
+        flops = [flops_by_module(each.graph, each.example_inputs) for each in (before, after)]
+    modules = [weighted(each.graph) for each in (before, after)]
+    groups: dict[str, list[str]] = {}
+    for group in before.groups.values():
+        for path in layers_of(group):
+            groups.setdefault(path, []).append(group.name)
+    kinds = classes(before.graph)
+    result = []
+    for path, layer in modules[0].items():
+        both = (layer, modules[1].get(path))
+        outputs, inputs = zip(*map(ends, both), strict=True)
+        result.append(
+            Layer(
+                name=path,
+                kind=kinds.get(path, type(layer).__name__),
+                outputs=outputs,
+                inputs=inputs,
+                params=pair(sum(p.numel() for p in each.parameters(recurse=False)) if each else 0 for each in both),
+                flops=pair(its.get(path, 0) for its in flops),
+                groups=tuple(groups.get(path, ())),
+            )
+        )
+    return tuple(result)
+
+
+def layers_of(group: Group) -> list[str]:
+    """The paths of the layers that the channels of a group go through, norms included."""
+    return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
+
+
+def pair(values: Any) -> Pair:
+    """Two values as a tuple."""
+    before, after = values
+    return before, after
+
+
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with a parameter of at least two axes, by path: convolutions, linear layers, embeddings."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if any(p.ndim > 1 for p in module.parameters(recurse=False))
+    }
+
+
+def classes(model: nn.Module) -> dict[str, str]:
+    """The class that each module had which tracing went through, by path."""
+    found = {}
+    for region, traced in regions(model).items():
+        for node in traced.graphs[False].nodes:
+            if node.op != "call_module":
+                for path, kind in node.meta.get("nn_module_stack", {}).values():
+                    found[f"{region}.{path}".strip(".")] = getattr(kind, "__name__", str(kind))
+    return found
+
+
+def ends(layer: nn.Module | None) -> tuple[int, int]:
+    """The channels that a layer writes and reads."""
+    if layer is None:
+        return 0, 0
+    weight = next(p for p in layer.parameters(recurse=False) if p.ndim > 1)
+    outputs, inputs = weight.shape[:2]
+    turned = isinstance(layer, (nn.modules.conv._ConvTransposeNd, nn.Embedding))
+    return (inputs, outputs) if turned else (outputs, inputs)

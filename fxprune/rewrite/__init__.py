@@ -1,0 +1,1 @@
+"""Rewrite: a plan is carried out, and what came of it proved."""

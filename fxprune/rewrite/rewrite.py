@@ -1,0 +1,342 @@
+"""Rewrite: (graph, analysis, plan) -> compact GraphModule and ParamMap. The original is untouched.
+
+Parameters are sliced, module attributes set from them, and each graph is run once on meta tensors: on the way, sizes
+baked into it are replaced where they no longer fit, and every value is compared with its predicted shape.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.interpret import Runner, cause, where, within
+from fxprune.channels.labels import left
+from fxprune.channels.names import Bools
+from fxprune.channels.shapes import shape_of_result
+from fxprune.channels.tensor import name_of, on_meta
+from fxprune.channels.values import Value, values_in
+from fxprune.errors import FxpruneError, PlanError, RewriteError, require
+from fxprune.graph.collector import collector_rests
+from fxprune.graph.inputs import describe, tensors_in
+from fxprune.graph.trace import copy_modules, named_tensors
+from fxprune.graph.traced import START, Model, TracedModule, copy_graph, of_region, regions, require_traced
+from fxprune.plan import Plan
+from fxprune.rewrite.branches import is_empty, remove_branches
+from fxprune.rewrite.fit import fit
+from fxprune.rewrite.param_map import Kept, ParamMap, cut
+
+Shape = tuple[int, ...]
+
+
+@collector_rests()
+def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamMap]:
+    """Carry out ``plan``.
+
+    Args:
+        graph: the traced model that was analysed, or another trace of the same architecture with weights of its own.
+        analysis: of that model.
+        plan: for that analysis.
+
+    Returns:
+        The compact model, a GraphModule with parameters of its own, and the map of what was kept.
+
+    Raises:
+        PlanError: the plan is for another model.
+        RewriteError: ``graph`` is not the model that was analysed, or a shape is not as predicted.
+    """
+    require_traced(graph, "graph", RewriteError)
+    require(analysis, Analysis, "analysis", RewriteError)
+    require(plan, Plan, "plan", RewriteError)
+    predicted = analysis.values_after(plan)
+    stays = analysis.stays(plan)
+    kept = kept_indices(analysis, stays)
+    state = named_tensors(graph)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != dict(analysis.shapes):
+        name = next(iter({*found.items()} ^ {*analysis.shapes.items()}))[0]
+        raise RewriteError(
+            f"this is not the model that was analysed: {name} has shape {found.get(name)}, the analysis says "
+            f"{analysis.shapes.get(name)}. Analyse it again, or rewrite the model that you analysed."
+        )
+
+    tensors: dict[int, Tensor] = {}
+    parameters: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
+    for name, tensor in state.items():
+        if id(tensor) in tensors:
+            continue
+        new = cut(tensor, kept[name])
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            parameters[tensor] = name, new
+        tensors[id(tensor)] = new
+    compact = copy_onto(graph, tensors)
+    gone: set[str] = set()
+    if any(not channels for channels in plan.keep.values()):
+        dropped = {member.parameter for name in plan.dropped for member in analysis.groups[name].members}
+        remove_branches(compact, predicted, frozenset(name.rpartition(".")[0] for name in dropped))
+        gone = state.keys() - {*compact.state_dict().keys(), *dict(compact.named_buffers())}
+        nothing = torch.zeros(0, dtype=torch.int64)
+        kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
+    set_attributes(compact, predicted)
+    for path, region in regions(compact).items():
+        for mode in region.distinct_graphs():
+            if path in analysis.inputs[mode]:
+                before, after = (of_region(values[mode], path) for values in (analysis.values, predicted))
+                Fitter(region, mode, before, after, stays).start(analysis.inputs[mode][path])
+        region.recompile()
+    param_map = ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
+    record(compact, analysis, plan)
+    if START in compact.meta:
+        compact.meta[START] = compact.meta[START].after(param_map)
+    return compact, param_map
+
+
+def copy_onto(graph: Model, tensors: dict[int, Tensor]) -> Model:
+    """A copy of ``graph`` and its modules, with ``tensors`` (by the id of the original) for its own."""
+    if not isinstance(graph, TracedModule):
+        return copy_modules(graph, tensors)
+    root = copy_modules(graph.root(), tensors)
+    train, evaluate = graph.graphs[True], graph.graphs[False]
+    new_train = copy_graph(train)
+    new_evaluate = new_train if evaluate is train else copy_graph(evaluate)
+    return TracedModule(root, new_train, new_evaluate)
+
+
+def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
+    """For every parameter and buffer, under all its names, the kept indices of each axis."""
+    kept: dict[str, Kept] = {}
+    for name, shape in analysis.shapes.items():
+        axes: list[Tensor | None] = [None] * len(shape)
+        for at in range(len(shape)):
+            axis = analysis.axes.get((analysis.aliases[name], at))
+            if axis is not None and not (mask := stays[axis.names]).all():
+                axes[at] = torch.from_numpy(mask.nonzero()[0])
+        kept[name] = tuple(axes)
+    return kept
+
+
+def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Kept]:
+    """For each (mode, node) with a norm whose statistics change: what is kept on each axis of the normalized value."""
+    kept: dict[tuple[bool, str], Kept] = {}
+    for norm in analysis.norms:
+        mask = stays[norm.label]
+        if not mask.all():
+            before = kept.get((norm.mode, norm.node), (None,) * mask.ndim)
+            kept[norm.mode, norm.node] = tuple(
+                torch.from_numpy(left(mask, axis).nonzero()[0]) if size > 1 else before[axis]
+                for axis, size in enumerate(mask.shape)
+            )
+    return kept
+
+
+def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
+    """Leave on the compact model what ``save`` needs, the plan from the model that was traced first, and its groups."""
+    before = compact.meta.get("fxprune")
+    try:
+        whole = Plan.from_json(before["plan"]).then(plan) if before else plan
+    except PlanError as error:
+        raise PlanError(
+            "this model was cut before, by groups that an analysis of it does not find again. Plan with what came of "
+            f"the first analysis, analysis.after(plan, compact). ({error})"
+        ) from error
+    example = before["example_inputs"] if before else describe(analysis.example_inputs)
+    compact.meta["fxprune"] = {
+        "plan": whole.to_json(),
+        "example_inputs": example,
+        "options": dict(analysis.options),
+        "policies": dict(analysis.policies),
+        "groups": {
+            name: (analysis.groups[name], plan.keep.get(name, range(width)))
+            for name, width in plan.widths.items()
+            if width > 1
+        },
+    }
+    if not isinstance(compact, TracedModule):  # its Python may look at values
+        compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
+
+
+def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) -> None:
+    """Make the attributes of the layers that graphs, or the Python that steers them, call say what the weights are."""
+    for layer, shape, out in layer_calls(compact, predicted):
+        for name, attribute in attributes(layer, shape, out).items():
+            if getattr(layer, name) != attribute:
+                setattr(layer, name, attribute)
+
+
+def layer_calls(
+    compact: Model, predicted: Mapping[bool, Mapping[str, Any]]
+) -> Iterator[tuple[nn.Module, Shape, Shape]]:
+    """The layers that are called, with the shapes of what they are given and give."""
+    traced = regions(compact)
+    for path, region in traced.items():
+        for mode, graph in region.distinct_graphs().items():
+            values = of_region(predicted[mode], path)
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+                    shape = shape_of(values.get(source.name)) if isinstance(source, fx.Node) else ()
+                    yield region.get_submodule(node.target), shape, shape_of(values.get(node.name))
+    for values in predicted.values():
+        for name in values:
+            path, _, end = name.rpartition("/")
+            if end == "output" and path and path not in traced:
+                yield (
+                    compact.get_submodule(path),
+                    *(shape_of(values.get(within(path, end))) for end in ("input", "output")),
+                )
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor; () for anything else."""
+    return value.shape if isinstance(value, Value) else ()
+
+
+def attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) -> dict[str, Any]:
+    """The attributes of a layer of torch.nn that follow from its weights and the shapes of its input and output."""
+    weight = getattr(module, "weight", None)
+    w = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    match module:
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            groups = 1 if module.groups == 1 else out[-len(w) + 1] // w[1]
+            return {"in_channels": w[0], "out_channels": w[1] * groups, "groups": groups}
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            groups = 1 if module.groups == 1 else shape[-len(w) + 1] // w[1]
+            return {"in_channels": w[1] * groups, "out_channels": w[0], "groups": groups}
+        case nn.Linear():
+            return {"in_features": w[1], "out_features": w[0]}
+        case nn.modules.batchnorm._NormBase():
+            return {"num_features": shape[1] if len(shape) > 1 else module.num_features}
+        case nn.LayerNorm() | nn.RMSNorm():
+            return {"normalized_shape": tuple(shape[-len(module.normalized_shape) :])}
+        case nn.GroupNorm():
+            size = module.num_channels // module.num_groups
+            groups = 1 if module.num_groups == 1 else shape[1] // size
+            return {"num_groups": groups, "num_channels": shape[1]}
+        case nn.Embedding():
+            return {"num_embeddings": w[0], "embedding_dim": w[1]}
+        case nn.PReLU():
+            return {"num_parameters": w[0]}
+        case nn.RNNBase():
+            return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
+    return {}
+
+
+FUNCTIONS: dict[Any, str] = {  # and the operators that they are
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
+    torch.add: "add",
+    torch.mul: "mul",
+    torch.cat: "cat",
+    F.relu: "relu",
+    F.linear: "linear",
+    F.layer_norm: "layer_norm",
+}
+
+
+class Fitter(Runner):
+    """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
+
+    def __init__(self, module: TracedModule, mode: bool, before: Any, after: Any, stays: Bools) -> None:
+        super().__init__(module, mode, named_tensors(module))
+        self.before, self.after, self.stays = before, after, stays
+        self.node = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Fit, run and check one node."""
+        self.node = n.name
+        if n.op in ("call_function", "call_method") and n.name in self.after:
+            fit(self, n)
+        try:
+            result = super().run_node(n)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            if any(is_empty(self.after.get(source.name)) for source in n.all_input_nodes):
+                raise RewriteError(
+                    f"the plan keeps no channel of what node {where(n)} reads, and torch does not run it on nothing: "
+                    f"{cause(error)}. The model is unchanged; keep at least one channel there."
+                ) from error
+            raise RewriteError(
+                f"node {where(n)} does not run in the compact graph: {cause(error)}. The model is "
+                "unchanged; keep the channels there with keep=, and please report it."
+            ) from error
+        return self.checked(n, result)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A region may be given fewer channels than before."""
+        value, expected = super().placeholder(target, args, kwargs), self.after.get(self.node)
+        if not isinstance(value, Tensor) or not isinstance(expected, Value) or value.shape == expected.shape:
+            return value
+        return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Where an operator runs, it runs without data."""
+        return on_meta(self.state[name]) if name in self.state else None
+
+    def past_hooks(self, layer: nn.Module) -> bool:
+        """A cut calls no hooks, except where they make the weight."""
+        return "weight" in layer._parameters or not hasattr(layer, "weight")
+
+    def fetch_attr(self, target: str) -> Any:
+        """Constants that tracing left on the module come without their data, like everything here."""
+        value = super().fetch_attr(target)
+        return on_meta(value) if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A layer whose shape is plain need not run."""
+        lowered = None if kwargs else self.lowered(target, args)
+        if lowered and (found := self.as_predicted(name_of(lowered[0]), lowered[1])) is not None:
+            return found
+        with torch.device("meta"):
+            return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Nor need a function."""
+        if target in FUNCTIONS and not kwargs and (found := self.as_predicted(FUNCTIONS[target], args)) is not None:
+            return found
+        with torch.device("meta"):
+            return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Methods that make tensors make them without data."""
+        with torch.device("meta"):
+            return super().call_method(target, args, kwargs)
+
+    def as_predicted(self, operator: str, args: Sequence[Any]) -> Tensor | None:
+        """The result of an operator whose shape is plain, and the predicted one."""
+        expected = self.after.get(self.node)
+        if not isinstance(expected, Value) or shape_of_result(operator, args) != expected.shape:
+            return None
+        return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
+
+    def checked(self, node: fx.Node, result: Any) -> Any:
+        """Compare shapes with the prediction; a float that was computed from sizes keeps its original value."""
+        if node.name not in self.after:  # not of the original: what is left of a branch
+            return result
+        expected = self.after[node.name]
+        if isinstance(expected, float) and result != expected:
+            bake(node, expected)
+            return expected
+        if isinstance(result, Tensor) and isinstance(expected, Value) and result.shape == expected.shape:
+            return result
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(result)]
+        predicted = [value.shape for value in values_in(expected)]
+        if shapes != predicted and node.op != "output":
+            raise RewriteError(
+                f"node {where(node)} has shape {shapes} in the compact graph, predicted was {predicted}. The model is "
+                "unchanged; keep the channels there with keep=, and please report it."
+            )
+        return result
+
+
+def bake(node: fx.Node, value: Any) -> None:
+    """Replace a node that computes a number by that number, in all its users."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda arg: value if arg is node else arg)
+        user.kwargs = fx.map_arg(user.kwargs, lambda arg: value if arg is node else arg)

@@ -1,0 +1,438 @@
+"""Verify: the masked original and the compact model are one function, in eval and train mode, outputs and gradients.
+
+The masked original is the model with every removed slice set to zero. Where a norm runs over channels that were removed
+its statistics run over the kept ones only: there the two functions differ by nature, and this is the one that is meant.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fxprune.budget.cost import device_of
+from fxprune.channels.interpret import placeholders, within
+from fxprune.errors import VerificationError, require
+from fxprune.graph.inputs import Bound, bind, for_mode, map_tensors, tensors_in
+from fxprune.graph.regions import forwards, layers
+from fxprune.graph.traced import Model, TracedModule, regions, require_traced
+from fxprune.ops.reduction import STATISTICS
+from fxprune.rewrite.param_map import Kept, ParamMap, cut
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared: the largest difference, relative to the largest value of the tensor it is in.
+
+    ``outputs`` and ``gradients`` are the largest over both modes; ``moved`` says by how much removing the channels
+    moved the output of the original, so that a comparison that could not fail is seen.
+    """
+
+    outputs: float
+    gradients: float
+    moved: float
+    tolerance: float
+    trained: bool = True  # False where the model's Python does not train on the example: compared in eval mode only
+
+    def __str__(self) -> str:
+        only = "" if self.trained else "; in eval mode only, for the example does not run in train mode"
+        more = ", and what this model makes of rounding" if max(self.outputs, self.gradients) > self.tolerance else ""
+        return (
+            f"masked original == compact: outputs to {self.outputs:.1e}, gradients to {self.gradients:.1e} "
+            f"(allowed {self.tolerance:.0e}{more}; the cut itself moved the outputs by {self.moved:.1e}{only})"
+        )
+
+
+def verify(
+    graph: Model,
+    compact: Model,
+    param_map: ParamMap,
+    example_inputs: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    gradients: bool = True,
+) -> Verification:
+    """Compare the masked original with the compact model on ``example_inputs``. Neither is changed.
+
+    Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. A model
+    that amplifies the last bit of inputs and weights to more than that may differ by ten times as much. Where
+    plain Python steers regions, what these give is compared too, before that Python looks at it.
+
+    Raises:
+        VerificationError: they differ; says where and by how much.
+    """
+    require_traced(graph, "graph", VerificationError)
+    require_traced(compact, "compact", VerificationError)
+    require(param_map, ParamMap, "param_map", VerificationError)
+    check_maps(graph, compact, param_map)
+    if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind(example_inputs)))):
+        raise VerificationError(
+            "tensors on the meta device have no values to compare: pass verify=False to prune, or load them"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        return compare(graph, compact, param_map, example_inputs, dtype, gradients)
+
+
+def check_maps(graph: Model, compact: Model, param_map: ParamMap) -> None:
+    """Refuse a map that does not lead from ``graph`` to ``compact``."""
+    after = dict(compact.named_parameters())
+    for name, parameter in graph.named_parameters():
+        kept = param_map.get(name, ())
+        sizes = [size if index is None else len(index) for size, index in zip(parameter.shape, kept, strict=False)]
+        if name in param_map.gone and name not in after:
+            continue
+        if len(kept) != parameter.ndim or name not in after or list(after[name].shape) != sizes:
+            found = list(after[name].shape) if name in after else "missing"
+            raise VerificationError(
+                f"param_map does not lead from graph to compact: {name} is {found} there, the map gives {sizes}"
+            )
+
+
+def compare(
+    graph: Model,
+    compact: Model,
+    param_map: ParamMap,
+    example_inputs: Any,
+    dtype: torch.dtype,
+    gradients: bool,
+) -> Verification:
+    """What ``verify`` does once its arguments are known to be sound."""
+    inputs = map_tensors(
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs)
+    )
+    tolerance = TOLERANCE[dtype]
+    small = copy.deepcopy(compact).to(dtype)
+    masked = copy.deepcopy(graph).to(dtype)
+    try:
+        whole = outputs_of(masked, False, inputs, False, None)
+    except Exception as cause:
+        raise VerificationError(
+            f"the original does not run on these example_inputs in {dtype}: {type(cause).__name__}: {cause}"
+        ) from cause
+    mask_(masked, param_map)
+
+    def sliced(name: str, gradient: Tensor) -> Tensor | None:
+        return None if name in param_map.gone else param_map.slice(name, gradient)
+
+    worst = {"output": 0.0, "gradient": 0.0}
+    moved, trained = 0.0, True
+    for mode in (False, True):
+        try:
+            expected = outputs_of(masked, mode, inputs, gradients, param_map)
+        except Exception:
+            trained = not mode or isinstance(graph, TracedModule)
+            if trained:
+                raise
+            break
+        found = outputs_of(small, mode, inputs, gradients, None, expected.within)
+        noise: dict[tuple[str, str], float] = {}
+        for kind, name, error in differences(expected, found, sliced):
+            if tolerance < error <= AMPLIFIED * tolerance:
+                noise = noise or rounding(masked, mode, inputs, gradients, param_map, expected)
+            worst[kind] = max(worst[kind], error)
+            if not error <= max(tolerance, min(10 * noise.get((kind, name), 0.0), AMPLIFIED * tolerance)):
+                raise VerificationError(
+                    f"in {'train' if mode else 'eval'} mode {kind} {name} of the compact model differs from the masked "
+                    f"original by {error:.2e} (relative to its largest value; allowed {tolerance:.0e}). Please report "
+                    "this model."
+                )
+        if not mode:
+            moved = max(
+                (difference(a, b) for _, a, b in outputs_of_both(whole, found) if a.shape == b.shape), default=0.0
+            )
+    return Verification(worst["output"], worst["gradient"], moved, tolerance, trained)
+
+
+def rounding(
+    masked: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
+) -> dict[tuple[str, str], float]:
+    """What a change of the last bit of inputs and weights makes of outputs and gradients: nothing can agree better.
+
+    Batch norm over few values that hardly differ amplifies it.
+    """
+
+    def nudged(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        signs = (-1.0) ** torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+        return tensor * (1 + torch.finfo(tensor.dtype).eps * signs.reshape(tensor.shape))
+
+    other = copy.deepcopy(masked)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(nudged(parameter))
+    found = outputs_of(other, mode, map_tensors(nudged, inputs), gradients, param_map, expected.within)
+    return {(kind, name): error for kind, name, error in differences(expected, found, lambda _, tensor: tensor)}
+
+
+class Result(NamedTuple):
+    """What a run of a model gave: its outputs, gradients by parameter, and what its regions and layers gave within."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    within: list[tuple[str, Tensor]]
+
+
+def outputs_of_both(a: Result, b: Result) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Outputs by their names; of what was seen within, only what has the same channels in both."""
+    for (name, one), (_, two) in zip(a.within, b.within, strict=True):
+        if one.shape == two.shape:
+            yield f"of {name}", one, two
+    for number, pair in enumerate(zip(a.outputs, b.outputs, strict=True)):
+        yield str(number), *pair
+
+
+def differences(
+    expected: Result, found: Result, sliced: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[tuple[str, str, float]]:
+    """("output" or "gradient", its name, relative difference) between the masked original and the compact model.
+
+    ``sliced`` makes of a parameter's gradient in the original, by name, the one expected in ``found``; None for none.
+    """
+    if (expected_count := len(expected.outputs)) != len(found.outputs) or len(expected.within) != len(found.within):
+        raise VerificationError(f"the model returns {expected_count} tensors, the compact {len(found.outputs)}")
+    for name, a, b in outputs_of_both(expected, found):
+        yield "output", name, difference(a, b)
+    # Rounding in a gradient is that of the whole backward pass: it is measured against the largest gradient of all.
+    gradients = expected.gradients
+    largest = max((gradient.abs().max().item() for gradient in gradients.values() if gradient.numel()), default=0.0)
+    for name, gradient in gradients.items():
+        mine = sliced(name, gradient)
+        if mine is not None:
+            yield "gradient", name, difference(mine, found.gradients[name], floor=largest)
+
+
+def mask_(model: nn.Module, param_map: ParamMap) -> None:
+    """Set every removed slice of every parameter of ``model`` to zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.masked_fill_(param_map.removed(name, parameter), 0)
+
+
+def difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """The largest absolute difference, relative to the largest absolute value of ``a`` (at least ``floor``)."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    gap, size = (a.detach() - b.detach()).abs().max().item(), max(a.detach().abs().max().item(), floor)
+    return gap / size if size else gap
+
+
+def outputs_of(
+    model: Model,
+    mode: bool,
+    inputs: Bound,
+    gradients: bool,
+    param_map: ParamMap | None,
+    seen_before: Sequence[tuple[str, Tensor]] = (),
+) -> Result:
+    """The output tensors of ``model`` in one mode, and the gradients of a fixed random sum of them."""
+    model.train(mode)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    norms = param_map.norms if param_map is not None else {}
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
+    dtype = device_of(model)[1]
+    with torch.set_grad_enabled(gradients), Comparable(dtype), masked_norms(model, norms, seen_before) as seen:
+        result = model(*args, **kwargs)
+    outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+    if gradients:
+        torch.manual_seed(0)
+        noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
+        total = sum((each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad)
+        if isinstance(total, Tensor):
+            total.backward()  # type: ignore[no-untyped-call]
+    torch.set_rng_state(torch_state)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(state[name])
+    return Result(outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen)
+
+
+@contextmanager
+def masked_norms(
+    model: Model, norms: Mapping[tuple[bool, str], Kept], before: Sequence[tuple[str, Tensor]] = ()
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """While this holds, the norms in ``norms`` see only what is kept of their input.
+
+    Yields a list that fills with what is given by the regions, and the layers, that plain Python calls. Where
+    ``before`` is the list of another model, Python gets the values of that: it may decide by rounding, as sorting does.
+    """
+    seen: list[tuple[str, Tensor]] = []
+
+    def note(path: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        seen.append((path, tensor))
+        other = before[len(seen) - 1][1] if len(seen) <= len(before) else tensor
+        return other.detach() + (tensor - tensor.detach()) if other.shape == tensor.shape else tensor
+
+    def noting(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            return map_tensors(partial(note, path) if path else lambda tensor: tensor, forward(*args, **kwargs))
+
+        return noted
+
+    noted: dict[nn.Module, Callable[..., Any]] = {
+        region: noting(path, masked_region(path, region, norms)) for path, region in regions(model).items()
+    }
+    noted |= {layer: noting(path, masked_layer(path, layer, norms)) for path, layer in layers(model).items()}
+    with forwards(noted):
+        yield seen
+
+
+def masked_region(path: str, region: TracedModule, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:
+    """What a region does, with its norms masked."""
+    mine = path + "/" if path else ""
+    its = {(mode, node.removeprefix(mine)): kept for (mode, node), kept in norms.items() if node.startswith(mine)}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = MaskedNorms(region, region.training, its)
+        given = placeholders(region.graphs[region.training], (args, kwargs))
+        return run.run(*given, enable_io_processing=False)
+
+    return forward
+
+
+def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:
+    """What a layer that plain Python calls does, masked if it is a norm."""
+    forward = layer.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        kept = norms.get((layer.training, within(path, "output")))
+        if kept is None:
+            return forward(*args, **kwargs)
+        with NormOverKept(kept):
+            return forward(*args, **kwargs)
+
+    return masked
+
+
+class MaskedNorms(fx.Interpreter):
+    """Runs the graph of one mode; the norms of the nodes in ``norms`` see only what is kept of their input."""
+
+    def __init__(self, module: TracedModule, mode: bool, norms: Mapping[tuple[bool, str], Kept]) -> None:
+        shared = len(module.distinct_graphs()) == 1
+        super().__init__(module, graph=module.graphs[mode])
+        self.norms = {node: kept for (of, node), kept in norms.items() if shared or of == mode}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, under the mode that masks its norms where it has any."""
+        if n.name not in self.norms:
+            return super().run_node(n)
+        with NormOverKept(self.norms[n.name]):
+            return super().run_node(n)
+
+
+class NormOverKept(TorchFunctionMode):
+    """Norms, and statistics that others are written with, over the kept channels; removed ones come out as zero."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept the norms of torch.nn.functional, and statistics."""
+        kwargs = kwargs or {}
+        if func in STATISTICS:
+            return self.statistic(func, *args, **kwargs)
+        if func not in NORM_ARGUMENTS:
+            return func(*args, **kwargs)
+        value = args[0]
+        kept = tuple(index if axis else None for axis, index in enumerate(self.kept))
+        given = dict(zip(NORM_ARGUMENTS[func], args[1:], strict=False)) | kwargs
+        small = cut_differentiably(value, kept)
+        if func in (F.group_norm, F.batch_norm):
+            vector: Kept = (kept[1],)
+        else:
+            axes = len(given["normalized_shape"])
+            vector = kept[-axes:]
+            given["normalized_shape"] = tuple(small.shape[-axes:])
+        for name in ("weight", "bias"):
+            if given.get(name) is not None:
+                given[name] = cut_differentiably(given[name], vector)
+        return back(func(small, **given), kept, value)
+
+    def statistic(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A statistic of what is kept; one that norms its input gives something of the same shape."""
+        result = func(cut_differentiably(input, self.kept), *args, **kwargs)
+        return back(result, self.kept, input) if func is F.normalize else result
+
+
+def back(small: Tensor, kept: Kept, whole: Tensor) -> Tensor:
+    """What ``small`` holds, at the kept places of a tensor shaped like ``whole``, and zeros elsewhere."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            shape = list(small.shape)
+            shape[axis] = whole.shape[axis]
+            small = small.new_zeros(shape).index_copy(axis, index.to(small.device), small)
+    return small
+
+
+NORM_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.layer_norm: ("normalized_shape", "weight", "bias", "eps"),
+    F.batch_norm: ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    F.group_norm: ("num_groups", "weight", "bias", "eps"),
+    F.rms_norm: ("normalized_shape", "weight", "eps"),
+}
+
+
+def cut_differentiably(tensor: Tensor, kept: Kept) -> Tensor:
+    """``cut`` that gradients pass through."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor
+
+
+class Comparable(TorchFunctionMode):
+    """Nothing is drawn, and everything is computed in one precision, so that two models can be compared.
+
+    Dropout returns its input: its noise has the shape of the value. Where the model asks for float32 it gets ``dtype``.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __enter__(self) -> Self:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self.default)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept dropouts and casts."""
+        kwargs = {key: self.dtype if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        args = [self.dtype if value is torch.float32 else value for value in args]
+        if func is Tensor.float:
+            return args[0].to(self.dtype)
+        if func in DROPOUTS:
+            return args[0]
+        if func is Tensor.bernoulli_:  # of stochastic depth: a branch that is gone draws no number
+            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+__all__ = ["Verification", "cut", "verify"]

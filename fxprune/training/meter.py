@@ -1,0 +1,120 @@
+"""Meter: what an epoch of a session costs, measured or counted. It decides nothing."""
+
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.budget.cost import Channels, cost_of, params
+from fxprune.budget.sums import median_norms
+from fxprune.graph.inputs import bind, tensors_in
+from fxprune.training import distributed
+from fxprune.training.log import Epoch, Log
+
+if TYPE_CHECKING:
+    from fxprune.training.session import Session
+
+
+class Meter:
+    """Times the steps of an epoch, and makes its record."""
+
+    def __init__(self) -> None:
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Forget the steps of the epoch before."""
+        self._start = time.perf_counter()
+        self._ends: list[float] = []
+
+    def stepped(self) -> None:
+        """The optimizer has made a step."""
+        self._ends.append(time.perf_counter())
+
+    def record(self, session: "Session", step_time: float | None, values: Mapping[str, float]) -> Epoch:
+        """The record of the epoch that ends now.
+
+        Args:
+            session: of the run.
+            step_time: seconds, instead of the median time from step to step.
+            values: the caller's numbers.
+        """
+        if step_time is None:
+            between = np.diff(self._ends).tolist()
+            step_time = median(between) if between else 0.0
+        step_time = distributed.largest(step_time)
+        flops, _ = counted(session, "flops")
+        steps, ranks = len(self._ends), distributed.ranks()
+        trained = [parameter for parameter in session.graph.parameters() if parameter.requires_grad]
+        reports: dict[str, float] = {}
+        for training_pass, memory in zip(session.passes, session.memories, strict=True):
+            reports |= training_pass.report(session, memory)
+        return Epoch(
+            epoch=session.epoch + 1,
+            steps=steps,
+            step_time=step_time,
+            first_step=self._ends[0] - self._start if self._ends else 0.0,
+            samples=session.batch_size,
+            flops=flops,
+            params=params(session.graph),
+            memory=peak(session),
+            widths=session.analysis.sizes,
+            lr=float(session.optimizer.param_groups[0]["lr"]),
+            sent=2 * (ranks - 1) / ranks * sum(map(size_of, trained)) * steps,  # of a ring
+            saved=saved(session.log, step_time, session.batch_size, steps),
+            norms=median_norms(session.analysis),
+            values={**reports, **{name: float(value) for name, value in values.items()}},
+        )
+
+
+def saved(log: Log, step_time: float, samples: int | None, steps: int) -> float:
+    """Seconds saved until now less those that cuts took, against going on at the time of a sample before the first."""
+    if not any(each.removed for each in log):
+        return 0.0
+    dense = [each for each in log if sum(each.widths.values()) == sum(log[0].widths.values())]
+    before = median(each.step_time / (each.samples or 1) for each in dense)
+    return log[-1].saved - log[-1].cut_time + (before * (samples or 1) - step_time) * steps
+
+
+def step_memory(session: "Session") -> tuple[float, float]:
+    """Estimated bytes that a step takes on this rank: fixed, and for each sample."""
+    each, held = counted(session, "memory")
+    gradients = sum(size_of(parameter) for parameter in session.graph.parameters() if parameter.requires_grad)
+    states = sum(size_of(tensor) for state in session.optimizer.state.values() for tensor in tensors_in(state))
+    return float(held + gradients + states), each
+
+
+def counted(session: "Session", kind: str) -> tuple[float, float]:
+    """A cost of a forward pass for each sample, and the bytes of weights and buffers (which "memory" leaves out)."""
+    held = sum(map(size_of, (*session.graph.parameters(), *session.graph.buffers())))
+    channels = Channels.of(session.analysis)
+    cost = cost_of(session.analysis, kind, channels)(np.ones(len(channels.group), dtype=bool))
+    return (cost - (held if kind == "memory" else 0)) / examples(session.example_inputs), held
+
+
+def peak(session: "Session") -> float:
+    """Bytes: the peak of the epoch on a GPU, else an estimate."""
+    device = next((parameter.device for parameter in session.graph.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        highest = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(highest)
+    fixed, each = step_memory(session)
+    return fixed + each * (session.batch_size or examples(session.example_inputs))
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def examples(example_inputs: Any) -> int:
+    """How many samples the example inputs hold: a batch, or a list of images."""
+    args, _ = bind(example_inputs)
+    if args and isinstance(args[0], list):
+        return max(len(args[0]), 1)
+    first = next((tensor for tensor in tensors_in(bind(example_inputs)) if tensor.ndim), None)
+    return 1 if first is None else max(first.shape[0], 1)

@@ -1,0 +1,476 @@
+"""Session: prune while training. Hooks on the optimizer, a penalty, and cuts at the ends of epochs."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxprune.channels.analysis import Analysis, analyze
+from fxprune.errors import SessionError, require
+from fxprune.files.start import remember
+from fxprune.graph.trace import trace, unwrap
+from fxprune.graph.traced import Model, is_traced, regions
+from fxprune.plan import Plan
+from fxprune.rewrite.param_map import ParamMap, check_owned
+from fxprune.rewrite.rewrite import record
+from fxprune.training import distributed
+from fxprune.training.checkpoint import Stateful, read, restore, write
+from fxprune.training.cut import reconfigure
+from fxprune.training.log import Epoch, Log, Writer
+from fxprune.training.meter import Meter, step_memory
+from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.progress import Progress
+from fxprune.training.undo import Undo
+from fxprune.training.when import Decision
+from fxprune.training.wrappers import check_whole, wrap, wrappers_of
+
+Policy = Callable[["Session", Plan, float, int], Decision]
+HOOKED: WeakSet[Optimizer] = WeakSet()  # the optimizers of the sessions that are open
+
+
+class Session:
+    """A training run in which passes prune the model.
+
+    The loop calls ``model``, adds ``penalty(task)`` to its loss, steps its optimizer as always, and calls ``epoch_end``
+    after each epoch, which may cut channels. The model and the optimizer stay the same objects for the whole run.
+
+    Attributes:
+        model: what the loop calls. The traced model, inside the DistributedDataParallel or torch.compile wrappers of
+            the model that was given.
+        graph: the traced model itself; its state_dict has the keys of the original.
+        analysis: of the model as it is now.
+        optimizer: the one that was given.
+        epoch: how many epochs have ended.
+        step: how many steps the optimizer has made.
+        batch_size: samples a step on this rank, or None where nobody said; a pass may raise it.
+        log: one record an epoch. Print it, or ``log.plot(path)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: Optimizer,
+        passes: Sequence[TrainingPass] = (),
+        *,
+        batch_size: int | None = None,
+        when: Policy | None = None,
+        writer: Writer | None = None,
+        reset_state: bool = False,
+        verify: bool = False,
+        progress: bool | None = None,
+        around: nn.Module | None = None,
+        heads: str = "whole",
+        groups: str = "auto",
+    ) -> None:
+        """Trace and analyse ``model`` and hook onto ``optimizer``.
+
+        Args:
+            model: a model that ``trace`` accepts, in DistributedDataParallel or torch.compile wrappers or not. Its
+                parameters are shared with the session, so it is cut too: train ``session.model`` from now on.
+            example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+            optimizer: of parameters of ``model``.
+            passes: training passes, such as ``passes.PruneTrain()``.
+            batch_size: samples a step on this rank; lets the log compare runs whose batches grow.
+            when: asked before each cut whether to make it, such as ``WhenItPays(epochs)``; default, always.
+            writer: gets the scalars of each epoch, for example torch.utils.tensorboard.SummaryWriter().
+            reset_state: where the optimizer's state of a parameter can't be sliced, drop it instead of refusing.
+            verify: prove each cut in float64 on the example inputs before it is made.
+            progress: a progress bar; default, on a terminal.
+            around: where ``model`` is a part of a larger module in DistributedDataParallel or torch.compile wrappers,
+                that module with its wrappers; they are made anew after each cut.
+            heads: as for ``analyze``.
+            groups: as for ``analyze``.
+
+        Raises:
+            TraceError, AnalysisError: the model can't be traced or run.
+            SessionError: a pass is none, the wrapper is not supported, or another session has this optimizer.
+            MigrationError: the optimizer holds other parameters.
+        """
+        require(model, nn.Module, "model", SessionError)
+        require(optimizer, Optimizer, "optimizer", SessionError)
+        require(passes, Sequence, "passes", SessionError)
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+            raise SessionError(f"batch_size={batch_size!r} must be an integer: samples a step on this rank")
+        for each in passes:
+            if not isinstance(each, TrainingPass):
+                raise SessionError(
+                    f"{each!r:.80} can't stand in a session: it needs training passes such as passes.PruneTrain(). "
+                    "Criteria make plans: use fxprune.prune, or session.reconfigure(criterion.plan(...))."
+                )
+        if optimizer in HOOKED:
+            raise SessionError("another session has this optimizer: close() that one first, or give one all passes")
+        wrappers = wrappers_of(model)
+        graph = trace(model, example_inputs)
+        outer = ([], graph) if around is None else (wrappers_of(around), unwrap(around))
+        check_owned(optimizer, set(outer[1].parameters()))
+        if around is not None and not set(graph.parameters()) <= set(around.parameters()):
+            raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
+        analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
+        if "fxprune" not in graph.meta:  # so that it can be saved before any cut
+            record(graph, analysis, Plan({}, analysis.sizes, analysis.options))
+
+        self.graph: Model = graph
+        self.analysis: Analysis = analysis
+        self.optimizer = optimizer
+        self.example_inputs = example_inputs
+        self.passes = tuple(passes)
+        self.memories = [Memory() for _ in passes]
+        self.batch_size = batch_size
+        self.epoch = self.step = 0
+        self.log = Log()
+        self.registered: dict[str, Stateful] = {}
+        self._unclaimed: dict[str, Any] = {}
+        self._when, self._writer = when, writer
+        self._reset_state, self._verify = reset_state, verify
+        self._progress = Progress(progress)
+        self._wrappers, self._around = wrappers, outer
+        self.model = wrap(wrappers, graph)
+        self._waiting: Plan | None = None
+        self._pending = False  # gradients that no step has used yet
+        self._meter = Meter()
+        HOOKED.add(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        for parameter in self._held():
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+        try:
+            for training_pass, memory in self._pairs():
+                training_pass.prepare(self, memory)
+        except BaseException:
+            self.close()
+            raise
+
+    # -------------------------------------------------------------------------------------- in the loop
+
+    def penalty(self, task: Tensor) -> Tensor:
+        """What the passes add to the task loss: a scalar, 0 where no pass penalises.
+
+        Args:
+            task: the loss of this batch, a scalar. Not changed; some passes set their coefficient from the first one.
+        """
+        if not isinstance(task, Tensor) or task.numel() != 1:
+            raise SessionError(f"penalty(task) takes the task loss, a tensor with one element; got {task!r:.60}")
+        terms = [training_pass.penalty(self, memory, task) for training_pass, memory in self._pairs()]
+        return sum((term for term in terms if term is not None), start=torch.zeros((), device=task.device))
+
+    def epoch_end(self, *, step_time: float | None = None, **values: float) -> Epoch:
+        """Close an epoch: ask the passes for plans, cut, and log.
+
+        Where gradients wait for the optimizer's next step (accumulation across the end of the epoch), the cut is made
+        right after that step.
+
+        Args:
+            step_time: seconds that a step took, where you know better than the median time from step to step.
+            values: your own numbers for the log, such as ``accuracy=0.93``.
+
+        Returns:
+            The record of the epoch; ``removed`` says how many channels went.
+
+        Raises:
+            SessionError: the ranks have different plans, or the cut failed on another rank.
+            FxpruneError: a cut was refused. Model, optimizer and log are as they were.
+        """
+        self._check_open()
+        plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
+        distributed.agree("the plan", str(plan))
+        record = self._meter.record(self, step_time, values)
+        notes = self._outcome(record)
+        if plan is not None and plan.keep and self._when is not None:
+            decision = distributed.gather(self._when(self, plan, record.step_time, record.steps))[0]
+            notes += (decision.why,)
+            plan = plan if decision.go else None
+            record = replace(record, predicted=decision.step_time if decision.go else None)
+        if plan is not None and plan.keep:
+            if self._waits():
+                self._waiting = plan
+                notes += ("gradients wait for a step: the cut follows it",)
+            else:
+                record = self._cut(plan, record)
+        self.epoch += 1
+        self.log.epochs.append(replace(record, notes=notes))
+        self._meter.start_epoch()
+        if self._writer is not None:
+            self.log.write(self._writer)
+        self._progress.epoch_ended(self.log[-1])
+        return self.log[-1]
+
+    def reconfigure(self, plan: Plan) -> ParamMap:
+        """Carry out ``plan``, made from ``session.analysis``, now.
+
+        Raises:
+            SessionError: gradients wait for the optimizer's step, the ranks have different plans, or the cut failed on
+                another rank. Nothing is changed.
+            FxpruneError: the cut is refused. Nothing is changed.
+        """
+        self._check_open()
+        require(plan, Plan, "plan", SessionError)
+        if self._waits():
+            raise SessionError(
+                "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, then "
+                "reconfigure"
+            )
+        distributed.agree("the plan", str(plan))
+        plan.check(self.analysis.sizes)
+        return self._reconfigure(plan)
+
+    def register(self, **things: Stateful) -> None:
+        """Take along what belongs to the run: ``session.register(ema=ema, scheduler=scheduler, scaler=scaler)``.
+
+        Copies of the model (AveragedModel, any deep copy) are cut with it, and so is the state of further optimizers of
+        its parameters. Everything with ``state_dict`` and ``load_state_dict`` goes into checkpoints; after
+        ``Session.load``, registering loads its state.
+
+        Raises:
+            SessionError: something has no state_dict, or is a copy of another model.
+        """
+        for name, thing in things.items():
+            if not isinstance(thing, Stateful):
+                raise SessionError(f"{name}={thing!r:.60} has no state_dict and load_state_dict")
+            self._copies(name, thing)
+        for name, thing in things.items():
+            if name in self._unclaimed:
+                thing.load_state_dict(self._unclaimed[name])
+                del self._unclaimed[name]
+            self.registered[name] = thing
+
+    def memory(self) -> tuple[float, float]:
+        """Estimated bytes that a step takes on this rank: fixed, and for each sample.
+
+        Fixed are weights, gradients and the optimizer's state; a sample takes all values of a forward pass.
+        """
+        return step_memory(self)
+
+    def close(self) -> None:
+        """Take the hooks off. The model and the optimizer go on without the session."""
+        if self._handles:
+            HOOKED.discard(self.optimizer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for training_pass, memory in self._pairs():
+            training_pass.close(self, memory)
+        self._progress.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, path: str | Path) -> None:
+        """Write everything that the run needs to go on: model, plan, optimizer, passes, log, registered, random state.
+
+        The file appears whole or not at all. In a distributed run every rank calls this and the first writes.
+
+        Raises:
+            FileError: nothing can be written there.
+            SessionError: gradients wait for the optimizer's step; they are not saved. Or the model is a part of a
+                larger one (``around``).
+        """
+        self._check_open()
+        if self._waits() or self._waiting is not None:
+            raise SessionError("gradients wait for the optimizer's step and are not saved: save after optimizer.step()")
+        if not set(self._around[1].parameters()) <= set(self.graph.parameters()):
+            raise SessionError(
+                "the session has a part of what is trained (around=), so its checkpoint would lack the rest: save with "
+                "what trains the whole, such as the Trainer of fxprune.lightning or fxprune.transformers"
+            )
+        write(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: Optimizer,
+        passes: Sequence[TrainingPass] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Go on with a run that ``save`` wrote.
+
+        Args:
+            path: the checkpoint.
+            model: the dense model, built as it was before; its weights do not matter.
+            example_inputs: as before.
+            optimizer: made as before, of the parameters of ``model``.
+            passes: those of the checkpoint, by default. A pass of your own must be defined (imported) before.
+            options: the other arguments of ``Session``, but for ``batch_size``, which goes on as it was.
+
+        Raises:
+            FileError: the file is truncated, is none, or belongs to another model. Nothing is changed.
+        """
+        with distributed.all_or_none():
+            saved = read(path, model, example_inputs, optimizer, passes)
+        if saved.start is not None:
+            remember(model, saved.start)
+        session = cls(model, example_inputs, optimizer, saved.passes, **{**saved.options, **options})
+        restore(session, saved)
+        return session
+
+    # ----------------------------------------------------------------------------------------- within
+
+    def _pairs(self) -> list[tuple[TrainingPass, Memory]]:
+        return list(zip(self.passes, self.memories, strict=True))
+
+    def _check_open(self) -> None:
+        if not self._handles:
+            raise SessionError("this session is closed")
+
+    def _held(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _after_gradient(self, parameter: Tensor) -> None:
+        self._pending = True
+
+    def _waits(self) -> bool:
+        """Whether some rank has gradients that no step has used yet and that zero_grad has not dropped.
+
+        Those that are not finite do not count: mixed precision has skipped their step.
+        """
+        gradients = [p.grad for p in self._held() if p.grad is not None] if self._pending else []
+        waits = any(bool(its.any()) for its in gradients) and all(bool(its.isfinite().all()) for its in gradients)
+        return distributed.some(waits)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Call the passes; where a closure makes the gradients, when it has made them."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._after_backward()
+            return None
+
+        def whole() -> Any:
+            loss = closure()
+            self._after_backward()
+            return loss
+
+        return (optimizer, *args[2:]), {**kwargs, "closure": whole}
+
+    def _after_backward(self) -> None:
+        for training_pass, memory in self._pairs():
+            training_pass.after_backward(self, memory)
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        self._pending = False
+        for training_pass, memory in self._pairs():
+            training_pass.after_step(self, memory)
+        if self._waiting is not None:
+            plan, self._waiting = self._waiting, None
+            self.log.epochs[-1] = self._cut(plan, self.log[-1])
+        self._meter.stepped()
+        self._progress.advance(self)
+
+    def _outcome(self, record: Epoch) -> tuple[str, ...]:
+        """What became of the prediction for the last cut."""
+        last = self.log[-1] if len(self.log) else None
+        if last is None or last.predicted is None or not last.removed or last.samples != record.samples:
+            return ()
+        expected, found = last.predicted * 1e3, record.step_time * 1e3
+        return (f"the last cut: a step was expected to take {expected:.1f} ms, it takes {found:.1f} ms",)
+
+    def _cut(self, plan: Plan, record: Epoch) -> Epoch:
+        """Reconfigure, and the record of it."""
+        start = time.perf_counter()
+        before = sum(self.analysis.sizes.values())
+        self._reconfigure(plan)
+        removed = before - sum(self.analysis.sizes.values())
+        return replace(record, removed=removed, cut_time=time.perf_counter() - start)
+
+    def _reconfigure(self, plan: Plan) -> ParamMap:
+        check_whole(self.graph)
+        copies = [copied for name, thing in self.registered.items() for copied in self._copies(name, thing)]
+        optimizers = self._optimizers()
+        analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]
+        batch_size = self.batch_size
+        undo = Undo((self.graph, *copies), optimizers, self.registered.values())
+        wrapped = False
+        try:
+            with distributed.all_or_none():
+                self.analysis, param_map = reconfigure(
+                    self.graph,
+                    self.analysis,
+                    plan,
+                    optimizers,
+                    copies,
+                    others=set(self._around[1].parameters()),
+                    reset_state=self._reset_state,
+                    verify_with=self.example_inputs if self._verify else None,
+                )
+                torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
+                wrapped = True
+                self._wrap()
+                for training_pass, memory in self._pairs():
+                    training_pass.after_cut(self, memory, param_map)
+                    memory.derived.clear()
+                    training_pass.prepare(self, memory)
+        except BaseException:  # a pass that fails, memory that runs out, control-C
+            undo()
+            self.analysis, self.batch_size = analysis, batch_size
+            for memory, (saved, derived) in zip(self.memories, remembered, strict=True):
+                memory.saved, memory.derived = saved, derived
+            if wrapped:
+                self._wrap()
+            raise
+        self._waiting = None  # a plan that waited was for the model before
+        return param_map
+
+    def _wrap(self) -> None:
+        wrap(self._wrappers, self.graph)
+        wrap(*self._around)
+
+    def _copies(self, name: str, thing: object) -> list[Model]:
+        """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""
+        expected = {key: tuple(tensor.shape) for key, tensor in self.graph.state_dict().items()}
+        copies = copies_in(thing)
+        for copied in copies:
+            found = {key: tuple(tensor.shape) for key, tensor in copied.state_dict().items()}
+            for key in dict.fromkeys((*expected, *found)):
+                if found.get(key) != expected.get(key):
+                    raise SessionError(
+                        f"{name} is no copy of the model as it is now: its {key} has shape {found.get(key)}, the "
+                        f"model's {expected.get(key)}. Make it from session.model, and register it before the next cut."
+                    )
+        return copies
+
+    def _optimizers(self) -> list[Optimizer]:
+        """The optimizer, and the registered ones of parameters of this model."""
+        own = set(self.graph.parameters())
+        others = [thing for thing in self.registered.values() if isinstance(thing, Optimizer)]
+        held = [each for each in others if any(p in own for group in each.param_groups for p in group["params"])]
+        return [self.optimizer, *held]
+
+
+def copies_in(thing: object) -> list[Model]:
+    """The traced models in a module."""
+    found = [part for part in thing.modules() if is_traced(part)] if isinstance(thing, nn.Module) else []
+    parts = {region for each in found for region in regions(each).values() if region is not each}
+    return [each for each in found if each not in parts]
+
+
+def together(plans: Sequence[Plan | None]) -> Plan | None:
+    """One plan that keeps what all of ``plans`` keep; where that is nothing, what those before the last one keep."""
+    given = [plan for plan in plans if plan is not None]
+    if not given:
+        return None
+    keep = dict(given[0].keep)
+    for plan in given[1:]:
+        for name, kept in plan.keep.items():
+            both = sorted(set(keep.get(name, kept)) & set(kept))
+            keep[name] = tuple(both) or keep.get(name, tuple(range(plan.sizes[name])))
+    dropped = {name for plan in given for name in plan.dropped if not keep[name]}
+    return Plan(keep, given[0].sizes, given[0].options, sorted(dropped))

@@ -1,0 +1,1 @@
+"""Trainers: sessions under the training loops of other libraries."""

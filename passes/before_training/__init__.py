@@ -1,0 +1,1 @@
+"""Before training: widths and channels chosen at the start values."""

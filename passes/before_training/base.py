@@ -1,0 +1,50 @@
+"""BeforeTraining: methods that prune a network that is not trained yet, and the weights that it starts from."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fxprune.errors import PlanError
+from fxprune.rewrite.param_map import ParamMap
+
+from ..base import Criterion, input_axis
+from ..training.activation_density import check_fresh, draw
+
+WEIGHTS = ("keep", "reinit", "rescale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeTraining(Criterion):
+    """A criterion for a network that is not trained yet.
+
+    Attributes:
+        weights: what the compact network starts from. "keep": the initial weights of the channels that stay. "reinit":
+            every layer draws new ones (``reset_parameters``), for the widths that it has now. "rescale": each weight
+            times sqrt(inputs before / inputs now), so that its layer's output keeps its variance.
+    """
+
+    weights: str = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights not in WEIGHTS:
+            raise PlanError(f"weights={self.weights!r} is not known; use one of {', '.join(map(repr, WEIGHTS))}")
+
+    def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
+        """Give ``compact``, cut from ``graph``, its initial weights. ``fxprune.prune`` calls this after the cut.
+
+        Raises:
+            PlanError: "reinit" can't, because a parameter belongs to a module without ``reset_parameters``.
+        """
+        if self.weights == "reinit":
+            check_fresh(compact)
+            draw(compact)
+        if self.weights == "rescale":
+            before = dict(graph.named_parameters())
+            for name, weight in compact.named_parameters():
+                axis = input_axis(graph, name)
+                if axis is not None and param_map[name][axis] is not None:
+                    with torch.no_grad():
+                        weight.mul_(math.sqrt(before[name].shape[axis] / weight.shape[axis]))

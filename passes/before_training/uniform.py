@@ -1,0 +1,21 @@
+"""Uniform: the same share of every group, the baseline of widths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxprune.budget.cost import Floats
+from fxprune.channels.analysis import Analysis
+
+from .allocator import Allocator, evenly
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """Every group keeps the same share of its channels: a width multiplier that the budget sets.
+
+    After Howard et al., "MobileNets" (2017), on whole groups.
+    """
+
+    def worth(self, analysis: Analysis) -> Mapping[str, Floats]:
+        """float64[channels] for each group."""
+        return {name: evenly(group.size) for name, group in analysis.groups.items()}

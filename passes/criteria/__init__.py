@@ -1,0 +1,1 @@
+"""Criteria: each scores channels by one formula."""

@@ -1,0 +1,125 @@
+"""Activation: channels that carry little signal matter little."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune.budget.cost import Channels, Floats
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.labels import Label
+from fxprune.channels.values import Value
+from fxprune.errors import PlanError
+from fxprune.graph.inputs import bind
+from fxprune.graph.traced import observed, of_region, regions
+
+from .._data import Batch, batches, mean_over
+from ..base import Criterion, detached, normalized
+
+STATISTICS = ("mean", "variance")
+
+
+@dataclass(frozen=True)
+class Activation(Criterion):
+    """The mean absolute value, or the variance, of a channel's activations, where layers with weights read them.
+
+    That is behind norm and activation function; over all samples, positions and layers that read the channel, divided
+    by the mean of the group. Groups that no such layer reads stay whole. The mean is after Molchanov et al., "Pruning
+    Convolutional Neural Networks for Resource Efficient Inference" (2017), the variance after Polyak and Wolf,
+    "Channel-Level Acceleration of Deep Face Representations" (2015). How the model runs is as for ``Taylor``.
+
+    Attributes:
+        data: as for ``Taylor``; y is not looked at.
+        statistic: "mean" or "variance".
+    """
+
+    data: Any
+    statistic: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.statistic not in STATISTICS:
+            raise PlanError(f"statistic={self.statistic!r} is not known; use 'mean' or 'variance'")
+
+    def score(self, analysis: Analysis) -> Mapping[str, Floats]:
+        """float64[channels] for each group that some layer reads."""
+        channels = Channels.of(analysis)
+        watch = _Watch(analysis, channels)
+
+        def sums(model: nn.Module, batch: Batch) -> dict[str, Floats]:
+            watch.put_on(model)
+            args, kwargs = bind(batch[0])
+            try:
+                with torch.no_grad():
+                    model(*args, **kwargs)
+            except Exception as error:
+                raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
+            return watch.sums
+
+        found = mean_over(analysis, batches(self.data, "Activation"), "Activation", sums)
+        if not found:
+            return {}
+        count = np.maximum(found["count"], 1)
+        values = found["size"] / count
+        if self.statistic == "variance":
+            values = np.maximum(found["square"] / count - (found["sum"] / count) ** 2, 0)
+        sizes = list(analysis.sizes.values())
+        split, seen = (np.split(each, np.cumsum(sizes)[:-1]) for each in (values, found["count"]))
+        return {
+            name: normalized(its) for name, its, there in zip(analysis.groups, split, seen, strict=True) if there.all()
+        }
+
+
+def what_is_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
+    """The nodes of a region that layers with weights of some group read, with the label of their channels."""
+    graph = regions(analysis.graph)[region]
+    values = of_region(analysis.values[graph.training if graph.training in analysis.values else False], region)
+    members = {member.parameter for group in analysis.groups.values() for member in group.members}
+    known = {name for name, first in analysis.aliases.items() if first in members and len(analysis.shapes[first]) > 1}
+    weights = {name.removeprefix(f"{region}.") for name in known}
+    owners = {name.rpartition(".")[0] for name in weights}
+    found: dict[str, list[Label]] = {}
+    for node in graph.graph.nodes:
+        constants = [each.target for each in node.all_input_nodes if each.op == "get_attr"]
+        if (node.op == "call_module" and node.target in owners) or not weights.isdisjoint(constants):
+            for source in node.all_input_nodes:
+                if source.op != "get_attr" and isinstance(value := values[source.name], Value):
+                    found[source.name] = list(value.labels)
+    return [(name, label) for name, labels in found.items() for label in labels]
+
+
+class _Watch:
+    """``sums`` over each channel: "count", "sum", "size" (of absolute values) and "square", each float64[channels]."""
+
+    def __init__(self, analysis: Analysis, channels: Channels) -> None:
+        self.analysis, self.channels = analysis, channels
+        self.model: nn.Module | None = None
+        self.sums: dict[str, Floats] = {}
+
+    def put_on(self, model: nn.Module) -> None:
+        """Begin anew, and have ``model``, a copy that runs in this mode alone, say what is read."""
+        self.sums = {name: np.zeros(len(self.channels.group)) for name in ("count", "sum", "size", "square")}
+        if model is self.model:
+            return
+        for path, region in regions(model).items():
+            graph = observed(region.graph, {name: self.of(label) for name, label in what_is_read(self.analysis, path)})
+            region.set_graphs(graph, graph)
+        self.model = model
+
+    def of(self, label: Label) -> Callable[[Tensor], None]:
+        """What adds a value with that label."""
+        channel = self.channels.of_root[self.analysis.names.find(label).ravel()]
+        here, size = channel >= 0, len(self.channels.group)
+        over = [axis for axis, length in enumerate(label.shape) if length == 1]
+
+        def add(value: Tensor) -> None:
+            value = detached(value)
+            for name, each in (("sum", value), ("size", value.abs()), ("square", value.square())):
+                total = (each.sum(over) if over else each).double().cpu().numpy().ravel()
+                self.sums[name] += np.bincount(channel[here], total[here], minlength=size)
+            self.sums["count"] += value.numel() / label.size * np.bincount(channel[here], minlength=size)
+
+        return add

@@ -1,0 +1,1 @@
+"""Rewrites: each is a torch.fx pass over a GraphModule."""

@@ -1,0 +1,188 @@
+"""Constants: which elements of which values do not depend on the input. The model is run once on that question.
+
+Beside each value runs a mask of its shape: 1 where the input may have an influence, else 0. It passes through norms,
+elementwise layers, poolings and movements as the values do, and through a convolution or linear layer only where the
+weights are not zero. Whatever is not understood may vary everywhere.
+"""
+
+import copy
+import functools
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fxprune.channels.interpret import Runner
+from fxprune.graph.inputs import Bound, bind, for_mode, map_tensors
+from fxprune.graph.traced import TracedModule
+from fxprune.rewrite.branches import ELEMENTWISE, NORMS, SUMS, writes
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+LAYERS: dict[str, tuple[type, ...]] = {
+    "contraction": (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear),
+    "norm": NORMS,
+    "pointwise": (
+        *(*ELEMENTWISE, *DROPOUTS, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
+        *(nn.Hardsigmoid, nn.Hardtanh, nn.PReLU),
+    ),
+    "pool": (
+        *(*AVERAGES, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    ),
+    "move": (nn.Flatten,),
+}
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "pointwise": (
+        *(*SUMS, operator.sub, torch.sub, "sub", operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+        *(torch.relu, torch.relu_, "relu", "relu_", torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.clone, "clone"),
+        *(F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, F.softplus),
+        *(torch.clamp, "clamp", "clamp_", "contiguous"),
+    ),
+    "pool": (F.adaptive_avg_pool2d, F.max_pool2d, torch.mean, "mean"),
+    "move": (
+        *(torch.cat, torch.flatten, "flatten", torch.reshape, "reshape", "view", torch.permute, "permute"),
+        *(torch.transpose, "transpose", torch.chunk, "chunk", torch.split, "split", operator.getitem),
+        *("squeeze", "unsqueeze"),
+    ),
+}
+
+
+def kind(model: nn.Module, node: fx.Node) -> str:
+    """What a node does: "contraction", "norm", "pointwise", "pool" or "move"; its op where it is no call; else ""."""
+    if node.op == "call_module":
+        layer = model.get_submodule(str(node.target))
+        plain = len(node.args) == 1 and not node.kwargs and not getattr(layer, "return_indices", False)
+        plain = plain and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+        found = next((name for name, types in LAYERS.items() if type(layer) in types), "")
+        return found if plain and (found != "contraction" or "weight" in layer._parameters) else ""
+    if node.op in ("call_function", "call_method"):
+        return next((name for name, targets in FUNCTIONS.items() if node.target in targets), "")
+    return node.op
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a convolution or linear layer reads.
+
+    ``constant``: bool[positions of its input axis], whether all there is one constant; ``value``: float64, which.
+    """
+
+    node: fx.Node
+    constant: Tensor
+    value: Tensor
+
+
+class Constants(Runner):
+    """Runs the graph of one mode, in float64, on the example.
+
+    Attributes:
+        varies: node -> a mask for each tensor of its value: float64, 0 or 1.
+        readings: of the convolutions and linear layers, in their order.
+    """
+
+    def __init__(self, graph: TracedModule, mode: bool, example_inputs: Any) -> None:
+        model = copy.deepcopy(graph).double()  # a copy, for buffers move in training
+        super().__init__(model, mode, {})
+        self.varies: dict[fx.Node, Any] = {}
+        self.readings: list[Reading] = []
+        self.start(real(for_mode(bind(example_inputs), mode, model)))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on the values and on the masks."""
+        does = kind(self.module, n)
+        if does == "contraction":
+            self.readings.append(self.reading(n))
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda node: self.varies[node])
+        source = self.env[n.all_input_nodes[0]] if does == "contraction" else None
+        passed = self.past(n, does, args, kwargs, source)
+        result = super().run_node(n)
+        if passed is None:
+            passed = map_tensors(torch.ones_like, result)
+        elif isinstance(passed, Tensor):
+            passed = (passed > 0).double().expand(result.shape)
+        self.varies[n] = passed
+        if isinstance(result, Tensor) and writes(self.module, n):
+            for node, value in self.env.items():
+                if isinstance(value, Tensor) and value.untyped_storage()._cdata == result.untyped_storage()._cdata:
+                    self.varies[node] = passed if value.shape == result.shape else torch.ones_like(value)
+        return result
+
+    def past(self, n: fx.Node, does: str, args: Any, kwargs: Any, source: Any) -> Any:
+        """The mask that node ``n`` makes of those of its inputs; None where all may vary."""
+        layer: Any = self.layer(str(n.target)) if n.op == "call_module" else None
+        padded = isinstance(layer, AVERAGES) and layer.padding not in (0, (0,) * 2, (0,) * 3)
+        if padded or (isinstance(layer, DROPOUTS) and self.mode):
+            return None
+        match does:
+            case "get_attr":
+                return 0 * self.fetch_attr(str(n.target)) if self.is_parameter(str(n.target)) else None
+            case "contraction":
+                return past_contraction(layer, args[0], source)
+            case "norm":
+                return past_norm(layer, args[0], self.mode)
+            case "pointwise":
+                masks = [mask for mask in pytree.tree_leaves((args, kwargs)) if isinstance(mask, Tensor)]
+                return functools.reduce(torch.maximum, masks) if masks else None
+            case "pool" | "move":
+                return getattr(self, n.op)(n.target, args, kwargs)
+        return None
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a parameter of the model has that name; buffers may be anything at the next call."""
+        return name in dict(self.module.named_parameters(remove_duplicate=False))
+
+    def reading(self, n: fx.Node) -> Reading:
+        """What layer ``n`` reads."""
+        value, mask = (held[n.all_input_nodes[0]] for held in (self.env, self.varies))
+        axis = value.ndim - 1 if isinstance(self.layer(str(n.target)), nn.Linear) else 1
+        value, mask = (each.movedim(axis, 0).flatten(1) for each in (value, mask))
+        low, high = value.aminmax(dim=1)
+        even = high - low <= 1e-13 * (1 + high.abs())
+        return Reading(n, (mask.amax(1) == 0) & even, value[:, 0].clone())
+
+
+def past_contraction(layer: Any, mask: Tensor, value: Tensor) -> Tensor:
+    """The mask behind a layer with weights.
+
+    At a padded border zeros take the place of a constant, and a transposed convolution makes a pattern of it: there
+    only a constant that is zero remains one.
+    """
+    if isinstance(layer, TRANSPOSED) or is_padded(layer):
+        mask = torch.maximum(mask, (value != 0).double())
+    pattern = {name: (parameter != 0).double() for name, parameter in layer.named_parameters() if name == "weight"}
+    zeros = {} if layer.bias is None else {"bias": torch.zeros_like(layer.bias)}
+    return functional_call(layer, pattern | zeros, (mask,))  # type: ignore[no-any-return]
+
+
+def is_padded(layer: Any) -> bool:
+    """Whether a layer reads zeros beyond the border."""
+    padding = getattr(layer, "padding", 0)
+    none = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))
+    return not none and layer.padding_mode == "zeros"
+
+
+def past_norm(norm: Any, mask: Tensor, training: bool) -> Tensor:
+    """The mask behind a batch norm. With scale zero all is constant; in training a channel varies if any of it does."""
+    if training or norm.running_mean is None:
+        mask = mask.movedim(1, 0).flatten(1).amax(1).reshape([-1 if axis == 1 else 1 for axis in range(mask.ndim)])
+    if norm.weight is not None:
+        mask = mask * (norm.weight != 0).double().reshape([-1 if axis == 1 else 1 for axis in range(mask.ndim)])
+    return mask
+
+
+def real(inputs: Bound) -> Bound:
+    """Inputs in float64; zeros for those that have no data."""
+
+    def make(tensor: Tensor) -> Tensor:
+        tensor = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    bound: Bound = map_tensors(make, inputs)
+    return bound

@@ -1,0 +1,1 @@
+"""Training passes: each stands in a Session."""

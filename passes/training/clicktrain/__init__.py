@@ -1,0 +1,1 @@
+"""ClickTrain: patterns of kernels, chosen and trained in one run."""

@@ -1,0 +1,1 @@
+"""DropBack: training on a weight budget."""
