@@ -189,7 +189,7 @@ def analysed(model: Any, x: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
     import fxprune
-    from fxprune.graph.traced import regions
+    from fxprune.graph.traced import regions_of
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -205,8 +205,8 @@ def analysed(model: Any, x: Any) -> tuple[Any, dict[str, Any]]:
         if (item.parameter, item.axis) in rows:
             reasons[item.reason.text] += len(item.index)
     return analysis, {
-        "graphs": sum(len(region.distinct_graphs()) for region in regions(graph).values()),
-        "regions": [path for path in regions(graph) if path],
+        "graphs": sum(len(region.distinct_graphs()) for region in regions_of(graph).values()),
+        "regions": [path for path in regions_of(graph) if path],
         "groups": len(analysis.groups),
         "channels": sum(analysis.sizes.values()),
         "inexact": sum(group.size for group in analysis.groups.values() if group.inexact),
@@ -224,7 +224,7 @@ def check(name: str) -> dict[str, Any]:
 
     import fxprune
     from fxprune import cost, passes
-    from fxprune.rewrite.verify import mask_
+    from fxprune.rewrite.verify import mask_removed
 
     model, x = made(name)
     big = cost.params(model) > BIG or name in SINGLE
@@ -239,7 +239,7 @@ def check(name: str) -> dict[str, Any]:
     whole = graph
     if not isinstance(graph, fxprune.TracedModule):  # what boxes there are depends on the weights: count on the same
         whole = copy.deepcopy(graph)
-        mask_(whole, param_map)
+        mask_removed(whole, param_map)
     return row | {
         "model": name,
         "kind": kind_of(name),

@@ -5,7 +5,7 @@ class FxpruneError(Exception):
     """The base of every error raised by fxprune."""
 
 
-def require(value: object, kind: type | tuple[type, ...], what: str, error: type[FxpruneError]) -> None:
+def require_type(value: object, kind: type | tuple[type, ...], what: str, error: type[FxpruneError]) -> None:
     """Raise ``error`` unless ``value``, which the user gave for ``what``, is a ``kind``."""
     if isinstance(value, kind):
         return

@@ -17,11 +17,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.budget.cost import device_of
 from fxprune.errors import PassError
-from fxprune.graph.inputs import bind, map_tensors
+from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule, regions
+from fxprune.graph.traced import TracedModule, regions_of
 from fxprune.report.dump import Dump
-from fxprune.rewrite.verify import TOLERANCE, difference, outputs_of
+from fxprune.rewrite.verify import TOLERANCE, outputs_of, relative_difference
 
 logger = logging.getLogger("fxprune")
 Pass = Callable[[fx.GraphModule], Any]
@@ -73,7 +73,7 @@ class Pipeline:
         if not isinstance(module, TracedModule):
             raise PassError(
                 f"{type(module).__name__} is no single graph; run the pipeline on its regions: "
-                f"{', '.join(regions(module))}, and put them back with set_submodule"
+                f"{', '.join(regions_of(module))}, and put them back with set_submodule"
             )
         self.steps = []
         dump = Dump.from_environment(self.example_inputs)
@@ -92,7 +92,7 @@ class Pipeline:
         start = time.perf_counter()
         try:
             expected = each.reference(before) if hasattr(each, "reference") else before
-            after, modified = apply(each, module)
+            after, modified = apply_pass(each, module)
             for graph in after.distinct_graphs().values():
                 graph.lint()
             after.recompile()
@@ -115,7 +115,7 @@ class Pipeline:
         self, name: str, before: TracedModule, after: TracedModule, modes: Sequence[bool], tolerance: float
     ) -> float:
         """The largest relative difference of the outputs in ``modes``; raises PassError above ``tolerance``."""
-        inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind(self.example_inputs))
+        inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind_inputs(self.example_inputs))
         old, new = before.double(), copy.deepcopy(after).double()
         worst = 0.0
         for mode in modes:
@@ -131,7 +131,7 @@ class Pipeline:
             if shapes != were:
                 raise PassError(f"{self.place(name)} changed the output shapes in {where} from {were} to {shapes}")
             for a, b in zip(expected, found, strict=True):
-                gap = difference(a, b)
+                gap = relative_difference(a, b)
                 if not gap <= tolerance:
                     raise PassError(f"{self.place(name)} changed the outputs in {where} by {gap:.2e} (relative)")
                 worst = max(worst, gap)
@@ -162,7 +162,7 @@ def code_of(module: TracedModule) -> list[str]:
     return [graph.python_code("self").src for graph in module.distinct_graphs().values()]
 
 
-def apply(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
+def apply_pass(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
     """Run a pass on every mode's graph. Returns the module and whether the pass says it changed it."""
     modified = False
     training = module.training
@@ -172,13 +172,13 @@ def apply(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
         result = each(module)
         changed = getattr(result, "modified", None)
         new = result if isinstance(result, fx.GraphModule) else getattr(result, "graph_module", module)
-        module = new if isinstance(new, TracedModule) else adopt(module, new)
+        module = new if isinstance(new, TracedModule) else adopt_graph(module, new)
         modified |= bool(module.graph.python_code("self").src != untouched if changed is None else changed)
     module.training = training
     return module, modified
 
 
-def adopt(module: TracedModule, other: fx.GraphModule) -> TracedModule:
+def adopt_graph(module: TracedModule, other: fx.GraphModule) -> TracedModule:
     """``module`` with the graph of ``other`` in the current mode, and what that graph refers to."""
     for node in other.graph.nodes:
         if node.op == "call_module":

@@ -7,7 +7,7 @@ from torch import nn
 
 from fxprune.budget.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
-from fxprune.errors import BudgetError, PlanError, require
+from fxprune.errors import BudgetError, PlanError, require_type
 from fxprune.graph.trace import trace
 from fxprune.plan import Plan
 from fxprune.report.dump import Dump
@@ -48,7 +48,7 @@ def prune(
     Raises:
         FxpruneError: a subclass for each stage that can fail; see the stages.
     """
-    require(budget, Budget, "budget", BudgetError)
+    require_type(budget, Budget, "budget", BudgetError)
     if isinstance(criterion, type) or not hasattr(criterion, "plan"):
         raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
     graph = trace(model, example_inputs)

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from fxprune.budget.cost import Floats, device_of
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
-from fxprune.graph.inputs import bind, map_tensors
+from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.training import distributed
-from fxprune.training.progress import track
+from fxprune.training.progress import track_progress
 
-from .base import detached, weights_of
+from .base import detach_weights, weights_of
 
 Batch = tuple[Any, Any]
 HALF_SCALE = 2.0**16  # of a loss whose gradients are float16, in which small ones would be 0
 
 
-def batches(data: Any, name: str = "") -> Iterator[Batch]:
+def read_batches(data: Any, name: str = "") -> Iterator[Batch]:
     """``data`` as batches (x, y), with a bar called ``name`` on a terminal."""
     one = is_pair(data) and not (is_pair(data[0]) and is_pair(data[1]))
     source: Iterable[Any] = [data] if one else data
-    for batch in track(source, name):
+    for batch in track_progress(source, name):
         if not is_pair(batch):
             raise PlanError(
                 f"data must be one batch (x, y) or an iterable of batches; got a {type(batch).__name__} in it"
@@ -55,7 +55,7 @@ def mean_over(
     weights_of(analysis)  # raises where they have no values
     totals: dict[str, Floats] = {}
     count = 0
-    with distributed.all_or_none(), copied(analysis.graph) as model:
+    with distributed.all_or_none(), copy_model(analysis.graph) as model:
         device, _ = device_of(model)
         for batch in data:
             for key, values in of(model, map_tensors(lambda tensor: tensor.to(device), batch)).items():
@@ -64,13 +64,13 @@ def mean_over(
         if not count:
             raise PlanError(f"{name} got no batches: data must be one batch (x, y) or an iterable of batches")
     row = np.concatenate([*totals.values(), [count]])
-    *means, batches_a_rank = distributed.mean(torch.from_numpy(row).to(device)).tolist()
+    *means, batches_a_rank = distributed.mean_over_ranks(torch.from_numpy(row).to(device)).tolist()
     split = np.split(np.array(means) / batches_a_rank, np.cumsum([len(values) for values in totals.values()])[:-1])
     return dict(zip(totals, split, strict=True))
 
 
 @contextmanager
-def copied(graph: nn.Module) -> Iterator[nn.Module]:
+def copy_model(graph: nn.Module) -> Iterator[nn.Module]:
     """A copy of ``graph`` to run data through, with random numbers that do not depend on the caller's."""
     model = copy.deepcopy(graph)
     with torch.random.fork_rng():
@@ -81,7 +81,7 @@ def copied(graph: nn.Module) -> Iterator[nn.Module]:
 def weights_times_gradients(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
     """The products w * dL/dw of every parameter, in float32 at least, by its name."""
     x, y = batch
-    args, kwargs = bind(x)
+    args, kwargs = bind_inputs(x)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
     with torch.enable_grad():
         try:
@@ -90,22 +90,22 @@ def weights_times_gradients(model: nn.Module, batch: Batch, loss: Callable[[Any,
             raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
-        grads = gradients(value, list(parameters.values()), HALF_SCALE if in_half_precision(model) else 1.0)
+        grads = batch_gradients(value, list(parameters.values()), HALF_SCALE if in_half_precision(model) else 1.0)
     return {
-        name: detached(parameter) * grad
+        name: detach_weights(parameter) * grad
         for (name, parameter), grad in zip(parameters.items(), grads, strict=True)
         if grad is not None
     }
 
 
-def gradients(value: Tensor, parameters: list[Tensor], scale: float) -> list[Tensor | None]:
+def batch_gradients(value: Tensor, parameters: list[Tensor], scale: float) -> list[Tensor | None]:
     """Of ``value``, taken of ``scale`` times it and divided; smaller scales follow where that overflows."""
     grads = torch.autograd.grad(
         value.float() * scale if scale > 1 else value, parameters, allow_unused=True, retain_graph=scale > 1
     )
     if scale > 1 and not all(grad is None or grad.isfinite().all() for grad in grads):
-        return gradients(value, parameters, scale / 16)
-    return [None if grad is None else detached(grad) / scale for grad in grads]
+        return batch_gradients(value, parameters, scale / 16)
+    return [None if grad is None else detach_weights(grad) / scale for grad in grads]
 
 
 def in_half_precision(model: nn.Module) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fxprune.budget.budget import Bounds, Budget, patterns_of
 from fxprune.budget.cost import Floats
-from fxprune.budget.solve import solve
+from fxprune.budget.solve import solve_budget
 from fxprune.channels.analysis import Analysis
-from fxprune.errors import BudgetError, PlanError, require
+from fxprune.errors import BudgetError, PlanError, require_type
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
 
@@ -40,8 +40,8 @@ class Criterion(Bounds, ABC):
             BudgetError: the budget is out of reach; names the nearest value. Or the model already meets it.
             PlanError: nothing can be pruned, or a pattern matches nothing.
         """
-        require(analysis, Analysis, "analysis", PlanError)
-        require(budget, Budget, "budget", BudgetError)
+        require_type(analysis, Analysis, "analysis", PlanError)
+        require_type(budget, Budget, "budget", BudgetError)
         bounds = Bounds(
             minimum=self.minimum,
             maximum=self.maximum,
@@ -49,7 +49,7 @@ class Criterion(Bounds, ABC):
             round_to=self.round_to,
             scope=self.scope,
         )
-        return solve(analysis, self.score(analysis), budget, bounds)
+        return solve_budget(analysis, self.score(analysis), budget, bounds)
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
         """What a method does to ``compact`` after the cut from ``graph``: nothing, for most."""
@@ -59,7 +59,7 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
     """The parameters (not buffers) that some group lives on, by name, detached and in float32 at least."""
     parameters = dict(analysis.graph.named_parameters())
     members = dict.fromkeys(member.parameter for group in analysis.groups.values() for member in group.members)
-    found = {name: detached(parameters[name]) for name in members if name in parameters}
+    found = {name: detach_weights(parameters[name]) for name in members if name in parameters}
     if any(parameter.is_meta for parameter in found.values()):
         raise PlanError(
             "the weights are on the meta device and have no values to score. Use passes.Random, or load them."
@@ -67,13 +67,13 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
     return found
 
 
-def normalized(scores: Floats) -> Floats:
+def normalize_scores(scores: Floats) -> Floats:
     """Scores over their mean, so that groups compare; all equal where the mean is 0."""
     mean = scores.mean()
     return scores / mean if mean > 0 else scores
 
 
-def detached(tensor: Tensor) -> Tensor:
+def detach_weights(tensor: Tensor) -> Tensor:
     """A tensor without its gradient history, in float32 at least."""
     value = tensor.detach()
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Analysis, ParamMap, Plan, TracedModule
-from fxprune.graph.inputs import bind
+from fxprune.graph.inputs import bind_inputs
 from fxprune.rewrite.verify import masked_norms
 
 RTOL = 1e-10
@@ -148,7 +148,7 @@ def outcome(model: TracedModule, inputs: Any, mode: bool, norms: Mapping[Any, An
     """
     model.train(mode)
     model.zero_grad(set_to_none=True)
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, bind(inputs))
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, bind_inputs(inputs))
     torch.manual_seed(seed)
     with masked_norms(model, norms) if norms else nullcontext():
         outputs = model(*args, **kwargs)

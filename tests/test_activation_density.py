@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 import fxprune
 from fxprune import Analysis, Plan, Session
 from fxprune.errors import PlanError
-from fxprune.graph.traced import regions
+from fxprune.graph.traced import regions_of
 from fxprune.passes import ActivationDensity
 from fxprune.training import distributed
 from fxprune.training.passes import Memory, TrainingPass
@@ -243,7 +243,7 @@ def test_graphs_that_python_steers_are_counted_too() -> None:
     session.epoch_end()
     cut(session, [x], 1)
     session.close()
-    assert not any("count_nonzero" in region.code for region in fxprune.graph.traced.regions(session.graph).values())
+    assert not any("count_nonzero" in region.code for region in fxprune.graph.traced.regions_of(session.graph).values())
 
 
 class Bottleneck(nn.Module):
@@ -469,7 +469,7 @@ def test_counting_and_cutting_under_the_laws(name: str) -> None:
 
 
 def code(graph: fxprune.TracedModule) -> list[str]:
-    graphs = [each for region in regions(graph).values() for each in region.distinct_graphs().values()]
+    graphs = [each for region in regions_of(graph).values() for each in region.distinct_graphs().values()]
     return [each.python_code("self").src for each in graphs]
 
 
@@ -613,7 +613,7 @@ def shared(rank: int, how: str = "") -> dict[str, Any]:
     layers = [nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), head(16)]
     model: Any = nn.Sequential(*layers).double().train()
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-    model = DistributedDataParallel(model) if distributed.ranks() > 1 else model
+    model = DistributedDataParallel(model) if distributed.count_ranks() > 1 else model
     model = torch.compile(model, backend="eager") if how == "compiled" else model
     pruner = ActivationDensity(saturation=0.2, patience=1, cooldown=1, cuts=2)
     session = Session(model, torch.zeros(2, 3, 6, 6).double(), optimizer, [pruner], progress=False)
@@ -621,7 +621,7 @@ def shared(rank: int, how: str = "") -> dict[str, Any]:
         torch.randn(8, 3, 6, 6, dtype=torch.float64, generator=numbers(1))
         + torch.arange(-4, 4)[:, None, None, None] / 4
     )
-    mine = slice(distributed.rank(), None, distributed.ranks())
+    mine = slice(distributed.own_rank(), None, distributed.count_ranks())
     found: list[Any] = []
     for _ in range(5):
         for _ in range(2):

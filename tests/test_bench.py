@@ -12,7 +12,7 @@ from torch import nn
 
 import fxprune
 from fxprune import Budget, passes
-from fxprune.budget.timing import Spread, by_module, in_turns, ratio
+from fxprune.budget.timing import Spread, by_module, in_turns, ratio_of_times
 from fxprune.errors import BenchError
 from fxprune.report.backends import BACKENDS
 from fxprune.report.bench import Bench, Measured
@@ -54,7 +54,7 @@ def test_short_runs_are_repeated_in_a_turn() -> None:
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
-    assert ratio([1.0, 10.0, 2.0], [3.0, 5.0, 1.0]) == Spread(0.5, 0.5, 1.75), "that of the medians is 1.5"
+    assert ratio_of_times([1.0, 10.0, 2.0], [3.0, 5.0, 1.0]) == Spread(0.5, 0.5, 1.75), "that of the medians is 1.5"
     assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(3.0, 2.0, 4.0)
 
 

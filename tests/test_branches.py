@@ -15,7 +15,7 @@ import fxprune
 from fxprune import Analysis, Plan, TracedModule
 from fxprune.errors import PlanError
 from fxprune.passes import PruneTrain
-from fxprune.rewrite.branches import ConstantNorm, emptied
+from fxprune.rewrite.branches import ConstantNorm, emptied_groups
 
 
 class Block(nn.Module):
@@ -67,8 +67,8 @@ def analysed(name: str) -> tuple[TracedModule, Analysis, Tensor]:
 
 def emptying(analysis: Analysis, dropped: bool, every: int = 2) -> Plan:
     """A plan that empties every second group that can be."""
-    able = [name for name in analysis.groups if emptied(analysis, {name}, constants=not dropped)]
-    gone = sorted(emptied(analysis, set(able[::every]), constants=not dropped))
+    able = [name for name in analysis.groups if emptied_groups(analysis, {name}, constants=not dropped)]
+    gone = sorted(emptied_groups(analysis, set(able[::every]), constants=not dropped))
     assert gone
     return Plan({name: () for name in gone}, analysis.sizes, analysis.options, gone if dropped else ())
 
@@ -134,7 +134,7 @@ def test_a_whole_block_leaves_graph_optimizer_and_state_dict() -> None:
     sgd = optim.SGD(graph.parameters(), lr=0.1, momentum=0.9)
     graph(torch.randn(2, 3, 32, 32)).sum().backward()
     sgd.step()
-    gone = sorted(emptied(analysis, {"layer2.1.conv1"}, constants=False))
+    gone = sorted(emptied_groups(analysis, {"layer2.1.conv1"}, constants=False))
     assert gone == ["layer2.1.conv1", "layer2.1.conv2"]
     compact, param_map = fxprune.rewrite(graph, analysis, Plan(dict.fromkeys(gone, ()), analysis.sizes, {}, gone))
     param_map.migrate(sgd)

@@ -280,11 +280,11 @@ def test_small_widths_are_multiples_too_unless_the_budget_is_too_small_for_them(
 
 
 def test_auto_on_half_precision_rounds_as_the_device_likes() -> None:
-    from fxprune.budget.solver import multiples
+    from fxprune.budget.solver import round_widths
 
     model = torchvision.models.resnet18(weights=None)
-    assert set(multiples(fxprune.analyze(model, X), "auto")) == {16}
-    assert set(multiples(fxprune.analyze(model, X), 12)) == {12}
+    assert set(round_widths(fxprune.analyze(model, X), "auto")) == {16}
+    assert set(round_widths(fxprune.analyze(model, X), 12)) == {12}
 
 
 def keeps(pattern: str, model: str = "resnet18") -> set[str]:

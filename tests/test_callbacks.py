@@ -412,7 +412,7 @@ def test_transformers_refuses(tmp_path: Path) -> None:
 
 def on_ranks(rank: int, folder: Path) -> dict[str, list[int]]:
     """Each library with DistributedDataParallel; what was cut, and whether all ranks have the same weights."""
-    world, port = distributed.ranks(), distributed.gather(free_port())[0]
+    world, port = distributed.count_ranks(), distributed.gather_values(free_port())[0]
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in (environment | addresses).items()})
@@ -427,7 +427,7 @@ def on_ranks(rank: int, folder: Path) -> dict[str, list[int]]:
         ("transformers", other.session),
     ):
         weights = [parameter.tolist() for parameter in session.graph.parameters()]
-        assert len({str(each) for each in distributed.gather(weights)}) == 1, name
+        assert len({str(each) for each in distributed.gather_values(weights)}) == 1, name
         assert session.log[-1].sent > 0
         assert any(isinstance(each, DistributedDataParallel) for each in (session.model, *session._around[0])), name
         removed[name] = [each.removed for each in session.log]

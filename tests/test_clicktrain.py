@@ -20,7 +20,7 @@ import fxprune
 from fxprune import Plan, Session
 from fxprune.errors import PlanError
 from fxprune.passes import ClickTrain
-from fxprune.passes.training.clicktrain._patterns import choose, dynamic_pool, least, static_pool
+from fxprune.passes.training.clicktrain._patterns import choose_patterns, dynamic_pool, least_patterns, static_pool
 from fxprune.training import distributed
 
 NOW = ClickTrain(select=0, hard=1, kernels=0.5)
@@ -52,7 +52,7 @@ def test_a_pattern_keeps_the_most_importance(share: str, groups: int) -> None:
     torch.manual_seed(groups)
     importance, pool = torch.rand(6, 6 // groups, 3, 3), static_pool("static8")
     kept = (importance[:, :, None] * pool).sum((3, 4))  # [filter, kernel, pattern]
-    found = choose(importance, pool, share, groups)
+    found = choose_patterns(importance, pool, share, groups)
     for o, i in itertools.product(range(6), range(6 // groups)):
         group = o * groups // 6
         mine = range(group * 6 // groups, (group + 1) * 6 // groups)
@@ -90,11 +90,13 @@ def test_a_dynamic_pool_has_what_most_kernels_choose() -> None:
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.55, 55), (0.551, 56), (0.07, 7), (0.29, 29)])
 def test_exactly_so_many_kernels_go(fraction: float, count: int) -> None:
     importance = torch.rand(10, 10, 3, 3)
-    gone = least(importance, fraction)
+    gone = least_patterns(importance, fraction)
     assert int(gone.sum()) == count == math.ceil(round(fraction * 100, 6))
     sums = importance.sum((2, 3))
     assert count == 0 or sums[gone].max() <= sums[~gone].min()
-    assert least(torch.zeros(2, 2, 1, 1), 0.5).tolist() == [[True, True], [False, False]], "the first of equals"
+    assert least_patterns(torch.zeros(2, 2, 1, 1), 0.5).tolist() == [[True, True], [False, False]], (
+        "the first of equals"
+    )
 
 
 @pytest.mark.parametrize("share", ["none", "input_channel", "filter"])
@@ -110,8 +112,8 @@ def test_the_choice_is_made_from_one_batch(share: str) -> None:
     assert set(layers) == {name for name, p in before.items() if p.ndim == 4} - {"0.0.weight"}
     for name in layers:
         importance = (before[name] * alone.get_parameter(name).grad).square()
-        assert torch.equal(chosen(session)["removed"][name], least(importance, 0.3))
-        assert torch.equal(chosen(session)["pattern"][name], choose(importance, static_pool("static4"), share))
+        assert torch.equal(chosen(session)["removed"][name], least_patterns(importance, 0.3))
+        assert torch.equal(chosen(session)["pattern"][name], choose_patterns(importance, static_pool("static4"), share))
 
 
 def test_several_batches_are_added_up() -> None:
@@ -124,7 +126,9 @@ def test_several_batches_are_added_up() -> None:
         weight: Any = alone.get_parameter("1.conv2.weight")
         total = total + (weight.detach() * weight.grad).square()
         step(session, inputs)
-    assert torch.equal(chosen(session)["pattern"]["1.conv2.weight"], choose(total, static_pool("static4"), "none"))
+    assert torch.equal(
+        chosen(session)["pattern"]["1.conv2.weight"], choose_patterns(total, static_pool("static4"), "none")
+    )
     assert "importance" not in chosen(session)
 
 
@@ -146,9 +150,9 @@ def test_a_step_without_gradients_chooses_nothing() -> None:
 def test_half_precision_does_not_choose() -> None:
     torch.manual_seed(0)
     importance, pool = torch.rand(6, 6, 3, 3) * 1e-8, static_pool("static12")
-    expected = choose(importance, pool, "none")
+    expected = choose_patterns(importance, pool, "none")
     with torch.autocast("cpu", torch.float16):
-        assert torch.equal(choose(importance, pool, "none"), expected)
+        assert torch.equal(choose_patterns(importance, pool, "none"), expected)
     assert len(expected.unique()) > 4
 
 
@@ -407,9 +411,9 @@ def on_rank(rank: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model: nn.Module = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), head(8)), 0).double()
     x = torch.randn(8, 3, 10, 10, dtype=torch.float64)
-    model = DistributedDataParallel(model) if distributed.ranks() > 1 else model
+    model = DistributedDataParallel(model) if distributed.count_ranks() > 1 else model
     session = Session(model, x[:2], SGD(model.parameters(), 0.01), [NOW], progress=False)
-    mine = x[distributed.rank() :: distributed.ranks()]
+    mine = x[distributed.own_rank() :: distributed.count_ranks()]
     for _ in range(2):
         step(session, [mine])
         session.epoch_end()

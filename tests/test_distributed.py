@@ -77,7 +77,7 @@ def batch(epoch: int, step: int, share: slice = slice(None)) -> tuple[Tensor, Te
 
 def mine() -> slice:
     """This rank's share of a batch."""
-    return slice(distributed.rank(), None, distributed.ranks())
+    return slice(distributed.own_rank(), None, distributed.count_ranks())
 
 
 def begin(
@@ -85,7 +85,7 @@ def begin(
 ) -> Session:
     model = Net() if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    wrap = wrap or (DistributedDataParallel if distributed.ranks() > 1 else lambda inner: inner)
+    wrap = wrap or (DistributedDataParallel if distributed.count_ranks() > 1 else lambda inner: inner)
     return Session(wrap(model), batch(0, 0)[0], optimizer, passes, progress=False)
 
 
@@ -110,7 +110,7 @@ def digest(session: Session) -> str:
 
 
 def assert_alike(session: Session) -> None:
-    assert len(set(distributed.gather(digest(session)))) == 1
+    assert len(set(distributed.gather_values(digest(session)))) == 1
 
 
 def whole(session: Session) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def whole_run(rank: int, proximal: bool = True, epochs: int = 4) -> dict[str, An
     model = session.model
     x, y = batch(0, 0, mine())
     first = F.cross_entropy(model(x), y).item()
-    assert len(set(distributed.gather(first))) == distributed.ranks()
+    assert len(set(distributed.gather_values(first))) == distributed.count_ranks()
     for _ in range(epochs):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PruneTrain: with lambda")
@@ -177,7 +177,7 @@ def with_batch_norm(rank: int) -> None:
     train(session, 1)
     assert [buffer.tolist() for buffer in session.graph.buffers()] != buffers
     session.model(batch(9, 9)[0])  # the first rank's go to the others, and all see the same samples
-    assert len({str(each) for each in distributed.gather([b.tolist() for b in session.graph.buffers()])}) == 1
+    assert len({str(each) for each in distributed.gather_values([b.tolist() for b in session.graph.buffers()])}) == 1
 
 
 def test_batch_norm_keeps_statistics_of_the_first_rank(ranks: Ranks, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def inside_no_sync(rank: int) -> None:
         x, y = batch(0, 7, mine())
         F.cross_entropy(session.model(x), y).backward()
         weight = session.graph.get_parameter("stem.weight")
-        assert len({str(its) for its in distributed.gather(weight.grad.tolist())}) == 2
+        assert len({str(its) for its in distributed.gather_values(weight.grad.tolist())}) == 2
     assert session.model.require_backward_grad_sync
 
 
@@ -234,7 +234,7 @@ class Own(TrainingPass):
     plans: list[Plan | None]
 
     def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
-        return self.plans[distributed.rank()]
+        return self.plans[distributed.own_rank()]
 
 
 class Failing(TrainingPass):
@@ -245,7 +245,7 @@ class Failing(TrainingPass):
 
     def fail(self, hook: str) -> None:
         self.count += hook == self.hook
-        if hook == self.hook and self.count == 1 + (hook == "prepare") and distributed.rank() == 1:
+        if hook == self.hook and self.count == 1 + (hook == "prepare") and distributed.own_rank() == 1:
             raise MemoryError("no room for it")
 
     def after_cut(self, *_: Any) -> None:
@@ -386,7 +386,7 @@ class Larger(nn.Module):
 def in_a_part(rank: int, compile: bool) -> list[int]:
     larger = Larger()
     optimizer = torch.optim.SGD(larger.parameters(), lr=0.05, momentum=0.9)
-    around: Any = DistributedDataParallel(larger) if distributed.ranks() > 1 else larger
+    around: Any = DistributedDataParallel(larger) if distributed.count_ranks() > 1 else larger
     around = torch.compile(around, backend="eager") if compile else around
     session = Session(larger.part, batch(0, 0)[0], optimizer, [SHRINK], around=around, progress=False)
     larger.part = session.model
@@ -395,7 +395,7 @@ def in_a_part(rank: int, compile: bool) -> list[int]:
         train(session)
         session.epoch_end()
         assert_alike(session)
-        assert len(set(distributed.gather(str(larger.scale.weight.tolist())))) == 1
+        assert len(set(distributed.gather_values(str(larger.scale.weight.tolist())))) == 1
         assert optimizer.state[larger.scale.weight]["momentum_buffer"].any()
     with pytest.raises(SessionError, match="part of what is trained"):
         session.save("run.pt")
@@ -458,10 +458,10 @@ def test_compressed_gradients_go_on(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_without_ranks_nothing_is_sent() -> None:
-    assert (distributed.ranks(), distributed.rank()) == (1, 0)
-    assert distributed.gather("x") == ["x"]
-    assert distributed.largest(2.0) == 2.0
-    distributed.agree("the plan", "x")
+    assert (distributed.count_ranks(), distributed.own_rank()) == (1, 0)
+    assert distributed.gather_values("x") == ["x"]
+    assert distributed.largest_over_ranks(2.0) == 2.0
+    distributed.require_agreement("the plan", "x")
 
 
 # -------------------------------------------------------------------------------------------- refusals
@@ -529,9 +529,9 @@ def resuming(rank: int, path: Path) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.add_(1.0)  # its weights do not matter
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    wrapped = DistributedDataParallel(model) if distributed.ranks() > 1 else model
+    wrapped = DistributedDataParallel(model) if distributed.count_ranks() > 1 else model
     session = Session.load(path, wrapped, batch(0, 0)[0], optimizer, progress=False)
-    assert session.model is wrapped or distributed.ranks() == 1
+    assert session.model is wrapped or distributed.count_ranks() == 1
     train(session)
     session.epoch_end()
     assert_alike(session)

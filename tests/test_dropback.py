@@ -23,9 +23,9 @@ from fxprune import Session
 from fxprune.errors import InitializeError, PlanError
 from fxprune.files.start import start_of
 from fxprune.passes import ClickTrain, DropBack, PruneTrain
-from fxprune.passes.training.dropback._largest import about_largest, largest
+from fxprune.passes.training.dropback._largest import about_largest, select_largest
 from fxprune.training import distributed
-from fxprune.training.trainers.shared import progress, resume
+from fxprune.training.trainers.shared import resume_session, session_progress
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -287,14 +287,14 @@ def test_the_largest_are_those_of_a_stable_sort(seed: int) -> None:
     numbers = torch.randint(0, 9, (500,), generator=generator).float()
     out = torch.empty(500, dtype=torch.bool)
     for k in (0, 1, 17, 250, 499, 500):
-        largest(numbers, k, out)
+        select_largest(numbers, k, out)
         assert torch.equal(out, top({"": numbers}, k)[""]), k
 
 
 def test_what_is_not_a_number_is_the_largest() -> None:
     numbers = torch.tensor([1.0, math.nan, 3.0, 0.0, 2.0])
     out = torch.empty(5, dtype=torch.bool)
-    largest(numbers, 2, out)
+    select_largest(numbers, 2, out)
     assert out.tolist() == [False, True, True, False, False]
 
 
@@ -318,7 +318,7 @@ def test_a_sample_that_misleads_breaks_no_budget() -> None:
     numbers[::17] /= 1000  # what turn 0 looks at
     out, exact = torch.empty(len(numbers), dtype=torch.bool), torch.empty(len(numbers), dtype=torch.bool)
     about_largest(numbers, 100_000, out, turn=0)
-    largest(numbers, 100_000, exact)
+    select_largest(numbers, 100_000, exact)
     assert torch.equal(out, exact)
     about_largest(numbers, 100_000, out, turn=1)
     assert 90_000 < out.sum() < 100_000
@@ -620,7 +620,7 @@ def test_a_trainer_goes_on_with_its_own_checkpoint_of_the_weights(options: dict[
     second = begin(DropBack(0.2, **options), MOMENTUM)
     second.graph.load_state_dict(first.graph.state_dict())
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    resume(second, copy.deepcopy(progress(first)))
+    resume_session(second, copy.deepcopy(session_progress(first)))
     assert train(second, 3, 3) == train(first, 3, 3)
     assert_same_weights(second, first)
 
@@ -664,10 +664,10 @@ def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """Each rank has a part of every batch; cuts, a file. No norm: ranks train as one."""
     model: nn.Module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), head(8)).double().train()
     model, dense = fxprune.initialize(model, 3), copy.deepcopy(model)
-    wrapped = DistributedDataParallel(model) if distributed.ranks() > 1 else model
+    wrapped = DistributedDataParallel(model) if distributed.count_ranks() > 1 else model
     passes = [Thin(2), DropBack(0.2, **options)]
     session = Session(wrapped, EXAMPLE.double(), plain(model.parameters()), passes, progress=False)
-    mine = slice(distributed.rank(), None, distributed.ranks())
+    mine = slice(distributed.own_rank(), None, distributed.count_ranks())
     for number in range(4):
         x, y = batch(number)
         session.optimizer.zero_grad()
@@ -675,7 +675,7 @@ def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
         session.optimizer.step()
         session.epoch_end()
     session.save(Path(folder) / "run.pt")
-    wrapped = DistributedDataParallel(dense) if distributed.ranks() > 1 else dense
+    wrapped = DistributedDataParallel(dense) if distributed.count_ranks() > 1 else dense
     again = Session.load(Path(folder) / "run.pt", wrapped, EXAMPLE.double(), plain(dense.parameters()), progress=False)
     assert_equal("loaded", dict(again.graph.state_dict()), dict(session.graph.state_dict()))
     return {"state": dict(session.graph.state_dict()), "changed": changed(session), "budget": budget(session)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Budget, TracedModule, passes
 from fxprune.errors import FileError
-from fxprune.files.sparse import bits
+from fxprune.files.sparse import bits_of
 
 HALF = Budget(channels=0.6, tolerance=0.2)
 TIED = ["tied_module", "tied_parameter", "tied_decoder"]
@@ -243,10 +243,10 @@ def test_zeros_in_kernels_take_no_space_and_come_back(dtype: torch.dtype, tmp_pa
     state = fxprune.load(tmp_path / "model.safetensors", model).state_dict()
     for name, tensor in compact.state_dict().items():
         assert state[name].dtype == tensor.dtype
-        assert torch.equal(bits(state[name]), bits(tensor)), name
+        assert torch.equal(bits_of(state[name]), bits_of(tensor)), name
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
     weight = compact.get_parameter("1.0.weight")
-    assert stored["1.0.weight"].shape == (int((bits(weight) != 0).sum()),)
+    assert stored["1.0.weight"].shape == (int((bits_of(weight) != 0).sum()),)
     assert stored["1.0.weight:pattern"].shape == weight.shape[:2]
 
 

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune import Analysis, Budget, Plan, TracedModule
 from fxprune.errors import BudgetError, PlanError
-from fxprune.graph.traced import is_traced, regions
+from fxprune.graph.traced import is_traced, regions_of
 from fxprune.passes import Magnitude
 
 PRUNABLE = [name for name, case in MODELS.items() if case.prunable]
@@ -57,7 +57,7 @@ def modes_of(name: str) -> tuple[bool, ...]:
 
 
 def code(graph: TracedModule) -> list[str]:
-    graphs = [each for region in regions(graph).values() for each in region.distinct_graphs().values()]
+    graphs = [each for region in regions_of(graph).values() for each in region.distinct_graphs().values()]
     return [each.python_code("self").src for each in graphs]
 
 

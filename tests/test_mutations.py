@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.channels import tensor
-from fxprune.channels.labels import Labels, Operand, align, narrow, settle
-from fxprune.channels.tensor import Call, operand
+from fxprune.channels.labels import Labels, Operand, align_label, narrow_label, settle_labels
+from fxprune.channels.tensor import Call, as_operand
 from fxprune.ops import contraction, movement, pointwise, reduction
 from fxprune.rewrite import fit
 from fxprune.rewrite.fit import FITTERS
@@ -76,7 +76,7 @@ def add_unties(patch: Patch) -> None:
     """A pointwise operator passes the names of its first operand on, and merges nothing."""
 
     def broken(call: Call) -> Labels:
-        values = [operand(value) for value in call.args if hasattr(value, "shape")]
+        values = [as_operand(value) for value in call.args if hasattr(value, "shape")]
         return values[0].labels if values[0].shape == call.shape else pointwise.pointwise(call)
 
     replace_rule(patch, "add", broken)
@@ -95,7 +95,7 @@ def batch_norm_forgets(patch: Patch) -> None:
     """Weight, bias and statistics of a batch norm are not tied to its channels."""
 
     def broken(call: Call) -> Any:
-        return [operand(call.args[0]).labels] + [()] * (len(call.out) - 1)
+        return [as_operand(call.args[0]).labels] + [()] * (len(call.out) - 1)
 
     for operator in list(tensor.RULES):
         if tensor.RULES[operator] is reduction.batch_norm:
@@ -104,15 +104,15 @@ def batch_norm_forgets(patch: Patch) -> None:
 
 def flip_keeps_the_order(patch: Patch) -> None:
     """A flip passes the names on as they were."""
-    replace_rule(patch, "flip", lambda call: operand(call.args[0]).labels)
+    replace_rule(patch, "flip", lambda call: as_operand(call.args[0]).labels)
 
 
 def split_takes_the_first(patch: Patch) -> None:
     """Each part of a split has the names of the first positions of the axis."""
 
     def broken(call: Call) -> Any:
-        axis, labels = call.arg("dim", 0) % call.args[0].ndim, operand(call.args[0]).labels
-        return [tuple(narrow(x, axis, 0, part.shape[axis]) for x in labels) for part in call.out]
+        axis, labels = call.arg("dim", 0) % call.args[0].ndim, as_operand(call.args[0]).labels
+        return [tuple(narrow_label(x, axis, 0, part.shape[axis]) for x in labels) for part in call.out]
 
     for operator in ("split", "split_with_sizes"):
         replace_rule(patch, operator, broken)
@@ -120,7 +120,7 @@ def split_takes_the_first(patch: Patch) -> None:
 
 def unknown_passes(patch: Patch) -> None:
     """An operator without a rule is taken for a pointwise one."""
-    patch.setattr(tensor, "unknown", pointwise.like)
+    patch.setattr(tensor, "freeze_unknown", pointwise.like)
     patch.setattr(tensor, "_resolved", {})
 
 
@@ -133,11 +133,11 @@ def broadcast_is_free(patch: Patch) -> None:
     """Channels that meet a constant of the same size may be pruned."""
 
     def broken(names: Any, operands: list[Operand], ndim: int) -> Labels:
-        return settle(names, [align(label, ndim) for each in operands for label in each.labels])
+        return settle_labels(names, [align_label(label, ndim) for each in operands for label in each.labels])
 
-    patch.setattr(movement, "join", broken)
-    patch.setattr(pointwise, "join", broken)
-    patch.setattr(contraction, "join", broken)
+    patch.setattr(movement, "join_labels", broken)
+    patch.setattr(pointwise, "join_labels", broken)
+    patch.setattr(contraction, "join_labels", broken)
 
 
 def slices_shift(patch: Patch) -> None:
@@ -164,7 +164,7 @@ def scales_follow_the_size(patch: Patch) -> None:
 def sizes_enter_arithmetic(patch: Patch) -> None:
     """Numbers computed from sizes follow the pruned size."""
     patch.setattr(fit, "keep_numbers", lambda run, node: None)
-    patch.setattr(REWRITE, "bake", lambda node, value: None)
+    patch.setattr(REWRITE, "bake_scalars", lambda node, value: None)
 
 
 def groups_stay(patch: Patch) -> None:
@@ -174,7 +174,7 @@ def groups_stay(patch: Patch) -> None:
     def broken(*args: Any) -> Any:
         return {key: value for key, value in right(*args).items() if key != "groups"}
 
-    patch.setattr(REWRITE, "attributes", broken)
+    patch.setattr(REWRITE, "layer_attributes", broken)
 
 
 def wrong_channels(patch: Patch) -> None:
@@ -184,12 +184,12 @@ def wrong_channels(patch: Patch) -> None:
     def broken(tensor: Any, kept: Any) -> Any:
         return right(tensor, tuple(None if k is None else torch.arange(len(k)) for k in kept))
 
-    patch.setattr(REWRITE, "cut", broken)
+    patch.setattr(REWRITE, "cut_tensor", broken)
 
 
 def verify_is_blind(patch: Patch) -> None:
     """``fxprune.verify`` sees no difference: the oracle of its own still does."""
-    patch.setattr(VERIFY, "difference", lambda *args, **kwargs: 0.0)
+    patch.setattr(VERIFY, "relative_difference", lambda *args, **kwargs: 0.0)
     wrong_channels(patch)
 
 

@@ -9,7 +9,7 @@ import torch
 from cases import CASES, SIZES, Case
 
 import fxprune  # noqa: F401  (registers the rules)
-from fxprune.channels.labels import along, on_axis, varying
+from fxprune.channels.labels import label_along, on_axis, varying_axes
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import ChannelTensor, Run, name_of
 
@@ -50,10 +50,10 @@ def describe(case: Case) -> str:
 
     shown = []
     for axis in range(result.ndim):
-        label = along(result.labels, axis)
+        label = label_along(result.labels, axis)
         if label is None:
             shown.append("-")
-        elif len(varying(label)) > 1:
+        elif len(varying_axes(label)) > 1:
             shown.append("(" + written(sorted(label.flatten().tolist())) + ")")
         else:
             shown.append(written(label.flatten().tolist()))

@@ -234,7 +234,7 @@ def test_a_layer_is_rewritten_where_that_was_faster(monkeypatch: pytest.MonkeyPa
         asked.append((conv.in_channels, form.before, training))
         return times[conv.in_channels]
 
-    monkeypatch.setattr("fxprune.passes.rewrites.pattern_conv.speedup", timed)
+    monkeypatch.setattr("fxprune.passes.rewrites.pattern_conv.measure_speedup", timed)
     layers = [nn.Conv2d(3, 8, 3), thin(nn.Conv2d(8, 8, 3, padding=1), "input_channel")]
     layers += [thin(nn.Conv2d(8, 12, 3, padding=1), "input_channel"), thin(nn.Conv2d(12, 8, 3), "input_channel")]
     layers += [copy.deepcopy(layers[1])]

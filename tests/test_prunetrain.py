@@ -21,7 +21,7 @@ from fxprune import Plan, Session
 from fxprune.errors import PlanError, SessionError
 from fxprune.passes import PruneTrain
 from fxprune.passes.training.prunetrain import _Slices, at_least_float32
-from fxprune.passes.training.prunetrain import lasso as fast_lasso
+from fxprune.passes.training.prunetrain import sum_norms as fast_lasso
 
 TAU = 1e-4
 

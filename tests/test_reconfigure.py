@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fxprune
 from fxprune import Analysis, Plan, Session
 from fxprune.errors import FxpruneError, MigrationError, PlanError, SessionError, VerificationError
-from fxprune.rewrite.branches import emptied
+from fxprune.rewrite.branches import emptied_groups
 from fxprune.training.passes import Memory, TrainingPass
 
 RECONFIGURE, REWRITE = (sys.modules[f"fxprune.{name}"] for name in ("training.cut", "rewrite.rewrite"))
@@ -65,7 +65,9 @@ def test_whole_branches_go_between_steps(name: str, optimizer: str, dropped: boo
     def plan(analysis: Analysis, cut: int) -> Plan:
         if cut:
             return thinner(analysis, cut)
-        able = next(gone for group in analysis.groups if (gone := emptied(analysis, {group}, constants=not dropped)))
+        able = next(
+            gone for group in analysis.groups if (gone := emptied_groups(analysis, {group}, constants=not dropped))
+        )
         gone = sorted(able)
         return Plan(dict.fromkeys(gone, ()), analysis.sizes, analysis.options, gone if dropped else ())
 
@@ -162,9 +164,9 @@ def test_the_law_can_fail(mutation: str, monkeypatch: pytest.MonkeyPatch) -> Non
         case "state of other channels":
             monkeypatch.setattr(fxprune.ParamMap, "sliced_state", rolled)
         case "weights of other channels":
-            monkeypatch.setattr(RECONFIGURE, "become", roll("parameters"))
+            monkeypatch.setattr(RECONFIGURE, "become_compact", roll("parameters"))
         case "buffers of other channels":
-            monkeypatch.setattr(RECONFIGURE, "become", roll("buffers"))
+            monkeypatch.setattr(RECONFIGURE, "become_compact", roll("buffers"))
     with pytest.raises(AssertionError, match=r"[01] cuts, step 1: |^parameter 0\.0\.weight"):
         cuts_commute_with_steps(graph, inputs, EVERY_OPTIMIZER["momentum"])
 

@@ -21,7 +21,7 @@ from fxprune import Analysis, Plan, passes
 from fxprune.channels.steered import Steering
 from fxprune.channels.tensor import RULES, _resolved
 from fxprune.errors import AnalysisError, ExportError, PassError, VerificationError
-from fxprune.graph.traced import regions
+from fxprune.graph.traced import regions_of
 
 STEERED = [name for name, case in MODELS.items() if case.steered]
 
@@ -42,7 +42,7 @@ def reasons(analysis: Analysis, parameter: str, axis: int = 0) -> set[str]:
 def test_the_largest_parts_are_graphs_and_the_rest_is_the_model_itself() -> None:
     model, example, graph, analysis = analysed("steered_pyramid")
     assert type(graph) is steered_models.Pyramid
-    assert list(regions(graph)) == ["backbone", "down", "head"]
+    assert list(regions_of(graph)) == ["backbone", "down", "head"]
     assert type(graph.logits) is nn.Conv2d
     assert fxprune.trace(graph, example) is graph
     assert "graphs: backbone, down, head. The rest of Pyramid is plain Python" in str(analysis)
@@ -51,7 +51,7 @@ def test_the_largest_parts_are_graphs_and_the_rest_is_the_model_itself() -> None
 
 def test_python_may_ask_a_region_for_its_numbers() -> None:
     graph = analysed("steered_reads_an_attribute")[2]
-    assert "cell" in regions(graph)
+    assert "cell" in regions_of(graph)
     assert copy.deepcopy(graph).cell.width == graph.cell.width == 6
 
 
@@ -83,7 +83,7 @@ def test_a_part_that_is_called_in_two_ways_is_no_graph() -> None:
     model = randomize(CallsUnlike()).double().eval()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     graph = fxprune.trace(model, x)
-    assert list(regions(graph)) == ["flagged.inner", "entered.inner"]
+    assert list(regions_of(graph)) == ["flagged.inner", "entered.inner"]
     analysis = fxprune.analyze(graph, x)
     assert [group.size for group in analysis.groups.values()] == [4]
     slice_is_zero(graph, x, analysis, random_plan(analysis, 0))

@@ -153,7 +153,7 @@ def test_the_page_of_a_compact_model(tmp_path: Path) -> None:
 def test_bars_are_what_a_node_gives() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
     analysis = fxprune.analyze(model, torch.zeros(1, 3, 8, 8))
-    (region,) = fxprune.graph.traced.regions(analysis.graph).values()
+    (region,) = fxprune.graph.traced.regions_of(analysis.graph).values()
     rows = list(Report(analysis).rows("", region))
     assert [(row.name, row.kind, row.gives) for row in rows[1:]] == [
         ("0", "Conv2d", [((6, "g0", "group 0"),)]),

@@ -17,9 +17,9 @@ from torch.optim import SGD
 
 import fxprune
 from fxprune import Pipeline, TracedModule
-from fxprune.channels.interpret import placeholders
+from fxprune.channels.interpret import bind_placeholders
 from fxprune.errors import PassError, PlanError
-from fxprune.graph.inputs import bind
+from fxprune.graph.inputs import bind_inputs
 from fxprune.passes import Align, FoldBatchNorm, FoldConstants, RemoveBranches
 from fxprune.passes.rewrites._constants import Constants
 from fxprune.rewrite.branches import NORMS
@@ -51,7 +51,7 @@ def scale_by_zero(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def outputs(model: nn.Module, inputs: Any, mode: bool) -> list[Tensor]:
-    args, kwargs = bind(inputs)
+    args, kwargs = bind_inputs(inputs)
     model = copy.deepcopy(model).train(mode)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def kept_names(compact: nn.Module, graph: nn.Module, new: str = "") -> None:
 
 
 def exported(compact: TracedModule, inputs: Any, path: Path) -> None:
-    args, kwargs = bind(inputs)
+    args, kwargs = bind_inputs(inputs)
     example = (tuple(a.float() if a.is_floating_point() else a for a in args), kwargs)
     fxprune.export_onnx(copy.deepcopy(compact).float(), example, path / "model.onnx")  # compares with onnxruntime
 
@@ -106,7 +106,7 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
         run = Constants(graph, mode, inputs)
         values = {node.name: value for node, value in run.env.items() if isinstance(value, Tensor)}
         for seed in (1, 2):
-            args, kwargs = bind(inputs)
+            args, kwargs = bind_inputs(inputs)
             draw = torch.Generator().manual_seed(seed)
             others = [a + torch.randn(a.shape, generator=draw) if a.is_floating_point() else a.flip(0) for a in args]
             again = Constants(graph, mode, (tuple(others), kwargs))
@@ -114,7 +114,7 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     still = run.varies[next(n for n in run.varies if n.name == node.name)] == 0
                     torch.testing.assert_close(value[still], values[node.name][still], rtol=1e-9, atol=1e-9)
-    assert list(placeholders(graph.graphs[False], bind(inputs)))
+    assert list(bind_placeholders(graph.graphs[False], bind_inputs(inputs)))
 
 
 def test_in_training_a_channel_varies_where_any_of_it_does() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, passes
-from fxprune.budget.staircase import tallest
+from fxprune.budget.staircase import find_tallest
 from fxprune.errors import BenchError, FileError, PlanError
 from fxprune.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, around, figure, ticks
 from fxprune.report.slides import pictures
@@ -208,7 +208,7 @@ def test_a_staircase() -> None:
     found = fxprune.staircase(analysis, "0", seconds=0.0)
     assert found.widths == tuple(range(2, 17, 2))
     assert all(seconds > 0 for seconds in found.seconds)
-    assert tallest(analysis) == "0"
+    assert find_tallest(analysis) == "0"
     assert analysis.graph.training
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import FileError
-from fxprune.files.sparse import bits
+from fxprune.files.sparse import bits_of
 from fxprune.files.start import start_of
 from fxprune.graph.trace import TracedModule
 
@@ -45,7 +45,7 @@ def assert_same_bits(found: nn.Module, expected: nn.Module) -> None:
     assert list(mine) == list(theirs)
     for name, tensor in theirs.items():
         assert mine[name].dtype == tensor.dtype
-        assert torch.equal(bits(mine[name]), bits(tensor)), name
+        assert torch.equal(bits_of(mine[name]), bits_of(tensor)), name
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def test_cut_models(name: str, tmp_path: Path) -> None:
 def test_start_values_that_have_decayed(tmp_path: Path) -> None:
     model = fxprune.initialize(nn.Linear(30, 20), 0)
     begin = start_of(model).decayed(0.25)
-    fxprune.files.start.remember(model, begin)
+    fxprune.files.start.remember_start(model, begin)
     with torch.no_grad():
         model.weight.copy_(begin.values("weight"))
         model.bias.copy_(begin.values("bias"))

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import Runner
-from fxprune.channels.labels import Label, varying
+from fxprune.channels.labels import Label, varying_axes
 from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import values_in
-from fxprune.graph.inputs import bind, map_tensors
+from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.traced import TracedModule, is_traced
 
 Floats = npt.NDArray[np.float64]
@@ -34,29 +34,29 @@ def flops(model: nn.Module, example_inputs: Any) -> int:
 
     A model with plain Python in it, which may look at values, runs on the example itself.
     """
-    return int(counted(model, example_inputs).get_total_flops())
+    return int(count_operations(model, example_inputs).get_total_flops())
 
 
 def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """The same for each module, by its path; what stands in a module counts for it too, and "" is the model."""
-    found = counted(model, example_inputs).get_flop_counts()
+    found = count_operations(model, example_inputs).get_flop_counts()
     flops = Counter({path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"})
     if isinstance(model, TracedModule):
         functions = Functions(model, model.training, state_on_meta(model))
-        functions.start(map_tensors(on_meta, bind(example_inputs)))
+        functions.start(map_tensors(on_meta, bind_inputs(example_inputs)))
         flops += functions.flops
     return flops
 
 
-def counted(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
+def count_operations(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
     """The counter after one forward pass."""
     counter = FlopCounterMode(display=False)
     if is_traced(model) and not isinstance(model, TracedModule):
-        args, kwargs = bind(example_inputs)
+        args, kwargs = bind_inputs(example_inputs)
         with counter, torch.no_grad(), torch.random.fork_rng():
             model(*args, **kwargs)
         return counter
-    args, kwargs = map_tensors(on_meta, bind(example_inputs))
+    args, kwargs = map_tensors(on_meta, bind_inputs(example_inputs))
     with counter, torch.no_grad():
         functional_call(model, state_on_meta(model), args, kwargs)
     return counter
@@ -98,7 +98,7 @@ def latency(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0, thre
     """
     from torch.utils.benchmark import Timer  # imports what builds extensions, and that warns where there is no GPU
 
-    args, kwargs = bind(example_inputs)
+    args, kwargs = bind_inputs(example_inputs)
     timer = Timer(
         "with no_grad(): model(*args, **kwargs)",
         globals={"model": model, "args": args, "kwargs": kwargs, "no_grad": torch.no_grad},
@@ -194,10 +194,10 @@ def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
             each = 1 if kind == "flops" else 0.5
             return Cost(analysis, channels, ((each * t.scale, t.factors) for t in analysis.flops))
         case "params":
-            return Cost(analysis, channels, stored(analysis, dict(analysis.graph.named_parameters()), False))
+            return Cost(analysis, channels, stored_costs(analysis, dict(analysis.graph.named_parameters()), False))
         case "memory":
             tensors = dict(analysis.graph.named_parameters()) | dict(analysis.graph.named_buffers())
-            return Cost(analysis, channels, [*stored(analysis, tensors, True), *computed(analysis)])
+            return Cost(analysis, channels, [*stored_costs(analysis, tensors, True), *computed_costs(analysis)])
     every = np.flatnonzero(channels.of_root >= 0)
     return Cost(analysis, channels, [(1, (every,))] if len(every) else [])
 
@@ -226,7 +226,9 @@ def marginal(analysis: Analysis, kind: str) -> dict[str, Floats]:
     return dict(zip(analysis.groups, np.split(each, np.cumsum(sizes)[:-1]), strict=True))
 
 
-def stored(analysis: Analysis, tensors: dict[str, Any], in_bytes: bool) -> Iterable[tuple[float, tuple[Label, ...]]]:
+def stored_costs(
+    analysis: Analysis, tensors: dict[str, Any], in_bytes: bool
+) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The elements (or bytes) of parameters and buffers."""
     for name, tensor in tensors.items():
         axes = [analysis.axes.get((name, at)) for at in range(tensor.ndim)]
@@ -235,12 +237,12 @@ def stored(analysis: Analysis, tensors: dict[str, Any], in_bytes: bool) -> Itera
         yield rest * (tensor.element_size() if in_bytes else 1), named
 
 
-def computed(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...]]]:
+def computed_costs(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The bytes of the values of the eval graph that hold memory of their own."""
     for tree in analysis.values[False].values():
         for value in values_in(tree):
             if value.owner:
-                covered = {axis for label in value.labels for axis in varying(label)}
+                covered = {axis for label in value.labels for axis in varying_axes(label)}
                 rest = math.prod(size for axis, size in enumerate(value.shape) if axis not in covered)
                 yield rest * torch.empty(0, dtype=value.dtype).element_size(), value.labels
 

@@ -15,10 +15,10 @@ from torch import nn
 from fxprune.budget.budget import Budget, is_fraction
 from fxprune.budget.cost import Floats, device_of
 from fxprune.budget.solver import Solver, meet_limits
-from fxprune.budget.timing import by_module, forward, in_turns, stand_in
+from fxprune.budget.timing import by_module, in_turns, make_forward, stand_in
 from fxprune.channels.names import Ints
 from fxprune.errors import BudgetError
-from fxprune.graph.inputs import bind, map_tensors
+from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.traced import in_eval
 from fxprune.report.summary import layers_of
 from fxprune.rewrite.rewrite import rewrite
@@ -58,7 +58,7 @@ class Search:
         self.limit = limit / self.dense
         self.known = dict[bytes, list[float]]()  # widths -> times over those of the dense model in the same rounds
         self.first = self.within(limits, budget.tolerance)
-        self.stairs = staircases(solver, inputs)
+        self.stairs = measure_staircases(solver, inputs)
 
     def within(self, limits: Sequence[tuple[str, float]], tolerance: float) -> Ints:
         """The largest widths that meet the counted limits; those of the whole model where there are none."""
@@ -163,7 +163,7 @@ class Stairs:
         return self.times[min(int(np.searchsorted(self.widths, width)), len(self.widths) - 1)]
 
 
-def staircases(solver: Solver, inputs: Any) -> list[Stairs]:
+def measure_staircases(solver: Solver, inputs: Any) -> list[Stairs]:
     """The staircase of each group. All groups shrink together from level to level, as they do in a plan."""
     models: dict[str, nn.Module] = {}
     levels: list[Ints] = []
@@ -172,7 +172,7 @@ def staircases(solver: Solver, inputs: Any) -> list[Stairs]:
         levels.append(np.clip(rounded, solver.floor, solver.cap))
         compact, _ = rewrite(solver.analysis.graph, solver.analysis, solver.plan(levels[-1]))
         models[str(level)] = compact.eval()
-    taken = list(by_module(models, bind(inputs), SECONDS / 10).values())
+    taken = list(by_module(models, bind_inputs(inputs), SECONDS / 10).values())
     found = []
     for number, group in enumerate(solver.analysis.groups.values()):
         paths = layers_of(group)
@@ -188,7 +188,7 @@ def staircases(solver: Solver, inputs: Any) -> list[Stairs]:
 
 def seconds_of(models: dict[str, nn.Module], inputs: Any, seconds: float) -> dict[str, list[float]]:
     """Seconds of a forward pass of each model, in turns."""
-    return in_turns({name: forward(model, inputs) for name, model in models.items()}, seconds=seconds)
+    return in_turns({name: make_forward(model, inputs) for name, model in models.items()}, seconds=seconds)
 
 
 def in_seconds(limit: float | timedelta | None, dense: float) -> float:

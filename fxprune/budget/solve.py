@@ -10,7 +10,7 @@ from fxprune.channels.analysis import Analysis
 from fxprune.plan import Plan
 
 
-def solve(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget, bounds: Bounds) -> Plan:
+def solve_budget(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget, bounds: Bounds) -> Plan:
     """The plan that meets ``budget`` and keeps the channels of the highest scores.
 
     Args:

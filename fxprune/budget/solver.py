@@ -25,7 +25,7 @@ class Solver:
         self.analysis = analysis
         self.channels = Channels.of(analysis)
         self.sizes = np.array(list(analysis.sizes.values()))
-        self.fixed = held(analysis, bounds.keep)
+        self.fixed = held_groups(analysis, bounds.keep)
         self.fixed |= np.array([name not in scores for name in analysis.groups])
         starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
         flat = np.full(int(self.sizes.sum()), np.inf)
@@ -45,7 +45,7 @@ class Solver:
         removable = ~self.fixed[group]
         worst_first = np.lexsort((-self.rank, -place))
         self.worst_first = worst_first[removable[worst_first]]
-        self.multiple = multiples(analysis, bounds.round_to)
+        self.multiple = round_widths(analysis, bounds.round_to)
         self.floor = np.minimum(self.sizes, np.maximum(1, np.ceil(bounds.minimum * self.sizes - 1e-9)).astype(np.int64))
         self.cap = np.maximum(self.floor, np.floor(bounds.maximum * self.sizes + 1e-9).astype(np.int64))
         self.floor[self.fixed] = self.cap[self.fixed] = self.sizes[self.fixed]
@@ -170,11 +170,11 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         ) from None
 
 
-def held(analysis: Analysis, patterns: Sequence[str]) -> Bools:
+def held_groups(analysis: Analysis, patterns: Sequence[str]) -> Bools:
     """bool[groups]: which groups the ``keep`` patterns name."""
     result = np.zeros(len(analysis.groups), dtype=bool)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        named = {key for key in analysis.axes if matches(analysis, *key, pattern)}
+        named = {key for key in analysis.axes if match_patterns(analysis, *key, pattern)}
         hits = [
             fnmatchcase(name, pattern) or any((member.parameter, member.axis) in named for member in group.members)
             for name, group in analysis.groups.items()
@@ -188,15 +188,15 @@ def held(analysis: Analysis, patterns: Sequence[str]) -> Bools:
     return result
 
 
-def matches(analysis: Analysis, parameter: str, axis: int, pattern: str) -> bool:
+def match_patterns(analysis: Analysis, parameter: str, axis: int, pattern: str) -> bool:
     """Whether ``pattern``, "name" or "name[axis]", names this axis of a parameter, or of a module that it is in."""
     name, _, number = pattern.removesuffix("]").partition("[")
     if axis != (int(number) if number.isdecimal() else output_axis(analysis, parameter)):
         return False
-    return named(parameter, name)
+    return matches_pattern(parameter, name)
 
 
-def named(path: str, pattern: str) -> bool:
+def matches_pattern(path: str, pattern: str) -> bool:
     """Whether ``pattern`` names a module or parameter, or a module that it is in."""
     parts = path.split(".")
     return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
@@ -211,7 +211,7 @@ def output_axis(analysis: Analysis, parameter: str) -> int:
     return next((axis for axis, size in enumerate(shape) if size > 1), 0)
 
 
-def multiples(analysis: Analysis, round_to: int | str) -> Ints:
+def round_widths(analysis: Analysis, round_to: int | str) -> Ints:
     """int64[groups]: the multiple that the width of each group is rounded up to."""
     if round_to == "auto":
         device, dtype = device_of(analysis.graph)

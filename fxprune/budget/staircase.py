@@ -68,7 +68,7 @@ def staircase(
     return Staircase(group, tuple(tried), tuple(taken))
 
 
-def tallest(analysis: Analysis) -> str:
+def find_tallest(analysis: Analysis) -> str:
     """The group whose channels cost the most FLOPs in all: the one whose steps matter most."""
     from fxprune.budget.cost import marginal
 

@@ -46,13 +46,13 @@ class Sums:
             sums = {at: list[Floats]() for at in self._axes.get(name, set()) | {axis}}
             for part in map(self.quantity, parts):
                 for at, its in sums.items():
-                    its.append(summed(part, at))
+                    its.append(sum_slices(part, at))
             for at, its in sums.items():
                 self._reduced[name, at] = np.concatenate(its) if at == 0 else np.sum(its, axis=0)
         return self._reduced[name, axis]
 
 
-def summed(tensor: Tensor, axis: int) -> Floats:
+def sum_slices(tensor: Tensor, axis: int) -> Floats:
     """float64[size]: the sum over all other axes, those before ``axis`` first, which runs along the memory."""
     if axis > 0:
         tensor = tensor.flatten(0, axis - 1).sum(0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.budget.malloc import memory_kept
-from fxprune.graph.inputs import Bound, bind
+from fxprune.graph.inputs import Bound, bind_inputs
 
 BLOCK = 0.02  # seconds that a turn takes at least, where one run takes less
 ROUNDS = 5  # at least
@@ -76,9 +76,9 @@ def clock_for(threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def forward(model: Callable[..., Any], example_inputs: Any) -> Callable[[], Any]:
+def make_forward(model: Callable[..., Any], example_inputs: Any) -> Callable[[], Any]:
     """A forward pass without gradients, in the model's mode."""
-    args, kwargs = bind(example_inputs)
+    args, kwargs = bind_inputs(example_inputs)
 
     def run() -> Any:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def forward(model: Callable[..., Any], example_inputs: Any) -> Callable[[], Any]
     return run
 
 
-def ratio(first: list[float], second: list[float]) -> Spread:
+def ratio_of_times(first: list[float], second: list[float]) -> Spread:
     """The times of the second over those of the first in the same rounds."""
     return Spread.of(np.array(second) / np.array(first))
 
@@ -96,7 +96,7 @@ def ratio(first: list[float], second: list[float]) -> Spread:
 def by_module(models: Mapping[str, nn.Module], inputs: Bound, seconds: float) -> dict[str, dict[str, float]]:
     """For each model, the median seconds of each module that calls no other; forward passes take turns."""
     clocks = {name: Clock(model) for name, model in models.items()}
-    runs = {name: forward(model, inputs) for name, model in models.items()}
+    runs = {name: make_forward(model, inputs) for name, model in models.items()}
     for run in runs.values():
         run()
     clock = clock_for(torch.get_num_threads())

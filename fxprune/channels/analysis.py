@@ -23,16 +23,16 @@ from fxprune.channels.groups import (
     read_groups,
     settle_grids,
 )
-from fxprune.channels.interpret import name_parameters, run_on_names, where, within
+from fxprune.channels.interpret import describe_place, name_parameters, name_within, run_on_names
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
-from fxprune.channels.tensor import Norm, Run, Term, bare, on_meta
+from fxprune.channels.tensor import Norm, Run, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
-from fxprune.errors import AnalysisError, require
+from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.collector import collector_rests
-from fxprune.graph.inputs import Bound, bind, for_mode, map_tensors
+from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule, regions
+from fxprune.graph.traced import TracedModule, regions_of
 from fxprune.plan import Plan
 
 
@@ -147,7 +147,7 @@ class Analysis:
         Raises:
             AnalysisError: the model has nothing of that name.
         """
-        require(name, str, "name", AnalysisError)
+        require_type(name, str, "name", AnalysisError)
         lines = []
         for group in self.groups.values():
             touched = [m for m in group.members if m.parameter == name or m.parameter.startswith(name + ".")]
@@ -174,13 +174,13 @@ class Analysis:
     def place(self, reason: Reason) -> str:
         """A reason with the node at which it arose and the line of the user's model."""
         nodes = (
-            (within(path, node.name), node)
-            for path, region in regions(self.graph).items()
+            (name_within(path, node.name), node)
+            for path, region in regions_of(self.graph).items()
             for graph in region.distinct_graphs().values()
             for node in graph.nodes
         )
         node = next((node for name, node in nodes if name == reason.node), None)
-        return f"{reason.text} (at {where(node)})" if node is not None else str(reason)
+        return f"{reason.text} (at {describe_place(node)})" if node is not None else str(reason)
 
     def to_networkx(self) -> nx.Graph:
         """Groups (kind="group", size) and parameter axes (kind="axis", size, frozen) as a bipartite graph."""
@@ -214,16 +214,16 @@ class Analysis:
         by_reason: dict[str, list[str]] = {}
         for frozen in self.frozen:
             by_reason.setdefault(frozen.reason.text, []).append(f"{frozen.parameter}[{frozen.axis}]")
-        lines += [f"frozen, {reason}: {abridged(axes)}" for reason, axes in by_reason.items()]
+        lines += [f"frozen, {reason}: {abridge_list(axes)}" for reason, axes in by_reason.items()]
         if not isinstance(self.graph, TracedModule):
-            graphs = abridged(list(regions(self.graph)), limit=20) or "none"
+            graphs = abridge_list(list(regions_of(self.graph)), limit=20) or "none"
             lines.append(f"graphs: {graphs}. The rest of {type(self.graph).__name__} is plain Python")
         if self.not_run:
             lines.append(f"not run: {self.not_run}")
         return "\n".join(lines)
 
 
-def abridged(items: Sequence[str], limit: int = 6) -> str:
+def abridge_list(items: Sequence[str], limit: int = 6) -> str:
     """The first ``limit`` items, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
@@ -255,7 +255,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     policies = dict(before["policies"]) if same else {}
     run = Run(heads=heads, groups=groups, policies=policies, real=not isinstance(graph, TracedModule))
     state, axes, aliases = name_parameters(graph, run)
-    inputs = bind(example_inputs)
+    inputs = bind_inputs(example_inputs)
     given: dict[bool, dict[str, Bound]] = {}
     values: dict[bool, dict[str, Any]] = {}
     problem = ""
@@ -286,7 +286,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         options={"heads": heads, "groups": groups},
         policies=run.policies,
         not_run=problem,
-        shapes={name: tuple(bare(tensor).shape) for name, tensor in state.items()},
+        shapes={name: tuple(without_names(tensor).shape) for name, tensor in state.items()},
         batch_norm_scales=frozenset(run.batch_norm_scales),
         norms=tuple(run.norms),
         flops=tuple(run.flops),
@@ -311,4 +311,4 @@ def run_mode(
 
 def without_data(tensor: Tensor) -> Tensor:
     """A tensor on meta, without names."""
-    return on_meta(bare(tensor))
+    return on_meta(without_names(tensor))

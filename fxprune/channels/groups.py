@@ -80,7 +80,7 @@ def settle_grids(run: Run) -> None:
         changed = False
         for grid in grids:
             roots = run.names.find(grid)
-            if any(uniform(roots, axis).all() for axis in range(roots.ndim)):
+            if any(is_uniform(roots, axis).all() for axis in range(roots.ndim)):
                 continue
             best = max(range(roots.ndim), key=lambda axis: classes_after(roots, axis))
             slabs = np.moveaxis(roots, best, 0).reshape(roots.shape[best], -1)
@@ -88,7 +88,7 @@ def settle_grids(run: Run) -> None:
             changed = True
 
 
-def uniform(roots: Ints, axis: int) -> Bools:
+def is_uniform(roots: Ints, axis: int) -> Bools:
     """bool[size]: whether each slab along ``axis`` is of one class."""
     slabs = np.moveaxis(roots, axis, 0).reshape(roots.shape[axis], -1)
     result: Bools = (slabs == slabs[:, :1]).all(1)
@@ -141,22 +141,22 @@ def read_groups(
     roots, reasons = run.names.find(atoms), run.names.reason_numbers(atoms)
 
     frozen = []
-    for at in equal(owner * (len(run.names.reasons) + 1) + reasons, np.flatnonzero(reasons >= 0)):
+    for at in split_by_key(owner * (len(run.names.reasons) + 1) + reasons, np.flatnonzero(reasons >= 0)):
         axis, reason = axes[owner[at[0]]], run.names.reasons[reasons[at[0]]]
         frozen.append(Frozen(axis.parameter, axis.axis, position[at], reason))
 
     free = reasons < 0
     roots, owner, position = roots[free], owner[free], position[free]
-    class_of, classes = renumber(roots, len(run.names))
+    class_of, classes = renumber_classes(roots, len(run.names))
     group_of = same_axes(class_of, owner, len(axes))
     channel_of = np.zeros(len(classes), dtype=np.int64)
-    own = [group for group in equal(group_of, np.arange(len(classes)))]
+    own = [group for group in split_by_key(group_of, np.arange(len(classes)))]
     for group in own:
         channel_of[group] = np.arange(len(group))
 
     members: list[list[Member]] = [[] for _ in own]
     atom_group = group_of[class_of]
-    for at in equal(atom_group * len(axes) + owner, np.arange(len(owner))):
+    for at in split_by_key(atom_group * len(axes) + owner, np.arange(len(owner))):
         axis = axes[owner[at[0]]]
         members[atom_group[at[0]]].append(Member(axis.parameter, axis.axis, position[at], channel_of[class_of[at]]))
     inexact = norm_classes(run)
@@ -189,7 +189,7 @@ def places_after(group: Group, kept: Sequence[int], there: Container[str]) -> fr
     return frozenset(place_of(replace(m, channel=its[its >= 0])) for m, its in zip(members, channels, strict=True))
 
 
-def renumber(roots: Ints, count: int) -> tuple[Ints, Ints]:
+def renumber_classes(roots: Ints, count: int) -> tuple[Ints, Ints]:
     """The number of each root among all that are there, in their order, and the roots by number."""
     present = np.zeros(count, dtype=bool)
     present[roots] = True
@@ -214,7 +214,7 @@ def same_axes(class_of: Ints, owner: Ints, count: int) -> Ints:
     return rank[group_of]
 
 
-def equal(keys: Ints, among: Ints) -> Iterator[Ints]:
+def split_by_key(keys: Ints, among: Ints) -> Iterator[Ints]:
     """The indices ``among`` those of ``keys``, split by their key: keys ascend, and so do the indices of each."""
     if not len(among):
         return

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxprune.channels.groups import Axis
-from fxprune.channels.labels import Label, freeze, on_axis
-from fxprune.channels.layers import Lowered, lower
-from fxprune.channels.tensor import ChannelTensor, Run, apply, on_meta
+from fxprune.channels.labels import Label, freeze_labels, on_axis
+from fxprune.channels.layers import Lowered, lower_layer
+from fxprune.channels.tensor import ChannelTensor, Run, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
@@ -44,7 +44,7 @@ def name_parameters(
         if aliases[name] != name:
             state[name] = state[aliases[name]]
         elif not (tensor.is_floating_point() or tensor.is_complex()):
-            state[name] = own(tensor)
+            state[name] = copy_data(tensor)
         else:
             labels = []
             for axis, size in enumerate(tensor.shape):
@@ -52,14 +52,14 @@ def name_parameters(
                     names = run.names.fresh(size)
                     axes[name, axis] = Axis(name, axis, names, weak=not isinstance(tensor, nn.Parameter))
                     labels.append(on_axis(names, axis, tensor.ndim))
-            data = own(tensor) if run.real else on_meta(tensor)
+            data = copy_data(tensor) if run.real else on_meta(tensor)
             state[name] = ChannelTensor(data, tuple(labels), run, name, name, isinstance(tensor, nn.Parameter))
     if run.heads == "whole" and buffers is not None:
         run.names.yielding = range(buffers, len(run.names))
     return state, axes, aliases
 
 
-def own(tensor: Tensor) -> Tensor:
+def copy_data(tensor: Tensor) -> Tensor:
     """A copy that the run may write into, even when it is made in inference mode."""
     with torch.inference_mode(False):
         return tensor.detach().clone()
@@ -87,7 +87,7 @@ class Runner(fx.Interpreter):
 
     def start(self, inputs: Bound) -> Any:
         """Run on ``inputs``: ``run`` without its progress bar and its text in every error."""
-        self.args_iter = placeholders(self.graph, inputs)
+        self.args_iter = bind_placeholders(self.graph, inputs)
         with torch.inference_mode(False), torch.no_grad():
             for node in self.graph.nodes:
                 self.env[node] = self.run_node(node)
@@ -112,7 +112,7 @@ class Runner(fx.Interpreter):
             return None
         layer = self.layer(target)
         past_hooks = self.past_hooks(layer)
-        return lower(layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode, past_hooks)
+        return lower_layer(layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode, past_hooks)
 
     def past_hooks(self, layer: nn.Module) -> bool:
         """Whether the user's hooks on ``layer`` need not be called."""
@@ -153,7 +153,7 @@ class Recorder(Runner):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, with errors that name it and the user's line."""
-        self.run_.names.node = within(self.region, n.name)
+        self.run_.names.node = name_within(self.region, n.name)
         self.run_.statistic = function_of(n) in STATISTICS
         try:
             result = super().run_node(n)
@@ -162,7 +162,8 @@ class Recorder(Runner):
         except Exception as error:
             given = [list(tensor.shape) for tensor in tensors_in(self.fetch_args_kwargs_from_env(n))]
             raise AnalysisError(
-                f"node {where(n)} does not run on channel names, given the shapes {given}: {cause(error)}"
+                f"node {describe_place(n)} does not run on channel names, given the shapes {given}: "
+                f"{describe_cause(error)}"
             ) from error
         self.values[self.run_.names.node] = (
             self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
@@ -176,7 +177,9 @@ class Recorder(Runner):
             return super().call_module(target, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             operator = self.lowered(target, args)
-        given = tuple((tuple(map(place, arg.labels)), arg.data_.shape, arg.data_.stride(), arg.source) for arg in args)
+        given = tuple(
+            (tuple(map(memory_place, arg.labels)), arg.data_.shape, arg.data_.stride(), arg.source) for arg in args
+        )
         key = target, given, operator is None and self.mode  # what torch runs, it may refuse in the other mode
         if key in run.calls:
             _, result, norms = run.calls[key]
@@ -188,7 +191,7 @@ class Recorder(Runner):
             result = super().call_module(target, args, {})
         else:
             with torch._C.DisableTorchFunctionSubclass():
-                result = apply(*operator, {})
+                result = apply_operator(*operator, {})
         run.calls[key] = labels, result, run.norms[before:]
         return result
 
@@ -233,25 +236,25 @@ def function_of(node: fx.Node) -> Any:
 def freeze_output(tensor: Tensor) -> None:
     """Freeze the names of one returned tensor."""
     if isinstance(tensor, ChannelTensor):
-        freeze(tensor.run.names, tensor.labels, "output")
+        freeze_labels(tensor.run.names, tensor.labels, "output")
 
 
-def within(region: str, name: str) -> str:
+def name_within(region: str, name: str) -> str:
     """What a node is called in the whole model: by the path of the region that it stands in, and its own name."""
     return f"{region}/{name}" if region else name
 
 
-def place(label: Label) -> Any:
+def memory_place(label: Label) -> Any:
     """Where the names of a label stand in memory: labels of the same place are the same."""
     return label.__array_interface__["data"][0], label.shape, label.strides
 
 
-def cause(error: Exception) -> str:
+def describe_cause(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {error}"
 
 
-def where(node: fx.Node) -> str:
+def describe_place(node: fx.Node) -> str:
     """A node's name and the line of the user's model that it comes from."""
     frames = re.findall(r'File "(.+)", line (\d+), in .+\n *(.+)', node.stack_trace or "")
     users = [frame for frame in frames if is_users(frame[0])]
@@ -266,7 +269,7 @@ def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str
     return recorder.values
 
 
-def placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
+def bind_placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
     """The arguments for each placeholder of ``graph``, in order."""
     args, kwargs = inputs
     given = iter(args)

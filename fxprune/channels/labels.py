@@ -34,27 +34,27 @@ def on_axis(names: Ints, axis: int, ndim: int) -> Label:
     return names.reshape([-1 if at == axis else 1 for at in range(ndim)])
 
 
-def varying(label: Label) -> list[int]:
+def varying_axes(label: Label) -> list[int]:
     """The axes along which the names of ``label`` vary."""
     return [axis for axis, size in enumerate(label.shape) if size > 1]
 
 
-def along(labels: Labels, axis: int) -> Label | None:
+def label_along(labels: Labels, axis: int) -> Label | None:
     """The label that varies along ``axis``; there is at most one."""
     return next((label for label in labels if label.shape[axis] > 1), None)
 
 
-def left(stays: Bools, axis: int) -> Bools:
+def stays_along(stays: Bools, axis: int) -> Bools:
     """bool[size]: along an axis, the positions of which something stays. ``stays`` is shaped like a label."""
     return np.asarray(np.moveaxis(stays, axis, 0).reshape(stays.shape[axis], -1).any(1))
 
 
-def narrow(label: Label, axis: int, start: int, length: int) -> Label:
+def narrow_label(label: Label, axis: int, start: int, length: int) -> Label:
     """A stretch of the positions along ``axis``."""
     return label[(slice(None),) * axis + (slice(start, start + length),)]
 
 
-def spread(label: Label, shape: Shape) -> torch.Tensor:
+def spread_label(label: Label, shape: Shape) -> torch.Tensor:
     """The label over the full shape of its value, as a view with stride 0 where the names do not vary.
 
     An axis that is empty, such as that of boxes where there are none, counts as one position, not to lose the names.
@@ -62,33 +62,33 @@ def spread(label: Label, shape: Shape) -> torch.Tensor:
     return torch.from_numpy(label).expand(*(size or 1 for size in shape)) if len(shape) else torch.from_numpy(label)
 
 
-def squash(names: torch.Tensor) -> Label:
+def squash_names(names: torch.Tensor) -> Label:
     """The opposite of ``spread``: axes of stride 0 shrink to size 1."""
     return names.numpy()[tuple(slice(0, 1 if step == 0 else None) for step in names.stride())]
 
 
-def condense(label: Label) -> Label:
+def condense_label(label: Label) -> Label:
     """Shrink to size 1 every axis along which all names are equal, whatever its stride."""
-    for axis in varying(label):
-        first = narrow(label, axis, 0, 1)
+    for axis in varying_axes(label):
+        first = narrow_label(label, axis, 0, 1)
         if (first == label).all():
             label = first
     return label
 
 
-def align(label: Label, ndim: int) -> Label:
+def align_label(label: Label, ndim: int) -> Label:
     """Prepend axes of size 1, as broadcasting does, up to ``ndim`` axes."""
     return label[(None,) * (ndim - label.ndim)] if label.ndim < ndim else label
 
 
-def settle(names: Names, labels: Iterable[Label]) -> Labels:
+def settle_labels(names: Names, labels: Iterable[Label]) -> Labels:
     """Merge those labels of one value that vary along a common axis; one of them stays for both.
 
     A label that does not vary any more is dropped and its name frozen: it is all of a value.
     """
     settled: dict[int, Label] = {}  # by axis
     for label in labels:
-        axes = varying(label)
+        axes = varying_axes(label)
         if not axes:
             names.freeze(label, "it is all of a value")
         others = {id(settled[axis]): settled[axis] for axis in axes if axis in settled}
@@ -97,13 +97,13 @@ def settle(names: Names, labels: Iterable[Label]) -> Labels:
                 names.merge(other, label)
                 label = other
         if others:
-            axes = varying(label)
+            axes = varying_axes(label)
             settled = {axis: kept for axis, kept in settled.items() if id(kept) not in others}
         settled.update(dict.fromkeys(axes, label))
     return tuple({id(label): label for label in settled.values()}.values())
 
 
-def pin(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
+def pin_axes(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
     """No pruning may change the size of ``axes``. Returns the label without its names along them.
 
     A label that varies along other axes too has its names merged along ``axes``; one that varies only there is frozen.
@@ -111,7 +111,7 @@ def pin(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
     first = label
     for axis in axes:
         if label.shape[axis] > 1:
-            first = narrow(first, axis, 0, 1)
+            first = narrow_label(first, axis, 0, 1)
     if first.size == label.size:
         return label
     if first.size == 1:
@@ -121,40 +121,40 @@ def pin(names: Names, label: Label, axes: Iterable[int], why: str) -> Label:
     return first
 
 
-def freeze(names: Names, labels: Iterable[Label], why: str) -> None:
+def freeze_labels(names: Names, labels: Iterable[Label], why: str) -> None:
     """Freeze every name of ``labels``."""
     for label in labels:
         names.freeze(label, why)
 
 
-def join(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
+def join_labels(names: Names, operands: Sequence[Operand], ndim: int) -> Labels:
     """The labels of a pointwise function of ``operands``, which broadcast to ``ndim`` axes.
 
     Names that meet are merged. Where a label meets a value of full size that has no names there, it is pinned.
     """
     if len(operands) == 1 and len(operands[0].shape) == ndim:
         return operands[0].labels
-    if any(yields(names, label) for operand in operands for label in operand.labels):
+    if any(gives_way(names, label) for operand in operands for label in operand.labels):
         operands = give_way(names, operands, ndim)
     bare: dict[int, str] = {}  # axis -> what has full size there and no names
     for operand in operands:
         missing = ndim - len(operand.shape)
-        named = {axis for label in operand.labels for axis in varying(label)}
+        named = {axis for label in operand.labels for axis in varying_axes(label)}
         for axis, size in enumerate(operand.shape):
             if size > 1 and axis not in named:
                 bare.setdefault(axis + missing, operand.source)
     joined = []
     for operand in operands:
         for label in operand.labels:
-            label = align(label, ndim)
-            met = {axis: bare[axis] for axis in varying(label) if axis in bare}
+            label = align_label(label, ndim)
+            met = {axis: bare[axis] for axis in varying_axes(label) if axis in bare}
             for source in dict.fromkeys(met.values()):
-                label = pin(names, label, [axis for axis in met if met[axis] == source], f"meets {source}")
+                label = pin_axes(names, label, [axis for axis in met if met[axis] == source], f"meets {source}")
             joined.append(label)
-    return settle(names, joined)
+    return settle_labels(names, joined)
 
 
-def yields(names: Names, label: Label) -> bool:
+def gives_way(names: Names, label: Label) -> bool:
     """Whether a label gives way to grids: it has the names of a buffer."""
     return int(label.flat[0]) in names.yielding
 
@@ -164,22 +164,27 @@ def give_way(names: Names, operands: Sequence[Operand], ndim: int) -> Sequence[O
 
     So the angles of rotary embeddings, a number for each feature of a head, do not tie the heads together.
     """
-    grids = [set(axes) for each in operands for label in each.labels if len(axes := varying(align(label, ndim))) > 1]
+    grids = [
+        set(axes)
+        for each in operands
+        for label in each.labels
+        if len(axes := varying_axes(align_label(label, ndim))) > 1
+    ]
     result = []
     for operand in operands:
         gone = [
             label
             for label in operand.labels
-            if yields(names, label) and any(set(varying(align(label, ndim))) < grid for grid in grids)
+            if gives_way(names, label) and any(set(varying_axes(align_label(label, ndim))) < grid for grid in grids)
         ]
-        freeze(names, gone, "a buffer's, which meets a grid of channels")
+        freeze_labels(names, gone, "a buffer's, which meets a grid of channels")
         stay = tuple(label for label in operand.labels if not any(label is each for each in gone))
         result.append(replace(operand, labels=stay) if gone else operand)
     return result
 
 
 @lru_cache(maxsize=4096)
-def regroup(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+def regroup_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest independent parts: (axes before, axes after) with equal products.
 
     >>> regroup((2, 12, 5), (2, 3, 4, 5))
@@ -204,10 +209,10 @@ def regroup(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     return parts
 
 
-def reshape(label: Label, before: Shape, after: Shape) -> Label:
+def reshape_label(label: Label, before: Shape, after: Shape) -> Label:
     """The label of a value of shape ``before`` when it is viewed as ``after``."""
     spreads, target, mixed = list(label.shape), [1] * len(after), False
-    for axes_before, axes_after in regroup(tuple(before), tuple(after)):
+    for axes_before, axes_after in regroup_axes(tuple(before), tuple(after)):
         if all(label.shape[axis] == 1 for axis in axes_before):
             continue
         mixed = mixed or len(axes_before) > 1 or len(axes_after) > 1
@@ -216,5 +221,5 @@ def reshape(label: Label, before: Shape, after: Shape) -> Label:
         for axis in axes_after:
             target[axis] = after[axis]
     if mixed:
-        return condense(np.broadcast_to(label, spreads).copy().reshape(target))
+        return condense_label(np.broadcast_to(label, spreads).copy().reshape(target))
     return label.reshape(target)

@@ -15,7 +15,7 @@ Tensors = Callable[[str], Any]  # a parameter or buffer of the layer by its name
 Lowered = tuple[OpOverload, tuple[Any, ...]]  # an operator and its arguments
 
 
-def lower(layer: nn.Module, its: Tensors, x: Tensor, training: bool, past_hooks: bool = False) -> Lowered | None:
+def lower_layer(layer: nn.Module, its: Tensors, x: Tensor, training: bool, past_hooks: bool = False) -> Lowered | None:
     """The operator that ``layer`` calls when it is given ``x``; None if that is not plain.
 
     ``past_hooks``: whether hooks, which may change what the layer gives, are passed by.

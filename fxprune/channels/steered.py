@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.interpret import Recorder, cause, freeze_output, in_mode, within
-from fxprune.channels.labels import Label, along, freeze
+from fxprune.channels.interpret import Recorder, describe_cause, freeze_output, in_mode, name_within
+from fxprune.channels.labels import Label, freeze_labels, label_along
 from fxprune.channels.names import Bools, Names
 from fxprune.channels.tensor import ChannelTensor, Run, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
-from fxprune.graph.regions import forwards, layers
+from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import is_users
-from fxprune.graph.traced import TracedModule, regions
+from fxprune.graph.traced import TracedModule, regions_of
 
 logger = logging.getLogger("fxprune")
 
@@ -43,8 +43,8 @@ class Steered:
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor], run: Run) -> None:
         self.model, self.state, self.run = model, state, run
-        self.regions = regions(model)
-        self.layers = layers(model)
+        self.regions = regions_of(model)
+        self.layers = steered_layers(model)
         self.steering = Steering(run)
         self.values: dict[bool, dict[str, Any]] = {}
         self.inputs: dict[bool, dict[str, Bound]] = {}
@@ -61,7 +61,7 @@ class Steered:
         state = {name: self.state[name] for name in names}
         self.run.mode = mode
         try:
-            with in_mode(self.model, mode), self.watched(), untouched(), self.steering:
+            with in_mode(self.model, mode), self.watched(), leave_untouched(), self.steering:
                 result = functional_call(self.model, state, *inputs)
         except FxpruneError:
             raise
@@ -69,7 +69,7 @@ class Steered:
             place = self.steering.locate()
             raise AnalysisError(
                 f"{type(self.model).__name__} does not run on channel names in {'train' if mode else 'eval'} mode "
-                f"(last at {place}): {cause(error)}"
+                f"(last at {place}): {describe_cause(error)}"
             ) from error
         for tensor in tensors_within(result):
             freeze_output(tensor)
@@ -89,7 +89,7 @@ class Steered:
             region: self.call_of_region(path, region) for path, region in self.regions.items()
         }
         watched |= {layer: self.call_of_layer(path, layer.forward) for path, layer in self.layers.items()}
-        with forwards(watched):
+        with replaced_forwards(watched):
             yield
 
     def call_of_region(self, path: str, region: TracedModule) -> Callable[..., Any]:
@@ -97,7 +97,7 @@ class Steered:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.steering.away():
-                return map_tensors(plain, self.record(path, region, self.run.mode, (args, kwargs)))
+                return map_tensors(as_plain, self.record(path, region, self.run.mode, (args, kwargs)))
 
         return forward
 
@@ -110,34 +110,36 @@ class Steered:
         first = self.inputs.setdefault(mode, {}).setdefault(path, given)
         if first is given:
             self.values.setdefault(mode, {}).update(recorder.values)
-        elif pattern(first) != pattern(given):  # what is baked into its graph was made to fit the first call
+        elif varying_sizes(first) != varying_sizes(
+            given
+        ):  # what is baked into its graph was made to fit the first call
             for tensor in tensors_within((first, given)):
                 if isinstance(tensor, ChannelTensor):
-                    freeze(self.run.names, tensor.labels, f"{path} is called with other channels elsewhere")
+                    freeze_labels(self.run.names, tensor.labels, f"{path} is called with other channels elsewhere")
         return result
 
     def call_of_layer(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         """What stands in for the forward of a layer that Python itself calls: its attributes will follow its sizes."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.run.names.node = within(path, "output")
+            self.run.names.node = name_within(path, "output")
             with self.steering.away():
                 result = forward(*args, **kwargs)
             for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
                 tensor = next(iter(tensors_within(value)), None)
                 if isinstance(tensor, ChannelTensor):
-                    self.values[self.run.mode].setdefault(within(path, name), known(tensor))
-            return map_tensors(plain, result)
+                    self.values[self.run.mode].setdefault(name_within(path, name), what_is_known(tensor))
+            return map_tensors(as_plain, result)
 
         return call
 
 
-def plain(tensor: Tensor) -> Tensor:
+def as_plain(tensor: Tensor) -> Tensor:
     """A tensor without names is an ordinary one to Python."""
     return tensor.data_ if isinstance(tensor, ChannelTensor) and not tensor.labels else tensor
 
 
-def pattern(given: Bound) -> list[Any]:
+def varying_sizes(given: Bound) -> list[Any]:
     """Where the channels of a call's arguments stand: the sizes of the axes along which they vary."""
     return [
         [label.shape for label in tensor.labels] if isinstance(tensor, ChannelTensor) else []
@@ -163,7 +165,7 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def untouched() -> Iterator[None]:
+def leave_untouched() -> Iterator[None]:
     """Without gradients, even in inference mode, and with the random stream put back."""
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         yield
@@ -208,14 +210,14 @@ class Steering:
         self.locate()
         if func in self.reads:
             return self.reads[func](*args, **kwargs)
-        before = map_tensors(known, (args, kwargs))
+        before = map_tensors(what_is_known, (args, kwargs))
         self.inside = True
         try:
             result = carry_out(func, args, kwargs)
             self.check(func, before, result)
         finally:
             self.inside = False
-        return result if any(result is each for each in args) else map_tensors(plain, result)  # in place: the same
+        return result if any(result is each for each in args) else map_tensors(as_plain, result)  # in place: the same
 
     def locate(self) -> str:
         """Say where in the user's Python the run is, for the reasons of what is frozen."""
@@ -232,7 +234,7 @@ class Steering:
 
     def size(self, tensor: ChannelTensor, axis: int) -> int:
         """One size, which may not change any more."""
-        label = along(tensor.labels, axis % tensor.data_.ndim)
+        label = label_along(tensor.labels, axis % tensor.data_.ndim)
         if label is not None:
             self.locate()
             self.run.names.freeze(label, "plain Python reads its size")
@@ -240,7 +242,7 @@ class Steering:
 
     def data(self, tensor: ChannelTensor) -> Tensor:
         """The data, for Python to look at."""
-        freeze(self.run.names, tensor.labels, "plain Python reads it")
+        freeze_labels(self.run.names, tensor.labels, "plain Python reads it")
         return tensor.data_
 
     def check(self, func: Any, given: Any, result: Any) -> None:
@@ -252,11 +254,11 @@ class Steering:
         free = roots[~names.frozen(roots)].tolist()
         if not free:
             return
-        found = [known(tensor) for tensor in tensors_within(result)]
-        if hides_a_size(func, given) or not all(fits(names, func, given, found, name) for name in free):
+        found = [what_is_known(tensor) for tensor in tensors_within(result)]
+        if hides_a_size(func, given) or not all(call_fits(names, func, given, found, name) for name in free):
             called = getattr(func, "__name__", str(func))
             for value in (*values_in(given), *found):
-                freeze(names, value.labels, f"plain Python calls {called} with sizes of its own")
+                freeze_labels(names, value.labels, f"plain Python calls {called} with sizes of its own")
 
 
 class Sizes(tuple[int, ...]):
@@ -302,7 +304,7 @@ class Known(Value):
     order: tuple[int, ...] = ()
 
 
-def known(tensor: Tensor) -> Known:
+def what_is_known(tensor: Tensor) -> Known:
     """What is known of a tensor at this moment."""
     data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
     labels = tensor.labels if isinstance(tensor, ChannelTensor) else ()
@@ -322,10 +324,10 @@ def hides_a_size(func: Any, given: Any) -> bool:
     if func is not F.scaled_dot_product_attention:
         return False
     args, kwargs = given
-    return kwargs.get("scale") is None and along(args[0].labels, -1) is not None
+    return kwargs.get("scale") is None and label_along(args[0].labels, -1) is not None
 
 
-def fits(names: Names, func: Any, given: Any, found: list[Known], name: int) -> bool:
+def call_fits(names: Names, func: Any, given: Any, found: list[Known], name: int) -> bool:
     """Whether the call as it stands gives what is predicted where the channel of ``name`` is gone."""
     cut = Cutter(Without(names, name))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxprune.channels.labels import Label, Labels, Operand, freeze, varying
+from fxprune.channels.labels import Label, Labels, Operand, freeze_labels, varying_axes
 from fxprune.channels.names import Names
 from fxprune.channels.shapes import shape_of_result
 
@@ -59,7 +59,7 @@ class Run:
 
     def remember(self, label: Label) -> None:
         """Note a label that varies along several axes, so that what stays of it is made a rectangle in the end."""
-        axes = varying(label)
+        axes = varying_axes(label)
         if len(axes) < 2:
             return
         start = label.__array_interface__["data"][0]
@@ -121,16 +121,16 @@ class ChannelTensor(Tensor):
         """Every operator that no function above took whole."""
         if cls.steering is not None and not cls.steering.inside:
             return cls.steering.call(func, args, kwargs or {})
-        return apply(func, args, kwargs or {})
+        return apply_operator(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ChannelTensor({tuple(self.shape)}, varies along {[varying(label) for label in self.labels]})"
+        return f"ChannelTensor({tuple(self.shape)}, varies along {[varying_axes(label) for label in self.labels]})"
 
 
 def carry_out(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a function of torch: as a whole where there is a rule for that, or in other steps than torch takes."""
     if func in WHOLE:
-        return apply(WHOLE[func], *positional(WHOLE[func], args, kwargs))
+        return apply_operator(WHOLE[func], *positional_arguments(WHOLE[func], args, kwargs))
     return STEPS.get(func, func)(*args, **kwargs)
 
 
@@ -148,34 +148,36 @@ def batch_norm(
     if input.numel():
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, *rest, **more)
     whole = (input, weight, bias, running_mean, running_var, training, 0.1, 1e-5, False)
-    return apply(aten.batch_norm.default, whole, {})
+    return apply_operator(aten.batch_norm.default, whole, {})
 
 
-def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+def normalize_arguments(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
     """``F.normalize``, which expands the lengths to the size of the channels before it divides."""
     return input / torch.linalg.vector_norm(input, p, dim, keepdim=True).clamp_min(eps)
 
 
-def positional(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+def positional_arguments(
+    func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Sequence[Any], dict[str, Any]]:
     """Arguments as torch's dispatcher hands them on: by position, as far as there is no gap."""
     args, kwargs = list(args), dict(kwargs)
-    for name in list(arguments(func))[len(args) :]:
+    for name in list(argument_names(func))[len(args) :]:
         if name not in kwargs:
             break
         args.append(kwargs.pop(name))
     return args, kwargs
 
 
-def apply(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def apply_operator(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run an operator on meta tensors for its shape, and hand it to its rule for its labels."""
     tensors = channel_tensors((*args, *kwargs.values()))
     run = tensors[0].run
     if run.real:
-        out = func(*bare(args, real=True), **bare(kwargs, real=True))
+        out = func(*without_names(args, real=True), **without_names(kwargs, real=True))
     else:
         if "device" in kwargs:
             kwargs = kwargs | {"device": torch.device("meta")}
-        out = result_of(func, bare(args), bare(kwargs))
+        out = result_of(func, without_names(args), without_names(kwargs))
     call = Call(run, func, args, kwargs, out, tensors, all(tensor.zero for tensor in tensors))
     run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
     labels = rule_of(func)(call)
@@ -232,7 +234,7 @@ class Call:
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The argument that the operator's schema calls ``name``."""
-        position, its_default = arguments(self.func).get(name, (len(self.args), None))
+        position, its_default = argument_names(self.func).get(name, (len(self.args), None))
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default if its_default is None else its_default)
@@ -242,17 +244,17 @@ class Call:
         target = self.args[0]
         assert isinstance(labels, tuple)
         if not isinstance(target, ChannelTensor):
-            freeze(self.names, labels, f"written into {name_of(self.func)}'s constant")
+            freeze_labels(self.names, labels, f"written into {name_of(self.func)}'s constant")
             return target
         # The target may be a view: names that it did not have before can't be told to its base.
-        held = {axis for label in target.labels for axis in varying(label)}
-        freeze(
+        held = {axis for label in target.labels for axis in varying_axes(label)}
+        freeze_labels(
             self.names,
-            (label for label in labels if not set(varying(label)) <= held),
+            (label for label in labels if not set(varying_axes(label)) <= held),
             f"written into {target.source} by {name_of(self.func)}",
         )
         if tuple(self.shape) == tuple(target.shape):
-            target.labels = tuple(label for label in labels if set(varying(label)) <= held)
+            target.labels = tuple(label for label in labels if set(varying_axes(label)) <= held)
             target.zero = self.zero
         return target
 
@@ -266,12 +268,12 @@ WHOLE: dict[Any, OpOverload] = {
     torch.batch_norm: aten.batch_norm.default,
     torch.layer_norm: aten.layer_norm.default,
 }
-STEPS: dict[Any, Callable[..., Any]] = {F.batch_norm: batch_norm, F.normalize: normalize}
+STEPS: dict[Any, Callable[..., Any]] = {F.batch_norm: batch_norm, F.normalize: normalize_arguments}
 Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
 RULES: dict[str, Rule] = {}
 
 
-def rule(*operators: str) -> Callable[[Rule], Rule]:
+def register_rule(*operators: str) -> Callable[[Rule], Rule]:
     """Register the rule of the ATen ``operators``, by their names without overload: "convolution", "cat"."""
 
     def register(function: Rule) -> Rule:
@@ -282,7 +284,7 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 
 
 @cache
-def arguments(func: OpOverload) -> dict[str, tuple[int, Any]]:
+def argument_names(func: OpOverload) -> dict[str, tuple[int, Any]]:
     """For each argument in the operator's schema its position and default."""
     return {argument.name: (at, argument.default_value) for at, argument in enumerate(func._schema.arguments)}
 
@@ -302,19 +304,19 @@ _resolved: dict[OpOverload, Rule] = {}
 def rule_of(func: OpOverload) -> Rule:
     """The rule of an operator: its own, its family's when torch tags it as pointwise, or the one that freezes."""
     if func not in _resolved:
-        pointwise = RULES["pointwise"] if torch.Tag.pointwise in func.tags else unknown
+        pointwise = RULES["pointwise"] if torch.Tag.pointwise in func.tags else freeze_unknown
         _resolved[func] = RULES.get(name_of(func), pointwise)
     return _resolved[func]
 
 
-def unknown(call: Call) -> Any:
+def freeze_unknown(call: Call) -> Any:
     """Freeze every channel that an operator without a rule touches."""
     operator = str(call.func).removesuffix(".default")
     call.unknown = f"the result of unknown operator {operator}"
     if any(tensor.labels for tensor in call.tensors):
         call.run.unknown.setdefault(operator, call.names.node)
     for tensor in call.tensors:
-        freeze(call.names, tensor.labels, f"unknown operator {operator}")
+        freeze_labels(call.names, tensor.labels, f"unknown operator {operator}")
     if isinstance(call.out, (tuple, list)):
         return [()] * len(call.out)
     return call.args[0].labels if call.func._schema.is_mutable and isinstance(call.args[0], ChannelTensor) else ()
@@ -336,20 +338,20 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def bare(value: Any, real: bool = False) -> Any:
+def without_names(value: Any, real: bool = False) -> Any:
     """``value`` with each tensor in it replaced by one without names; on meta, unless ``real``."""
     if isinstance(value, ChannelTensor):
         return value.data_
     if isinstance(value, Tensor):
         return value if real or value.is_meta else on_meta(value)
     if isinstance(value, (list, tuple)) and not all(isinstance(item, int) for item in value):
-        return type(value)(bare(item, real) for item in value)
+        return type(value)(without_names(item, real) for item in value)
     if isinstance(value, dict):
-        return {key: bare(item, real) for key, item in value.items()}
+        return {key: without_names(item, real) for key, item in value.items()}
     return value
 
 
-def operand(value: Any) -> Operand:
+def as_operand(value: Any) -> Operand:
     """Any argument of an operator as an Operand; numbers have no axes."""
     if isinstance(value, ChannelTensor):
         return Operand(value.labels, value.data_.shape, value.source, value.zero)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.labels import Label, Labels, left, varying
+from fxprune.channels.labels import Label, Labels, stays_along, varying_axes
 from fxprune.channels.names import Bools
 from fxprune.errors import AnalysisError
 
@@ -46,11 +46,11 @@ class Cutter:
         kept = self.stays[label]
         if kept.all():
             return label
-        axes = varying(label)
+        axes = varying_axes(label)
         if len(axes) == 1:
             return label.compress(kept.ravel(), axes[0])
         for axis in axes:
-            here = left(kept, axis)
+            here = stays_along(kept, axis)
             label, kept = label.compress(here, axis), kept.compress(here, axis)
         if not kept.all():
             raise AnalysisError("what stays of a value is not a rectangle: please report this model")
@@ -63,7 +63,7 @@ class Cutter:
         labels = tuple(map(self, value.labels))
         shape = list(value.shape)
         for before, label in zip(value.labels, labels, strict=True):
-            for axis in varying(before):
+            for axis in varying_axes(before):
                 shape[axis] = label.shape[axis]
         return Value(tuple(shape), labels, value.dtype, value.owner)
 

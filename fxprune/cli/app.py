@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import fxprune
 from fxprune.cli import apply, bench, diff, export, inspect, prune
-from fxprune.cli.say import complain
+from fxprune.cli.say import print_error
 from fxprune.errors import BudgetError, FxpruneError
 
 HELP = """Prune the channels of neural networks by rewriting their torch.fx graphs.
@@ -28,16 +28,16 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except BudgetError as error:
-            complain(error)
+            print_error(error)
             raise typer.Exit(1) from None
         except FxpruneError as error:
-            complain(error)
+            print_error(error)
             raise typer.Exit(2) from None
         except Exception as error:
             if isinstance(error, (typer.Abort, BrokenPipeError)) or hasattr(error, "exit_code"):  # typer's own ways out
                 raise
             traceback.print_exc()
-            complain(RuntimeError("this is a bug in fxprune, or in the model; please report it"))
+            print_error(RuntimeError("this is a bug in fxprune, or in the model; please report it"))
             raise typer.Exit(3) from None
 
 
@@ -60,7 +60,7 @@ def show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def list_options(
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version, and end.")
     ] = False,

@@ -9,7 +9,7 @@ import fxprune
 from fxprune.cli import options
 from fxprune.cli.models import Source, open_model
 from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
-from fxprune.cli.say import progress
+from fxprune.cli.say import print_progress
 from fxprune.errors import FileError
 from fxprune.plan import Plan
 
@@ -48,7 +48,7 @@ def apply(
         seed=seed,
     )
     batches = images_for(opened, images, samples, seed)
-    progress(f"analysing {source.model}")
+    print_progress(f"analysing {source.model}")
     chosen = {key: value for key, value in found.options.items() if key in ("heads", "groups")}
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **chosen)
     carry_out(analysis, found, opened, batches, Wanted(out, verify, onnx, measure, as_json))

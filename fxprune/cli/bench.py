@@ -7,7 +7,7 @@ import typer
 import fxprune
 from fxprune.cli import options
 from fxprune.cli.models import ModelError, open_model
-from fxprune.cli.say import progress, show, show_json
+from fxprune.cli.say import print_output, print_progress, show_json
 from fxprune.errors import BenchError
 from fxprune.report.backends import BACKENDS
 from fxprune.report.summary import layers_of
@@ -47,7 +47,7 @@ def bench(
         raise ModelError(f"--batch {batch!r} must be sizes such as 1,32")
     sizes = [int(size) for size in batch.split(",")]
     names = None if backend is None else [name.strip() for name in backend.split(",")]
-    progress(f"measuring {model} beside {other}")
+    print_progress(f"measuring {model} beside {other}")
     found = fxprune.bench(
         dense.model, compact.model, compact.inputs, batches=sizes, backends=names, seconds=seconds, threads=threads
     )
@@ -59,8 +59,8 @@ def bench(
     if as_json:
         facts = {"format": "fxprune bench 1", "before": other, "after": model, **found.to_json(), "idle": idle}
         return show_json(facts)
-    show(bench_table(found), "")
+    print_output(bench_table(found), "")
     for what, its in idle.items():
         if its:
-            show(idle_table(its, what), "")
-    return show(found.machine)
+            print_output(idle_table(its, what), "")
+    return print_output(found.machine)

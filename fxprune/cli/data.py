@@ -17,7 +17,7 @@ class DataError(FxpruneError):
     """Images do not go with the model."""
 
 
-def images(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> "DataLoader[Any]":
+def load_images(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> "DataLoader[Any]":
     """At most ``count`` of the images in ``folder``, cut to ``shape`` (batch, channels, height, width) and normalised.
 
     Raises:
@@ -39,7 +39,7 @@ def images(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> "Data
     if not folder.is_dir():
         raise FileError(f"there is no folder {folder}")
     try:
-        found = ImageFolder(str(folder), transforms.Compose(steps), loader=image)
+        found = ImageFolder(str(folder), transforms.Compose(steps), loader=load_image)
     except (OSError, ValueError) as error:
         raise FileError(
             f"{folder} must have a folder for each class with images in it, as {folder}/cat/1.jpg: {error}"
@@ -48,7 +48,7 @@ def images(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> "Data
     return DataLoader(Subset(found, order.tolist()), BATCH)
 
 
-def image(path: str) -> Any:
+def load_image(path: str) -> Any:
     """The image in a file."""
     from torchvision.datasets.folder import default_loader
 
@@ -59,13 +59,13 @@ def image(path: str) -> Any:
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, batches: "DataLoader[Any]") -> float:
+def measure_accuracy(model: torch.nn.Module, batches: "DataLoader[Any]") -> float:
     """The fraction of images whose class is the model's first choice."""
-    right = [(logits(model(x), y).argmax(1) == y).float() for x, y in batches]
+    right = [(compute_logits(model(x), y).argmax(1) == y).float() for x, y in batches]
     return torch.cat(right).mean().item()
 
 
-def logits(output: Any, y: Tensor) -> Tensor:
+def compute_logits(output: Any, y: Tensor) -> Tensor:
     """What a classifier says of each class. Raises DataError where the folder has more classes than the model."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise DataError("--data needs a classifier, a model that gives a tensor of [batch, classes]")
@@ -76,6 +76,6 @@ def logits(output: Any, y: Tensor) -> Tensor:
     return output
 
 
-def loss(output: Any, y: Tensor) -> Tensor:
+def compute_loss(output: Any, y: Tensor) -> Tensor:
     """Cross entropy."""
-    return torch.nn.functional.cross_entropy(logits(output, y), y)
+    return torch.nn.functional.cross_entropy(compute_logits(output, y), y)

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from fxprune.cli import options
-from fxprune.cli.say import show, show_json
+from fxprune.cli.say import print_output, show_json
 from fxprune.errors import FileError
-from fxprune.files.model import read
+from fxprune.files.model import read_model
 from fxprune.plan import Plan
 from fxprune.report.summary import FORMAT
-from fxprune.report.tables import UNITS, amount, table
+from fxprune.report.tables import UNITS, format_amount, make_table
 
 File = Annotated[
     Path, typer.Argument(help="plan.json, report.json or model.safetensors that fxprune wrote.", show_default=False)
@@ -36,31 +36,35 @@ def diff(
     if as_json:
         return show_json({"groups": side_by_side(groups_a, groups_b), "totals": side_by_side(totals_a, totals_b)})
     rows = [
-        (name, *("–" if width is None else f"{width:g}" for width in both), difference(*both))
+        (name, *("–" if width is None else f"{width:g}" for width in both), format_difference(*both))
         for name, both in side_by_side(groups_a, groups_b).items()
         if everything or both[0] != both[1]
     ]
     same = len(groups_a.keys() | groups_b.keys()) - len(rows)
     if rows:
-        show(table(("group",), (str(a), str(b), ""), rows))
+        print_output(make_table(("group",), (str(a), str(b), ""), rows))
     if not everything:
-        show(f"{same} groups are the same" if rows else f"all {same} groups are the same")
+        print_output(f"{same} groups are the same" if rows else f"all {same} groups are the same")
     if totals_a and totals_b:
         costs = [
-            (UNITS[kind], *("–" if value is None else amount(kind, value) for value in both), difference(*both))
+            (
+                UNITS[kind],
+                *("–" if value is None else format_amount(kind, value) for value in both),
+                format_difference(*both),
+            )
             for kind, both in side_by_side(totals_a, totals_b).items()
         ]
-        show("", table(("",), (str(a), str(b), ""), costs))
+        print_output("", make_table(("",), (str(a), str(b), ""), costs))
     return None
 
 
 def widths_and_totals(path: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The widths after the cut, and what the model costs then, as far as the file knows."""
     if path.suffix == ".safetensors":
-        record, _ = read(path)
+        record, _ = read_model(path)
         if "plan" not in record:
             raise FileError(f"{path} was not pruned: there is no plan in it")
-        return dict(after(Plan.from_json(record["plan"]))), {}
+        return dict(widths_after(Plan.from_json(record["plan"]))), {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -71,12 +75,12 @@ def widths_and_totals(path: Path) -> tuple[dict[str, float], dict[str, float]]:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise FileError(f"{path} is a damaged report: {error!r}") from error
     try:
-        return dict(after(Plan.from_json(data))), {}
+        return dict(widths_after(Plan.from_json(data))), {}
     except FileError as error:
         raise FileError(f"{path} is neither a plan nor a report that fxprune wrote ({error})") from error
 
 
-def after(plan: Plan) -> dict[str, float]:
+def widths_after(plan: Plan) -> dict[str, float]:
     """The width of each group after the plan, 0 where it is gone."""
     return {name: plan.widths.get(name, 0) for name in plan.sizes}
 
@@ -86,7 +90,7 @@ def side_by_side(a: dict[str, float], b: dict[str, float]) -> dict[str, tuple[An
     return {name: (a.get(name), b.get(name)) for name in (a | b)}
 
 
-def difference(a: float | None, b: float | None) -> str:
+def format_difference(a: float | None, b: float | None) -> str:
     """How much more the second is."""
     if not a or b is None or a == b:
         return ""

@@ -8,7 +8,7 @@ import typer
 import fxprune
 from fxprune.cli import options
 from fxprune.cli.models import open_model
-from fxprune.cli.say import progress, show, show_json
+from fxprune.cli.say import print_output, print_progress, show_json
 from fxprune.errors import FileError
 
 
@@ -30,10 +30,10 @@ def export(
     if path.suffix != ".onnx":
         raise FileError(f"the file must end in .onnx, but it is {path}")
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
-    progress(f"exporting {model}")
+    print_progress(f"exporting {model}")
     result = fxprune.export_onnx(opened.model, opened.inputs, path, dynamic_batch=not fixed_batch)
     if as_json:
         return show_json(
             {"path": str(path), "difference": result.difference, "batches": list(result.batches), "flat": result.flat}
         )
-    return show(str(result))
+    return print_output(str(result))

@@ -9,8 +9,8 @@ import fxprune
 from fxprune.channels.analysis import Analysis
 from fxprune.cli import options
 from fxprune.cli.models import open_model
-from fxprune.cli.say import note, progress, show, show_json
-from fxprune.report.summary import totals
+from fxprune.cli.say import print_note, print_output, print_progress, show_json
+from fxprune.report.summary import total_costs
 from fxprune.report.tables import frozen_table, groups_table
 
 
@@ -30,32 +30,32 @@ def inspect(
     Example: fxprune inspect torchvision:resnet50 --explain layer3.0.conv2
     """
     opened = open_model(model, classes=classes, inputs=example, named=named, weights_matter=False)
-    progress(f"analysing {model}")
+    print_progress(f"analysing {model}")
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
     if html is not None:
         analysis.to_html(html)
     if as_json:
         why = {"explain": {name: analysis.explain(name) for name in explain}} if explain else {}
-        show_json(facts(analysis, opened.source.model) | why)
+        show_json(analysis_facts(analysis, opened.source.model) | why)
     elif explain:
-        show(*(analysis.explain(name) for name in explain))
+        print_output(*(analysis.explain(name) for name in explain))
     else:
-        costs = totals(analysis)
+        costs = total_costs(analysis)
         shape = " and ".join(opened.source.input)
-        show(f"{model} on {shape}: {costs['flops']:,.0f} FLOPs, {costs['params']:,.0f} parameters")
-        show(str(analysis).partition("\n")[0], "")
-        show(groups_table(analysis), "", frozen_table(analysis))
+        print_output(f"{model} on {shape}: {costs['flops']:,.0f} FLOPs, {costs['params']:,.0f} parameters")
+        print_output(str(analysis).partition("\n")[0], "")
+        print_output(groups_table(analysis), "", frozen_table(analysis))
     if not analysis.groups:
-        note("nothing in this model can be pruned")
+        print_note("nothing in this model can be pruned")
         raise typer.Exit(1)
 
 
-def facts(analysis: Analysis, model: str) -> dict[str, Any]:
+def analysis_facts(analysis: Analysis, model: str) -> dict[str, Any]:
     """An analysis as JSON data."""
     return {
         "format": "fxprune analysis 1",
         "model": model,
-        "totals": totals(analysis),
+        "totals": total_costs(analysis),
         "groups": {
             group.name: {
                 "channels": group.size,

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.budget.timing import stand_in
-from fxprune.cli.say import note
+from fxprune.cli.say import print_note
 from fxprune.cli.weights import load_weights
 from fxprune.errors import FileError, FxpruneError
-from fxprune.files.model import read
-from fxprune.graph.inputs import bind, imagine, map_tensors, tensors_in
+from fxprune.files.model import read_model
+from fxprune.graph.inputs import bind_inputs, imagine_inputs, map_tensors, tensors_in
 from fxprune.plan import Plan
 
 LOOKED_UP = ("torchvision", "timm")
@@ -89,34 +89,34 @@ def open_model(
     if name.endswith(".safetensors"):
         return open_file(name, weights, inputs, named)
     source = Source(name, classes, tuple(inputs or ()))
-    model, published = build(source, weights)
+    model, published = build_model(source, weights)
     if weights is None and weights_matter:
-        note(f"the weights of {name} are random; give those that you mean with --weights")
+        print_note(f"the weights of {name} are random; give those that you mean with --weights")
     elif weights is not None and not published:
         load_weights(model, weights)
     source = source if source.input else replace(source, input=usual_input(name))
-    return checked(model, example(source, model), source)
+    return check_model(model, make_example(source, model), source)
 
 
 def open_file(path: str, weights: str | None, inputs: list[str] | None, named: str | None) -> Opened:
     """A model that fxprune wrote."""
-    record, _ = read(path)
+    record, _ = read_model(path)
     if "plan" not in record:
         raise ModelError(f"{path} was not pruned: it holds a model from fxprune.initialize, for fxprune.load to read")
     plan = Plan.from_json(record["plan"])
     source = Source.of(plan, named, path)
-    model = fxprune.load(path, build(source, None)[0])
+    model = fxprune.load(path, build_model(source, None)[0])
     if weights is not None:
         load_weights(model, weights)
     if inputs:
-        return checked(model, example(replace(source, input=tuple(inputs)), model), source)
-    kept = map_tensors(lambda tensor: stand_in(tensor, torch.device("cpu")), imagine(record["example_inputs"]))
-    return checked(model, example(source, model) if source.input else kept, source)
+        return check_model(model, make_example(replace(source, input=tuple(inputs)), model), source)
+    kept = map_tensors(lambda tensor: stand_in(tensor, torch.device("cpu")), imagine_inputs(record["example_inputs"]))
+    return check_model(model, make_example(source, model) if source.input else kept, source)
 
 
-def checked(model: nn.Module, inputs: Any, source: Source) -> Opened:
+def check_model(model: nn.Module, inputs: Any, source: Source) -> Opened:
     """The model in eval mode, if it runs on these inputs."""
-    args, kwargs = bind(inputs)
+    args, kwargs = bind_inputs(inputs)
     try:
         with torch.no_grad(), torch.random.fork_rng():
             model.eval()(*args, **kwargs)
@@ -138,7 +138,7 @@ def split_name(model: str) -> tuple[str, str]:
     return kind, name
 
 
-def build(source: Source, weights: str | None) -> tuple[nn.Module, bool]:
+def build_model(source: Source, weights: str | None) -> tuple[nn.Module, bool]:
     """The model, and whether ``weights`` were the name of published ones, which it has then."""
     kind, name = split_name(source.model)
     if not kind or not name:
@@ -155,7 +155,7 @@ def build(source: Source, weights: str | None) -> tuple[nn.Module, bool]:
     elif published:
         raise FileError(f"there is no file {weights}")
     else:
-        make = factory(kind, name, options)
+        make = find_factory(kind, name, options)
     try:
         model = make()
     except FxpruneError:
@@ -172,7 +172,7 @@ def torchvision_model(name: str, options: dict[str, Any], weights: str | None) -
     from torchvision import models
 
     if name not in models.list_models():
-        raise ModelError(f"torchvision has no model {name!r}{nearest(name, models.list_models())}")
+        raise ModelError(f"torchvision has no model {name!r}{suggest_names(name, models.list_models())}")
     known = inspect.signature(models.get_model_builder(name)).parameters
     if "weights_backbone" in known:
         options = {**options, "weights_backbone": None}
@@ -189,11 +189,11 @@ def timm_model(name: str, options: dict[str, Any], pretrained: bool) -> Callable
     except ImportError:
         raise ModelError(f"timm:{name} needs timm: pip install timm") from None
     if not timm.is_model(name):
-        raise ModelError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+        raise ModelError(f"timm has no model {name!r}{suggest_names(name, timm.list_models())}")
     return lambda: timm.create_model(name, pretrained=pretrained, **options)
 
 
-def factory(place: str, name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
+def find_factory(place: str, name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
     """A class or function of the user's own, in a module or a file; it is called without arguments, but ``options``."""
     try:
         if place.endswith(".py"):
@@ -211,7 +211,7 @@ def factory(place: str, name: str, options: dict[str, Any]) -> Callable[[], nn.M
     make = getattr(module, name, None)
     if not callable(make):
         callables = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ModelError(f"{place} has no class or function {name!r}{nearest(name, callables)}")
+        raise ModelError(f"{place} has no class or function {name!r}{suggest_names(name, callables)}")
     return lambda: make(**options)
 
 
@@ -226,7 +226,7 @@ def from_file(path: Path) -> Any:
     return module
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest_names(name: str, known: list[str]) -> str:
     """The names most like ``name``, as the rest of a sentence."""
     import difflib
 
@@ -253,15 +253,15 @@ def usual_input(name: str) -> tuple[str, ...]:
     return (f"1,3,16,{height},{width}" if ".video." in place else f"1,3,{height},{width}",)
 
 
-def example(source: Source, model: nn.Module) -> Any:
+def make_example(source: Source, model: nn.Module) -> Any:
     """Random inputs of the shapes that ``source`` has; images in a list for a detector of torchvision."""
-    tensors = tuple(map(tensor, source.input))
+    tensors = tuple(map(make_tensor, source.input))
     if type(model).__module__.startswith("torchvision.models.detection"):
         return ([image.sigmoid() for batch in tensors for image in batch],)
     return tensors
 
 
-def tensor(shape: str) -> Tensor:
+def make_tensor(shape: str) -> Tensor:
     """Random numbers for "1,3,224,224", zeros for "int64:1,128"."""
     dtype, _, sizes = shape.rpartition(":")
     dtype = dtype or "float32"

@@ -10,7 +10,7 @@ import typer
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def amount(text: str) -> float:
+def read_amount(text: str) -> float:
     """What may remain: "0.5" and "50%" are fractions, "5M" and "1200000" counts."""
     found = re.fullmatch(r"([0-9.eE+-]+)\s*(%|[kKMGT]?)B?", text.strip())
     try:

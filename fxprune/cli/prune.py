@@ -12,9 +12,9 @@ import fxprune
 from fxprune import passes
 from fxprune.budget.budget import Budget
 from fxprune.cli import data, options
-from fxprune.cli.models import nearest, open_model
+from fxprune.cli.models import open_model, suggest_names
 from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
-from fxprune.cli.say import progress
+from fxprune.cli.say import print_progress
 from fxprune.errors import BudgetError, FxpruneError
 from fxprune.report.summary import Summary
 
@@ -39,20 +39,20 @@ class UsageError(FxpruneError):
     """Options that do not go together."""
 
 
-def limit(what: str) -> Any:
+def read_limit(what: str) -> Any:
     """An option that says how much of something may remain."""
-    return typer.Option(parser=options.amount, metavar="AMOUNT", help=what)
+    return typer.Option(parser=options.read_amount, metavar="AMOUNT", help=what)
 
 
 def prune(
     model: options.Model,
-    flops: Annotated[float | None, limit("FLOPs that may remain: 0.5, 50% or 2G.")] = None,
-    macs: Annotated[float | None, limit("Multiply-accumulates that may remain; half the FLOPs.")] = None,
-    params: Annotated[float | None, limit("Parameters that may remain: 0.5 or 5M.")] = None,
-    channels: Annotated[float | None, limit("Channels that may remain, of all groups together.")] = None,
-    memory: Annotated[float | None, limit("Bytes of weights and of all values computed that may remain.")] = None,
+    flops: Annotated[float | None, read_limit("FLOPs that may remain: 0.5, 50% or 2G.")] = None,
+    macs: Annotated[float | None, read_limit("Multiply-accumulates that may remain; half the FLOPs.")] = None,
+    params: Annotated[float | None, read_limit("Parameters that may remain: 0.5 or 5M.")] = None,
+    channels: Annotated[float | None, read_limit("Channels that may remain, of all groups together.")] = None,
+    memory: Annotated[float | None, read_limit("Bytes of weights and of all values computed that may remain.")] = None,
     latency: Annotated[
-        float | None, limit("The fraction of the time of a forward pass that may remain; measured.")
+        float | None, read_limit("The fraction of the time of a forward pass that may remain; measured.")
     ] = None,
     latency_ms: Annotated[
         float | None, typer.Option(help="The time of a forward pass that may remain; measured.")
@@ -107,12 +107,12 @@ def prune(
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
     batches = images_for(opened, images, samples, seed)
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
-    own = {"data": batches, "loss": data.loss, "seed": seed}
+    own = {"data": batches, "loss": data.compute_loss, "seed": seed}
     bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
 
-    progress(f"analysing {model}")
+    print_progress(f"analysing {model}")
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
-    progress("planning")
+    print_progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
     wanted = Wanted(out, verify, onnx, measure, as_json)
     summary = carry_out(analysis, plan, opened, batches, wanted, criterion=criterion)
@@ -169,7 +169,7 @@ def criterion_of(name: str, with_data: bool) -> type[passes.Criterion]:
     """The criterion called ``name``."""
     found = CRITERIA.get(name.replace("_", "-").lower())
     if found is None:
-        known = nearest(name, list(CRITERIA)) or f"; there are {', '.join(CRITERIA)}"
+        known = suggest_names(name, list(CRITERIA)) or f"; there are {', '.join(CRITERIA)}"
         raise UsageError(f"no criterion is called {name!r}{known}")
     if not with_data and any(field.name == "data" for field in fields(found)):
         raise UsageError(f"the criterion {name} looks at data: give it images with --data FOLDER")

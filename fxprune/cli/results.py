@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import fxprune
-from fxprune.budget.staircase import staircase, tallest
+from fxprune.budget.staircase import find_tallest, staircase
 from fxprune.channels.analysis import Analysis
 from fxprune.cli import data
 from fxprune.cli.models import Opened
-from fxprune.cli.say import note, progress, show, show_json
+from fxprune.cli.say import print_note, print_output, print_progress, show_json
 from fxprune.errors import ExportError, FileError
 from fxprune.files.export import Exported
 from fxprune.graph.inputs import tensors_in
@@ -50,33 +50,35 @@ def carry_out(
     """
     plan = replace(plan, options={**plan.options, **opened.source.options()})
     about["model"] = opened.source.model
-    progress("rewriting")
+    print_progress("rewriting")
     compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)
     if wanted.verify:
-        progress("verifying in float64")
+        print_progress("verifying in float64")
         about["verified"] = str(fxprune.verify(analysis.graph, compact, param_map, opened.inputs))
     summary = summarize(analysis, plan, compact, about=about)
     if batches is not None:
-        progress("renewing batch norm's averages")
+        print_progress("renewing batch norm's averages")
         torch.optim.swa_utils.update_bn(batches, compact)
         compact.eval()
-        summary = replace(summary, accuracy=(data.accuracy(analysis.graph, batches), data.accuracy(compact, batches)))
+        summary = replace(
+            summary, accuracy=(data.measure_accuracy(analysis.graph, batches), data.measure_accuracy(compact, batches))
+        )
     if wanted.measure:
-        progress("measuring")
+        print_progress("measuring")
         batch = shape_of(opened)[0]
         timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
         summary = replace(summary, bench=timed)
-    summary, files = write(analysis, compact, summary, opened, wanted)
+    summary, files = write_results(analysis, compact, summary, opened, wanted)
     if wanted.as_json:
         show_json(summary.to_json())
         return summary
-    show(layers_table(summary), "", totals_table(summary), "")
-    show(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
-    note(f"written to {wanted.out}: {', '.join(files)}")
+    print_output(layers_table(summary), "", totals_table(summary), "")
+    print_output(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
+    print_note(f"written to {wanted.out}: {', '.join(files)}")
     return summary
 
 
-def write(
+def write_results(
     analysis: Analysis, compact: Any, summary: Summary, opened: Opened, wanted: Wanted
 ) -> tuple[Summary, list[str]]:
     """Write the files; they appear when all of them are there, and none stays that was of another model.
@@ -91,12 +93,12 @@ def write(
             Plan.from_json(compact.meta["fxprune"]["plan"]).save(partial / "plan.json")
             fxprune.save(compact, partial / "model.safetensors")
             if wanted.onnx:
-                progress("exporting to ONNX")
+                print_progress("exporting to ONNX")
                 exported = exported_to(partial / "model.onnx", compact, opened)
                 exported = replace(exported, path=Path("model.onnx"))
                 summary = replace(summary, about={**summary.about, "exported": str(exported)})
-            progress("writing the report")
-            stairs = [staircase(analysis, tallest(analysis))] if summary.bench else []
+            print_progress("writing the report")
+            stairs = [staircase(analysis, find_tallest(analysis))] if summary.bench else []
             summary.to_html(partial / "report.html", analysis, stairs=stairs)
             (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
             files = sorted(each.name for each in partial.iterdir())
@@ -135,7 +137,7 @@ def images_for(opened: Opened, folder: Path | None, samples: int, seed: int) -> 
         return None
     if len(tensors_in(opened.inputs)) > 1:
         raise data.DataError("--data gives one tensor of images, but the model takes more than one")
-    return data.images(folder, shape_of(opened), samples, seed)
+    return data.load_images(folder, shape_of(opened), samples, seed)
 
 
 def shape_of(opened: Opened) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 
-def show(*parts: RenderableType) -> None:
+def print_output(*parts: RenderableType) -> None:
     """Print tables; as wide as they need where nobody looks."""
     console = Console(highlight=False, **({} if sys.stdout.isatty() else {"width": 400}))  # type: ignore[arg-type]
     for part in parts:
@@ -19,17 +19,17 @@ def show_json(data: Any) -> None:
     print(json.dumps(data, indent=1))
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Say something that the user should know."""
     print(text, file=sys.stderr)
 
 
-def progress(text: str) -> None:
+def print_progress(text: str) -> None:
     """Say what goes on; only on a terminal."""
     if sys.stderr.isatty():
-        note(f"… {text}")
+        print_note(f"… {text}")
 
 
-def complain(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     """Say what went wrong, in one line."""
-    note(f"error: {' '.join(str(error).split())}")
+    print_note(f"error: {' '.join(str(error).split())}")

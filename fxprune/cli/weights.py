@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fxprune.channels.analysis import abridged
+from fxprune.channels.analysis import abridge_list
 from fxprune.errors import FileError
-from fxprune.files.model import describe, read
+from fxprune.files.model import describe_tensor, read_model
 
 INSIDE = ("state_dict", "model_state_dict", "model", "model_ema", "weights")  # where checkpoints keep the weights
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -26,14 +26,15 @@ def load_weights(model: nn.Module, path: str) -> None:
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     foreign = [name for name in state if name not in expected]
     if missing or foreign:
-        lacks = f"it lacks {abridged(missing, 3)}" if missing else ""
-        has = f"it has {abridged(foreign, 3)} besides" if foreign else ""
+        lacks = f"it lacks {abridge_list(missing, 3)}" if missing else ""
+        has = f"it has {abridge_list(foreign, 3)} besides" if foreign else ""
         raise FileError(f"{path} does not fit the model: {' and '.join(filter(None, (lacks, has)))}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise FileError(
-                f"{path} does not fit the model: {name} is {describe(tensor)} in the file, "
-                f"{describe(expected[name])} in the model. Has it another number of classes? Say so with --classes."
+                f"{path} does not fit the model: {name} is {describe_tensor(tensor)} in the file, "
+                f"{describe_tensor(expected[name])} in the model. Has it another number of classes? Say so with "
+                "--classes."
             )
     model.load_state_dict(state, strict=False)
 
@@ -41,7 +42,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 def is_ours(path: Path) -> bool:
     """Whether fxprune wrote this file of a pruned model."""
     try:
-        return path.suffix == ".safetensors" and "plan" in read(path)[0]
+        return path.suffix == ".safetensors" and "plan" in read_model(path)[0]
     except FileError:
         return False
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import ExportError, require
-from fxprune.graph.inputs import Bound, bind, map_tensors, tensors_in
-from fxprune.graph.traced import TracedModule, carried, is_traced, regions
-from fxprune.rewrite.verify import difference
+from fxprune.errors import ExportError, require_type
+from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
+from fxprune.graph.traced import TracedModule, carried_attributes, is_traced, regions_of
+from fxprune.rewrite.verify import relative_difference
 
 logger = logging.getLogger("fxprune")
 LARGEST = 1_900_000_000  # bytes of weights in one file; protobuf's limit is 2 GiB
@@ -69,8 +69,8 @@ def export_onnx(
     Raises:
         ExportError: torch can't export the model, the file is not valid, or onnxruntime gives another result.
     """
-    require(model, nn.Module, "model", ExportError)
-    require(path, (str, Path), "path", ExportError)
+    require_type(model, nn.Module, "model", ExportError)
+    require_type(path, (str, Path), "path", ExportError)
     path = Path(path)
     if path.is_dir():
         raise ExportError(f"can't write {path}: it is a folder")
@@ -79,21 +79,21 @@ def export_onnx(
     module = frozen_in_eval(model)
     if is_traced(model) and not isinstance(model, TracedModule):
         dynamic_batch = False  # what plain Python saw of the example is fixed
-    inputs = in_order(module, bind(example_inputs))
+    inputs = in_order(module, bind_inputs(example_inputs))
     size = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
     sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
-        given = resized(inputs, sizes[0]) if dynamic_batch else inputs
+        given = resize_batch(inputs, sizes[0]) if dynamic_batch else inputs
         try:
-            write(module, given, file, dynamic_batch)
+            write_onnx(module, given, file, dynamic_batch)
         except ExportError:
             if dynamic_batch or isinstance(model, TracedModule):
                 raise
-            write(module, given, file, dynamic_batch, dynamo=False)
-        batches = [resized(inputs, n) if dynamic_batch else inputs for n in sizes]
+            write_onnx(module, given, file, dynamic_batch, dynamo=False)
+        batches = [resize_batch(inputs, n) if dynamic_batch else inputs for n in sizes]
         ordered = isinstance(model, TracedModule) or dynamic_batch
-        worst, flat = compare(module, batches, file, ordered)
+        worst, flat = compare_runs(module, batches, file, ordered)
         if not worst <= tolerance:
             ties = "" if ordered else "Boxes chosen by scores that are all alike may differ: try trained weights. "
             raise ExportError(
@@ -110,9 +110,9 @@ def export_onnx(
 def frozen_in_eval(model: nn.Module) -> nn.Module:
     """The model in eval mode, as a plain GraphModule where it is a traced one. The original keeps its mode."""
     module = copy.deepcopy(model)
-    for path, region in regions(module).items():
+    for path, region in regions_of(module).items():
         plain = fx.GraphModule(region.root(), region.graphs[False])
-        vars(plain).update(carried(region))
+        vars(plain).update(carried_attributes(region))
         if not path:
             return plain.eval()
         module.set_submodule(path, plain)
@@ -129,7 +129,7 @@ def in_order(module: nn.Module, inputs: Bound) -> Bound:
     return bound.args, bound.kwargs
 
 
-def resized(inputs: Bound, size: int) -> Bound:
+def resize_batch(inputs: Bound, size: int) -> Bound:
     """Inputs with ``size`` along the first axis: the example's own samples, repeated."""
 
     def repeat(tensor: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def resized(inputs: Bound, size: int) -> Bound:
     return bound
 
 
-def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool, *, dynamo: bool = True) -> None:
+def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool, *, dynamo: bool = True) -> None:
     """Export with torch's dynamo exporter, or the one before it, which follows more Python; and check the file."""
     import onnx
 
@@ -183,7 +183,7 @@ def write(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool, *, 
         quiet.setLevel(level)
 
 
-def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> tuple[float, bool]:
+def compare_runs(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> tuple[float, bool]:
     """The largest difference between onnxruntime and PyTorch, relative to the largest output; and whether all are zero.
 
     Where outputs are not ``ordered``, the same values in another order are the same.
@@ -208,9 +208,9 @@ def compare(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bo
         if shapes != expected_shapes:
             raise ExportError(f"the ONNX model returns tensors of shapes {shapes}, PyTorch {expected_shapes}")
         pairs = [(a.cpu().double(), b.double()) for a, b in zip(expected, found, strict=True)]
-        gaps = [difference(a, b) for a, b in pairs]
+        gaps = [relative_difference(a, b) for a, b in pairs]
         if not ordered:  # detections, which stand in the order of scores that may be nearly equal
             again = [(a.sort(0).values, b.sort(0).values) if a.ndim else (a, b) for a, b in pairs]
-            gaps = [min(gap, difference(a, b)) for gap, (a, b) in zip(gaps, again, strict=True)]
+            gaps = [min(gap, relative_difference(a, b)) for gap, (a, b) in zip(gaps, again, strict=True)]
         worst = max([worst, *gaps], key=lambda gap: float("inf") if math.isnan(gap) else gap)
     return worst, flat

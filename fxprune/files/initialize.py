@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import InitializeError, require
-from fxprune.files.start import Origin, Start, remember
-from fxprune.graph.trace import unwrap
+from fxprune.errors import InitializeError, require_type
+from fxprune.files.start import Origin, Start, remember_start
+from fxprune.graph.trace import unwrap_model
 
 FANS = ("fan_in", "fan_out")
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -42,10 +42,10 @@ def initialize(model: nn.Module, seed: int, rules: Mapping[str, Rule] | None = N
     Raises:
         InitializeError: a rule is not known or matches nothing, or a parameter has no floating-point values.
     """
-    require(model, nn.Module, "model", InitializeError)
+    require_type(model, nn.Module, "model", InitializeError)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InitializeError(f"seed={seed!r} must be an integer")
-    core, rules = unwrap(model), dict(rules or {})
+    core, rules = unwrap_model(model), dict(rules or {})
     parameters = dict(core.named_parameters())
     for pattern in rules:
         if not fnmatch.filter(parameters, pattern):
@@ -58,20 +58,20 @@ def initialize(model: nn.Module, seed: int, rules: Mapping[str, Rule] | None = N
                 f"{name} is {parameter.dtype} on {parameter.device}: only floating-point values on a device that has "
                 "values can be initialised"
             )
-    start = Start(seed, {name: origin(core, name, parameter, rules) for name, parameter in parameters.items()})
+    start = Start(seed, {name: origin_of(core, name, parameter, rules) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(start.values(name, parameter.device))
-    remember(core, start)
+    remember_start(core, start)
     return model
 
 
-def origin(model: nn.Module, name: str, parameter: Tensor, rules: Mapping[str, Rule]) -> Origin:
+def origin_of(model: nn.Module, name: str, parameter: Tensor, rules: Mapping[str, Rule]) -> Origin:
     """How one parameter starts."""
     shape = tuple(parameter.shape)
     rule = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)), None)
     if rule is None:
-        return default(model, name, parameter)
+        return default_origin(model, name, parameter)
     if isinstance(rule, str):
         return by_fans(rule, name, shape)
     try:
@@ -81,7 +81,7 @@ def origin(model: nn.Module, name: str, parameter: Tensor, rules: Mapping[str, R
         raise InitializeError(f"{name} can't start as {rule!r}: {error}") from error
 
 
-def default(model: nn.Module, name: str, parameter: Tensor) -> Origin:
+def default_origin(model: nn.Module, name: str, parameter: Tensor) -> Origin:
     """How a parameter without a rule starts, by its layer and by the values that it has."""
     path, _, role = name.rpartition(".")
     layer, shape = model.get_submodule(path), tuple(parameter.shape)
@@ -93,7 +93,7 @@ def default(model: nn.Module, name: str, parameter: Tensor) -> Origin:
     if isinstance(layer, LAYERS) and role == "weight":
         return by_fans("kaiming_normal", name, shape)
     if isinstance(layer, LAYERS) and isinstance(layer.weight, Tensor):
-        return Origin("uniform", 1 / math.sqrt(fans(tuple(layer.weight.shape))[0]), shape)
+        return Origin("uniform", 1 / math.sqrt(count_fans(tuple(layer.weight.shape))[0]), shape)
     if role == "in_proj_weight":
         return by_fans("xavier_uniform", name, shape)
     return Origin("normal", 1.0 if isinstance(layer, nn.Embedding) else 0.02, shape)
@@ -111,13 +111,13 @@ def by_fans(rule: str, name: str, shape: tuple[int, ...]) -> Origin:
         )
     if len(shape) < 2:
         raise InitializeError(f"{name} can't start as {rule!r}: it has the shape {shape}, and only weights have fans")
-    fan_in, fan_out = fans(shape)
+    fan_in, fan_out = count_fans(shape)
     variance = 2 / (fan_in + fan_out) if scheme == "xavier" else 2 / (fan_out if fan == "fan_out" else fan_in)
     made = Origin("normal", math.sqrt(variance), shape)
     return made if kind == "normal" else replace(made, kind="uniform", scale=math.sqrt(3 * variance))
 
 
-def fans(shape: tuple[int, ...]) -> tuple[int, int]:
+def count_fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """The fan in and the fan out of a weight, as torch.nn.init counts them."""
     area = math.prod(shape[2:])
     return max(shape[1] * area, 1), max(shape[0] * area, 1)

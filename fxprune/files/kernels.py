@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import FileError
-from fxprune.files.sparse import State, bits
+from fxprune.files.sparse import State, bits_of
 
 PATTERN, POOL = ":pattern", ":pool"  # what stands behind the names of a weight
 MOST = 256  # patterns that a byte can name
 
 
-def packed(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
+def pack_kernels(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     """``state`` for a file, and the names of what became smaller.
 
     Of a weight float[out, in, h, w] with at most 256 patterns of zeros in its kernels, where that takes less space, the
@@ -28,7 +28,7 @@ def packed(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         result[name] = tensor
         if tensor.ndim != 4 or not tensor.is_floating_point() or any(name + end in state for end in (PATTERN, POOL)):
             continue
-        here = (bits(tensor.contiguous()) != 0).reshape(tensor.shape)
+        here = (bits_of(tensor.contiguous()) != 0).reshape(tensor.shape)
         if int((~here).sum()) * tensor.element_size() <= tensor.shape[:2].numel():
             continue
         pool, pattern = torch.unique(here.flatten(2).flatten(0, 1), dim=0, return_inverse=True)
@@ -40,7 +40,7 @@ def packed(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     return result, names
 
 
-def unpacked(state: Mapping[str, Tensor], names: Sequence[str]) -> State:
+def unpack_kernels(state: Mapping[str, Tensor], names: Sequence[str]) -> State:
     """Undo ``packed``.
 
     Raises:

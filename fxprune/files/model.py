@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.channels.analysis import analyze
-from fxprune.errors import FileError, FxpruneError, require
+from fxprune.errors import FileError, FxpruneError, require_type
 from fxprune.files import kernels
-from fxprune.files.sparse import packed, start_in, unpacked
-from fxprune.files.start import forget, remember, start_of
-from fxprune.graph.inputs import imagine, map_tensors
-from fxprune.graph.trace import trace, unwrap
+from fxprune.files.sparse import pack_sparse, start_in, unpack_sparse
+from fxprune.files.start import forget_start, remember_start, start_of
+from fxprune.graph.inputs import imagine_inputs, map_tensors
+from fxprune.graph.trace import trace, unwrap_model
 from fxprune.graph.traced import Model
 from fxprune.plan import Plan
 from fxprune.rewrite.rewrite import rewrite
@@ -37,9 +37,9 @@ def save(compact: nn.Module, path: str | Path) -> None:
         FileError: the model did not come from fxprune, so there is neither a plan nor a seed to write; or nothing can
             be written there.
     """
-    require(path, (str, Path), "path", FileError)
-    require(compact, nn.Module, "compact", FileError)
-    compact = unwrap(compact)
+    require_type(path, (str, Path), "path", FileError)
+    require_type(compact, nn.Module, "compact", FileError)
+    compact = unwrap_model(compact)
     record = getattr(compact, "meta", {}).get("fxprune", {})
     start = start_of(compact)
     if not record and not (start and start.fits(compact)):
@@ -50,15 +50,15 @@ def save(compact: nn.Module, path: str | Path) -> None:
     path = Path(path)
     state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
     state, aliases = without_aliases(state)
-    state, sparse = packed(state, start)
-    state, patterned = kernels.packed(state)
+    state, sparse = pack_sparse(state, start)
+    state, patterned = kernels.pack_kernels(state)
     partial = path.with_name(path.name + ".partial")
     try:
         state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
         known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
         description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known})
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
-        partial.chmod(0o666 & ~umask())  # safetensors lets nobody else read it
+        partial.chmod(0o666 & ~current_umask())  # safetensors lets nobody else read it
         os.replace(partial, path)
     except (OSError, SafetensorError, TypeError) as error:
         raise FileError(f"can't write {path}: {error}") from error
@@ -66,7 +66,7 @@ def save(compact: nn.Module, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def umask() -> int:
+def current_umask() -> int:
     """The permissions that new files do not get. It can be read only by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
@@ -87,15 +87,15 @@ def load(path: str | Path, model: nn.Module) -> Model:
     Raises:
         FileError: the file is truncated, is no such file, or belongs to another model. Nothing is changed.
     """
-    require(path, (str, Path), "path", FileError)
-    record, state = read(path)
+    require_type(path, (str, Path), "path", FileError)
+    record, state = read_model(path)
     try:
-        state = kernels.unpacked(state, record.get("kernels", []))
+        state = kernels.unpack_kernels(state, record.get("kernels", []))
         sparse = record.get("start") or {}
-        start = start_in(sparse, unwrap(model)) if sparse else None
+        start = start_in(sparse, unwrap_model(model)) if sparse else None
         if "plan" in record:
             plan = Plan.from_json(record["plan"])
-            inputs = imagine(record["example_inputs"])
+            inputs = imagine_inputs(record["example_inputs"])
             example = [state.pop(name) for name in sorted(state, key=number_of) if name.startswith(EXAMPLE)]
             if example:
                 remaining = iter(example)
@@ -105,12 +105,12 @@ def load(path: str | Path, model: nn.Module) -> Model:
             compact, param_map = rewrite(graph, analyze(graph, inputs, **options), plan)
             start = start and start.after(param_map)
         else:
-            compact = copy.deepcopy(unwrap(model))
+            compact = copy.deepcopy(unwrap_model(model))
         if start is not None:
-            state = unpacked(state, sparse, start)
-            remember(compact, start)
+            state = unpack_sparse(state, sparse, start)
+            remember_start(compact, start)
         else:
-            forget(compact)
+            forget_start(compact)
         state |= {name: state[first] for name, first in record["aliases"].items()}
         check_state(compact, state)
     except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -127,7 +127,7 @@ def number_of(name: str) -> int:
     return int(end) if end.isdigit() else -1
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description of the model and the tensors in a file."""
     if not Path(path).is_file():
         raise FileError(f"there is no file {path}")
@@ -165,9 +165,11 @@ def check_state(compact: nn.Module, state: dict[str, Tensor]) -> None:
             raise FileError(f"{name} is only in {'the file' if name in state else 'the model'}")
         found, wanted = ((*tensor.shape, tensor.dtype) for tensor in (state[name], expected[name]))
         if found != wanted:
-            raise FileError(f"{name} is {describe(state[name])} in the file, {describe(expected[name])} in the model")
+            raise FileError(
+                f"{name} is {describe_tensor(state[name])} in the file, {describe_tensor(expected[name])} in the model"
+            )
 
 
-def describe(tensor: Tensor) -> str:
+def describe_tensor(tensor: Tensor) -> str:
     """A tensor's dtype and shape, as "float32[64, 3, 7, 7]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

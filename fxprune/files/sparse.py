@@ -13,7 +13,7 @@ from fxprune.files.start import Start
 State = dict[str, Tensor]
 
 
-def packed(state: Mapping[str, Tensor], start: Start | None) -> tuple[State, dict[str, Any] | None]:
+def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State, dict[str, Any] | None]:
     """``state`` for a file, and what to write beside it to have it back: None where no start is known.
 
     Where it takes less space than the parameter, only the values that differ from their start are written, and under
@@ -29,16 +29,16 @@ def packed(state: Mapping[str, Tensor], start: Start | None) -> tuple[State, dic
         if name not in start.origins or start.shape(name) != tuple(tensor.shape) or key in state:
             continue
         begin = start.values(name, tensor.device).to(tensor.dtype)
-        where = (bits(tensor) != bits(begin)).nonzero().flatten()
+        where = (bits_of(tensor) != bits_of(begin)).nonzero().flatten()
         where = where.int() if tensor.numel() < 1 << 31 else where
         if len(where) * (tensor.element_size() + where.element_size()) < tensor.nbytes:
             result[name], result[key] = tensor.flatten()[where], where
             index[name] = key
-            check = checksum(tensor, check)
+            check = checksum_of(tensor, check)
     return result, {**start.to_json(), "index": index, "check": check}
 
 
-def unpacked(state: Mapping[str, Tensor], description: Mapping[str, Any], start: Start) -> State:
+def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], start: Start) -> State:
     """Undo ``packed``.
 
     Args:
@@ -60,7 +60,7 @@ def unpacked(state: Mapping[str, Tensor], description: Mapping[str, Any], start:
             raise FileError(f"the positions of the weights of {name} are damaged")
         whole[where] = values
         result[name] = whole.reshape(start.shape(name))
-        check = checksum(whole, check)
+        check = checksum_of(whole, check)
     if check != description["check"]:
         raise FileError("its weights are not those that were saved: the file is damaged, or start values differ here")
     return result
@@ -83,12 +83,12 @@ def start_in(description: Mapping[str, Any], model: nn.Module) -> Start:
     return start
 
 
-def bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
     """The numbers of a tensor, flat, as integers of their size: equal where all their bits are."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.flatten().view(integer)
 
 
-def checksum(tensor: Tensor, before: int) -> int:
+def checksum_of(tensor: Tensor, before: int) -> int:
     """A number that changes with every bit of ``tensor``, continued from ``before``."""
-    return zlib.crc32(bits(tensor).cpu().numpy().data, before)
+    return zlib.crc32(bits_of(tensor).cpu().numpy().data, before)

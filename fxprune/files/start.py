@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import InitializeError
-from fxprune.graph.trace import unwrap
+from fxprune.graph.trace import unwrap_model
 from fxprune.graph.traced import START, is_traced
-from fxprune.rewrite.param_map import Kept, ParamMap, compose
+from fxprune.rewrite.param_map import Kept, ParamMap, compose_kept
 
 GENERATOR = "splitmix64 1"  # the last number changes when any value does
 KINDS = ("uniform", "normal", "constant")
@@ -103,8 +103,8 @@ class Start:
             return result
         chunk, key = chunk_on(position.device), key_of(self.seed, name)
         for part, out in zip(*(torch.split(each.view(-1), chunk) for each in (position, result)), strict=True):
-            out.copy_(drawn(origin, key, part))
-        return result if self.factor == 1 else faded(result, self.factor)
+            out.copy_(draw_numbers(origin, key, part))
+        return result if self.factor == 1 else fade_numbers(result, self.factor)
 
     def decayed(self, factor: float) -> "Start":
         """The start with all values ``factor`` times those before any decay."""
@@ -114,7 +114,7 @@ class Start:
         """The start of what a cut leaves: a kept weight keeps the start value of its original index."""
         origins = {name: origin for name, origin in self.origins.items() if name not in param_map.gone}
         kept = {
-            name: tuple(map(compose, self.kept.get(name, (None,) * len(param_map[name])), param_map[name]))
+            name: tuple(map(compose_kept, self.kept.get(name, (None,) * len(param_map[name])), param_map[name]))
             for name in origins
             if name in param_map
         }
@@ -152,19 +152,19 @@ def start_of(model: nn.Module) -> Start | None:
     return start
 
 
-def remember(model: nn.Module, start: Start) -> None:
+def remember_start(model: nn.Module, start: Start) -> None:
     """Leave on ``model`` how it was initialised. Traces, copies and cuts of it take it along."""
     notes_of(model)[START] = start
 
 
-def forget(model: nn.Module) -> None:
+def forget_start(model: nn.Module) -> None:
     """The opposite of ``remember``."""
     notes_of(model).pop(START, None)
 
 
 def notes_of(model: nn.Module) -> dict[str, Any]:
     """Where such things stand: in what a traced model hands on to copies and cuts, or with the attributes."""
-    core: Any = unwrap(model)
+    core: Any = unwrap_model(model)
     notes: dict[str, Any] = core.meta if is_traced(core) else vars(core)
     return notes
 
@@ -172,21 +172,21 @@ def notes_of(model: nn.Module) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
-def drawn(origin: Origin, key: int, counter: Tensor) -> Tensor:
+def draw_numbers(origin: Origin, key: int, counter: Tensor) -> Tensor:
     """float32[n]: the values with the numbers ``counter`` (int64[n]) in the stream of ``key``."""
     if origin.kind == "constant":
-        return torch.full(counter.shape, float32(origin.scale), device=counter.device)
-    random = mixed(key, counter)
+        return torch.full(counter.shape, as_float32(origin.scale), device=counter.device)
+    random = mix_bits(key, counter)
     if origin.kind == "uniform":  # odd integers between -2^24 and 2^24, exact in float32
-        return (2 * shifted(random, 40) + (1 - (1 << 24))).float() * float32(origin.scale * 2.0**-24)
-    pairs = (random & LANES) + (shifted(random, 16) & LANES)  # two sums of 16-bit numbers, side by side
+        return (2 * shift_bits(random, 40) + (1 - (1 << 24))).float() * as_float32(origin.scale * 2.0**-24)
+    pairs = (random & LANES) + (shift_bits(random, 16) & LANES)  # two sums of 16-bit numbers, side by side
     four = (pairs + (pairs >> 32)) & 0x3FFFF
-    return (four - 2 * 0xFFFF).float() * float32(origin.scale * math.sqrt(3 / (2.0**32 - 1)))
+    return (four - 2 * 0xFFFF).float() * as_float32(origin.scale * math.sqrt(3 / (2.0**32 - 1)))
 
 
-def faded(values: Tensor, factor: float) -> Tensor:
+def fade_numbers(values: Tensor, factor: float) -> Tensor:
     """``values``, times ``factor`` in place; zero where little is left."""
-    values.mul_(float32(factor))
+    values.mul_(as_float32(factor))
     return values.masked_fill_(values.abs() < FLUSH, 0.0)
 
 
@@ -200,24 +200,24 @@ def key_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
 
 
-def mixed(key: int, counter: Tensor) -> Tensor:
+def mix_bits(key: int, counter: Tensor) -> Tensor:
     """int64[n], 64 random bits each: splitmix64 (Steele, Lea and Flood 2014; Stafford's mix 13), all modulo 2^64."""
-    state = (counter * signed(GOLDEN)).add_(key)
-    state.bitwise_xor_(shifted(state, 30)).mul_(signed(FIRST))
-    state.bitwise_xor_(shifted(state, 27)).mul_(signed(SECOND))
-    return state.bitwise_xor_(shifted(state, 31))
+    state = (counter * as_signed(GOLDEN)).add_(key)
+    state.bitwise_xor_(shift_bits(state, 30)).mul_(as_signed(FIRST))
+    state.bitwise_xor_(shift_bits(state, 27)).mul_(as_signed(SECOND))
+    return state.bitwise_xor_(shift_bits(state, 31))
 
 
-def shifted(bits: Tensor, by: int) -> Tensor:
+def shift_bits(bits: Tensor, by: int) -> Tensor:
     """``bits`` as unsigned integers, shifted to the right."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
-def signed(number: int) -> int:
+def as_signed(number: int) -> int:
     """The int64 with the bits of an unsigned 64-bit number."""
     return number - (1 << 64) if number >> 63 else number
 
 
-def float32(number: float) -> float:
+def as_float32(number: float) -> float:
     """The float32 nearest to ``number``: a factor that every device multiplies by alike."""
     return torch.tensor(number, dtype=torch.float32).item()

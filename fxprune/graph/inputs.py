@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import AnalysisError
-from fxprune.graph.traced import regions
+from fxprune.graph.traced import regions_of
 
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def bind(example_inputs: Any) -> Bound:
+def bind_inputs(example_inputs: Any) -> Bound:
     """``example_inputs`` as (args, kwargs)."""
     if any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(example_inputs)):
         raise AnalysisError("example_inputs hold a numpy array; make it a tensor with torch.from_numpy")
@@ -56,17 +56,17 @@ def norms_batches(model: nn.Module) -> bool:
     """Whether there is batch norm in ``model``, as a layer or as a function."""
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
         return True
-    graphs = [graph for region in regions(model).values() for graph in region.distinct_graphs().values()]
+    graphs = [graph for region in regions_of(model).values() for graph in region.distinct_graphs().values()]
     return any(node.target in (F.batch_norm, torch.batch_norm) for graph in graphs for node in graph.nodes)
 
 
-def describe(example_inputs: Any) -> Any:
+def describe_inputs(example_inputs: Any) -> Any:
     """``example_inputs`` without data, as JSON: tensors become {"shape", "dtype"}."""
-    args, kwargs = bind(example_inputs)
+    args, kwargs = bind_inputs(example_inputs)
     return {"args": _to_json(args), "kwargs": _to_json(kwargs)}
 
 
-def imagine(description: Any) -> Bound:
+def imagine_inputs(description: Any) -> Bound:
     """The opposite of ``describe``: tensors of the shapes described, without data."""
     return tuple(_from_json(description["args"])), _from_json(description["kwargs"])
 

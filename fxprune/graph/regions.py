@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.inputs import Bound, tensors_in
-from fxprune.graph.traced import ATOMS, TracedModule, regions
+from fxprune.graph.traced import ATOMS, TracedModule, regions_of
 
 Trace = Callable[[nn.Module, dict[str, Any]], TracedModule]
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -50,8 +50,8 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
                 waiting.append(child)
 
     vars(model).update(steers=True, meta={})
-    found = run(model, inputs, "with its parts traced, ")
-    if len(expected) != len(found) or not all(map(equal, expected, found)):
+    found = run_model(model, inputs, "with its parts traced, ")
+    if len(expected) != len(found) or not all(map(are_close, expected, found)):
         raise TraceError(f"the graphs of the parts of {type(model).__name__} do not give what the model gave")
     return model
 
@@ -61,9 +61,9 @@ def is_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn") and not isinstance(module, CONTAINERS)
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
+def steered_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a traced model, by their paths, that stand in no region: plain Python calls them itself."""
-    inside = {part for region in regions(model).values() for part in region.modules()}
+    inside = {part for region in regions_of(model).values() for part in region.modules()}
     return {
         path: part
         for path, part in model.named_modules()
@@ -72,7 +72,7 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """While this holds, these functions stand in for the ``forward`` of their modules."""
     try:
         for module, forward in new.items():
@@ -83,12 +83,12 @@ def forwards(new: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             vars(module).pop("forward", None)
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
+def are_close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def run(model: nn.Module, inputs: Bound, what: str) -> list[Tensor]:
+def run_model(model: nn.Module, inputs: Bound, what: str) -> list[Tensor]:
     """What ``model`` returns for ``inputs``."""
     try:
         with torch.random.fork_rng(), torch.no_grad():
@@ -117,7 +117,7 @@ class Calls:
         handles = [module.register_forward_pre_hook(self.enter, with_kwargs=True) for module in self.above]
         handles += [module.register_forward_hook(self.leave, always_call=True) for module in self.above]
         try:
-            return run(self.model, inputs, "")
+            return run_model(self.model, inputs, "")
         finally:
             for handle in handles:
                 handle.remove()

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
-from fxprune.errors import TraceError, require
+from fxprune.errors import TraceError, require_type
 from fxprune.graph.attention import REPLACEMENTS
 from fxprune.graph.collector import collector_rests
-from fxprune.graph.inputs import bind, tensors_in
+from fxprune.graph.inputs import bind_inputs, tensors_in
 from fxprune.graph.regions import trace_regions
-from fxprune.graph.traced import ATOMS, START, TracedModule, carried, is_traced
+from fxprune.graph.traced import ATOMS, START, TracedModule, carried_attributes, is_traced
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -52,8 +52,8 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     Raises:
         TraceError: the model's Python can't be traced; names the module, file and line.
     """
-    require(model, nn.Module, "model", TraceError)
-    model = unwrap(model)
+    require_type(model, nn.Module, "model", TraceError)
+    model = unwrap_model(model)
     if is_traced(model):
         return model
     check_traceable(model)
@@ -62,7 +62,7 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     try:
         traced: Any = trace_whole(working, constants)
     except TraceError as whole:
-        inputs = bind(example_inputs)
+        inputs = bind_inputs(example_inputs)
         if not any(inputs):
             raise
         try:
@@ -79,15 +79,15 @@ def trace_whole(working: nn.Module, constants: dict[str, Any]) -> TracedModule:
     modes = [(module, module.training) for module in working.modules()]
     with Watch() as watch:
         evaluate = train = trace_mode(working, False, constants)
-        if watch.read or switches(module for module, _ in modes):
+        if watch.read or switches_modes(module for module, _ in modes):
             train = trace_mode(working, True, constants)
     for module, training in modes:
         if module.training != training:
             module.training = training
-    if same(train, evaluate):
+    if same_graphs(train, evaluate):
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
-    return TracedModule(plain(working, called), train, evaluate)
+    return TracedModule(plain_root(working, called), train, evaluate)
 
 
 def check_traceable(model: nn.Module) -> None:
@@ -111,7 +111,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return parameters | buffers
 
 
-def same(a: fx.Graph, b: fx.Graph) -> bool:
+def same_graphs(a: fx.Graph, b: fx.Graph) -> bool:
     """Whether two graphs do the same: node by node, with the same names."""
     return len(a.nodes) == len(b.nodes) and all(
         (m.op, m.name, m.target) == (n.op, n.name, n.target) and repr((m.args, m.kwargs)) == repr((n.args, n.kwargs))
@@ -119,7 +119,7 @@ def same(a: fx.Graph, b: fx.Graph) -> bool:
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Take off DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -203,7 +203,7 @@ class Watch:
         module.__dict__["training"] = value
 
 
-def switches(modules: Iterable[nn.Module]) -> bool:
+def switches_modes(modules: Iterable[nn.Module]) -> bool:
     """Whether a module does more than to set ``training`` when it is set to train or eval mode."""
     modules = list(modules)
     return any({"train", "eval"} & vars(module).keys() for module in modules) or any(
@@ -217,7 +217,7 @@ def switches(modules: Iterable[nn.Module]) -> bool:
 def unused_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """The arguments of ``forward`` that the example leaves at their defaults; tracing takes these as constants."""
     signature = inspect.signature(model.forward)
-    args, kwargs = bind(example_inputs)
+    args, kwargs = bind_inputs(example_inputs)
     if not args and not kwargs:
         return {}
     try:
@@ -354,7 +354,7 @@ def is_users(filename: str) -> bool:
     return not filename.startswith((TORCH, OURS, "<"))
 
 
-def plain(working: nn.Module, called: set[Any]) -> nn.Module:
+def plain_root(working: nn.Module, called: set[Any]) -> nn.Module:
     """The modules that graphs call, in a tree of plain modules that hold everything else under its own name."""
     paths = dict(working.named_modules(remove_duplicate=False))
     made = {id(paths[path]): paths[path] for path in called}
@@ -371,5 +371,5 @@ def bare_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     new._modules = {
         name: None if child is None else bare_module(child, made) for name, child in module._modules.items()
     }
-    new.__dict__.update(carried(module))
+    new.__dict__.update(carried_attributes(module))
     return new

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxprune.errors import FxpruneError, require
+from fxprune.errors import FxpruneError, require_type
 
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
@@ -59,7 +59,7 @@ class TracedModule(fx.GraphModule):
         own = self.__dict__
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
             own[name] = root.__dict__[name]
-        own.update(carried(root))
+        own.update(carried_attributes(root))
         self.meta.update(getattr(root, "meta", {}))
         self.set_graphs(train_graph, eval_graph)
 
@@ -120,7 +120,7 @@ class TracedModule(fx.GraphModule):
         forwards, codes = {}, {}
         graphs = self.distinct_graphs()
         if observers := self.__dict__["_observers"]:
-            graphs[True] = observed(self.graphs[True], observers)
+            graphs[True] = observed_values(self.graphs[True], observers)
         for mode, graph in graphs.items():
             self._graph = graph
             codes[mode] = super().recompile()
@@ -151,19 +151,19 @@ class TracedModule(fx.GraphModule):
         """Plain GraphModules that share their submodules: torch knows how to pickle these."""
         root = self.root()
         graphs = self.distinct_graphs()
-        return rebuild, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
+        return rebuild_traced, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
 
     def root(self) -> nn.Module:
         """A plain module with everything this one holds except its graphs."""
         root = nn.Module()
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
             root.__dict__[name] = self.__dict__[name]
-        root.__dict__.update(carried(self))
+        root.__dict__.update(carried_attributes(self))
         root.__dict__["meta"] = self.meta
         return root
 
 
-def carried(module: nn.Module) -> dict[str, Any]:
+def carried_attributes(module: nn.Module) -> dict[str, Any]:
     """What a module keeps, of its attributes, when it becomes a graph: tensors that graphs use, and plain values."""
     return {
         name: value
@@ -188,7 +188,7 @@ def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable
     return forward
 
 
-def observed(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:
+def observed_values(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:
     """A copy of ``graph`` that also calls ``observers`` with the values of the nodes that they are named after."""
     copied = copy_graph(graph)
     for node in [node for node in copied.nodes if node.name in observers]:
@@ -202,13 +202,13 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy.deepcopy(graph)
 
 
-def rebuild(root: nn.Module, modules: dict[bool, fx.GraphModule]) -> TracedModule:
+def rebuild_traced(root: nn.Module, modules: dict[bool, fx.GraphModule]) -> TracedModule:
     """Undo ``TracedModule.__reduce__``."""
     evaluate = modules[False].graph
     return TracedModule(root, modules[True].graph if True in modules else evaluate, evaluate)
 
 
-def regions(model: nn.Module) -> dict[str, TracedModule]:
+def regions_of(model: nn.Module) -> dict[str, TracedModule]:
     """The graphs of a traced model by their paths. One that is a graph as a whole has that one, at "".
 
     In the others plain Python, the model's own, steers the graphs: what ``torch.fx`` can't follow.
@@ -229,7 +229,7 @@ def of_region(values: Mapping[str, Any], region: str) -> Mapping[str, Any]:
 def require_traced(value: object, what: str, error: type[FxpruneError]) -> None:
     """Raise ``error`` unless ``value``, which the user gave for ``what``, is a traced model."""
     if not is_traced(value):
-        require(value, TracedModule, what, error)
+        require_type(value, TracedModule, what, error)
 
 
 def is_traced(model: object) -> bool:

@@ -10,9 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.channels.labels import Label, Labels, Operand, along, join, pin, reshape, settle, varying
-from fxprune.channels.tensor import Call, Term, operand, rule
-from fxprune.ops.pointwise import added, with_vectors
+from fxprune.channels.labels import (
+    Label,
+    Labels,
+    Operand,
+    join_labels,
+    label_along,
+    pin_axes,
+    reshape_label,
+    settle_labels,
+    varying_axes,
+)
+from fxprune.channels.tensor import Call, Term, as_operand, register_rule
+from fxprune.ops.pointwise import add_vector, with_vectors
 
 
 @dataclass
@@ -26,19 +36,21 @@ class Factor:
 
     def along(self, letter: str) -> Label | None:
         """The label that varies along ``letter``."""
-        return along(self.labels, self.letters.index(letter)) if letter in self.letters else None
+        return label_along(self.labels, self.letters.index(letter)) if letter in self.letters else None
 
     def varies(self, label: Label) -> set[str]:
         """The letters along which ``label`` varies."""
-        return {self.letters[axis] for axis in varying(label)}
+        return {self.letters[axis] for axis in varying_axes(label)}
 
     def pin(self, call: Call, letters: str, why: str) -> None:
         """No pruning may change the size of ``letters``."""
         axes = [self.letters.index(letter) for letter in letters if letter in self.letters]
-        self.labels = settle(call.names, (pin(call.names, label, axes, why) for label in self.labels))
+        self.labels = settle_labels(call.names, (pin_axes(call.names, label, axes, why) for label in self.labels))
 
 
-def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], policy: str, extra: int = 1) -> Labels:
+def contract_letters(
+    call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], policy: str, extra: int = 1
+) -> Labels:
     """The labels of ``einsum(a, b -> out)``, over the letters of ``out``. ``extra`` multiplies the FLOPs."""
     both = [letter for letter in a.letters if letter in b.letters and sizes[letter] > 1]
     batch = [letter for letter in both if letter in out]
@@ -46,16 +58,16 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
     here = f"{call.names.node} {a.letters},{b.letters}"
     for letter in contracted:
         for group in batch:
-            choose(call, a, b, group, letter, sizes, policy, here)
+            choose_policy(call, a, b, group, letter, sizes, policy, here)
         if call.run.policies.get(here) == "whole":  # also where one is left: it has no parts now
             for side in (a, b):
                 side.pin(call, letter, "shared by all groups")
-        agree(call, a, b, letter)
+        agree_letters(call, a, b, letter)
         if not (a.zero or b.zero):
             for side in (a, b):
                 side.pin(call, letter, "summed where it is not zero")
     for letter in batch:
-        agree(call, a, b, letter)
+        agree_letters(call, a, b, letter)
 
     # Along a letter of both, their labels have the same names now, and vary along nothing else: one stands for both.
     factors = [(a, label) for label in a.labels]
@@ -73,10 +85,10 @@ def contract(call: Call, a: Factor, b: Factor, out: str, sizes: dict[str, int], 
         for other in (a, b)
         if other is not side
     )
-    return tuple(over(out, side, label) for side, label in results)
+    return tuple(label_over(out, side, label) for side, label in results)
 
 
-def choose(
+def choose_policy(
     call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str, here: str
 ) -> None:
     """Make each operand's names vary along ``group`` (a batch letter) or along ``letter`` (contracted), not both.
@@ -88,36 +100,36 @@ def choose(
         return
     if policy == "auto":
         policy = "whole" if sizes[group] >= sizes[letter] else "within"
-    if any(fixed(call, side, group) for side in (a, b)):
+    if any(is_fixed(call, side, group) for side in (a, b)):
         policy = "within"
     policy = call.run.policies.setdefault(here, policy)
     for side in sides:
         side.pin(call, letter if policy == "whole" else group, "shared by all groups")
 
 
-def agree(call: Call, a: Factor, b: Factor, letter: str) -> None:
+def agree_letters(call: Call, a: Factor, b: Factor, letter: str) -> None:
     """Both operands vary along ``letter``, by the same names alone, or neither may."""
     for mine, other in ((a, b), (b, a)):
         label = mine.along(letter)
         theirs = other.along(letter)
-        if theirs is not None and (label is None or (len(varying(theirs)) > 1 and fixed(call, mine, letter))):
+        if theirs is not None and (label is None or (len(varying_axes(theirs)) > 1 and is_fixed(call, mine, letter))):
             other.pin(call, letter, f"meets {mine.source}")
     for side in (a, b):
         label = side.along(letter)
-        if label is not None and len(varying(label)) > 1:
+        if label is not None and len(varying_axes(label)) > 1:
             side.pin(call, "".join(side.varies(label) - {letter}), "shared by all groups")
     one, two = a.along(letter), b.along(letter)
     if one is not None and two is not None:
         call.names.merge(one.ravel(), two.ravel())
 
 
-def fixed(call: Call, side: Factor, letter: str) -> bool:
+def is_fixed(call: Call, side: Factor, letter: str) -> bool:
     """Whether ``side`` can't be pruned along ``letter`` whatever is decided here."""
     label = side.along(letter)
     return label is None or bool(call.names.frozen(label).all())
 
 
-def over(letters: str, side: Factor, label: Label) -> Label:
+def label_over(letters: str, side: Factor, label: Label) -> Label:
     """``label`` with one axis for each of ``letters``, in their order; letters it lacks get size 1."""
     order = [side.letters.index(letter) for letter in letters if letter in side.letters]
     dropped = [axis for axis in range(label.ndim) if axis not in order]
@@ -125,79 +137,79 @@ def over(letters: str, side: Factor, label: Label) -> Label:
     return label.transpose([*order, *dropped]).reshape(shape)
 
 
-@rule("mm")
+@register_rule("mm")
 def mm(call: Call) -> Labels:
-    return matmul(call, operand(call.args[0]), operand(call.args[1]), "mk", "kn", "mn")
+    return contract_matrices(call, as_operand(call.args[0]), as_operand(call.args[1]), "mk", "kn", "mn")
 
 
-@rule("bmm")
+@register_rule("bmm")
 def bmm(call: Call) -> Labels:
-    return matmul(call, operand(call.args[0]), operand(call.args[1]), "bmk", "bkn", "bmn")
+    return contract_matrices(call, as_operand(call.args[0]), as_operand(call.args[1]), "bmk", "bkn", "bmn")
 
 
-@rule("addmm", "baddbmm")
+@register_rule("addmm", "baddbmm")
 def addmm(call: Call) -> Labels:
-    bias, a, b = (operand(value) for value in call.args[:3])
+    bias, a, b = (as_operand(value) for value in call.args[:3])
     batch = "b" if len(a.shape) == 3 else ""
-    labels = matmul(call, a, b, f"{batch}mk", f"{batch}kn", f"{batch}mn")
-    labels = join(call.names, [Operand(labels, call.shape), bias], len(call.shape))
-    call.zero = call.zero and added(labels, call.args[0], len(call.shape) - 1)
+    labels = contract_matrices(call, a, b, f"{batch}mk", f"{batch}kn", f"{batch}mn")
+    labels = join_labels(call.names, [Operand(labels, call.shape), bias], len(call.shape))
+    call.zero = call.zero and add_vector(labels, call.args[0], len(call.shape) - 1)
     return labels
 
 
-@rule("linear")
+@register_rule("linear")
 def linear(call: Call) -> Labels:
-    x, w = operand(call.args[0]), operand(call.args[1])
+    x, w = as_operand(call.args[0]), as_operand(call.args[1])
     rest = "abdefghijl"[: len(x.shape) - 1]
-    labels = matmul(call, x, w, f"{rest}k", "ok"[-len(w.shape) :], f"{rest}o"[: len(call.shape)])
+    labels = contract_matrices(call, x, w, f"{rest}k", "ok"[-len(w.shape) :], f"{rest}o"[: len(call.shape)])
     return with_bias(call, labels, call.arg("bias"), len(call.shape) - 1)
 
 
-@rule("mv", "dot")
+@register_rule("mv", "dot")
 def mv(call: Call) -> Labels:
-    a, b = (operand(value) for value in call.args[:2])
-    return matmul(call, a, b, "mk"[-len(a.shape) :], "k", "m"[: len(call.shape)])
+    a, b = (as_operand(value) for value in call.args[:2])
+    return contract_matrices(call, a, b, "mk"[-len(a.shape) :], "k", "m"[: len(call.shape)])
 
 
-def matmul(call: Call, a: Operand, b: Operand, left: str, right: str, out: str) -> Labels:
+def contract_matrices(call: Call, a: Operand, b: Operand, left: str, right: str, out: str) -> Labels:
     sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
     policy = call.run.heads
     one, two = Factor(left, a.labels, a.source, a.zero), Factor(right, b.labels, b.source, b.zero)
-    return contract(call, one, two, out, sizes, policy)
+    return contract_letters(call, one, two, out, sizes, policy)
 
 
-@rule("convolution", "_convolution")
+@register_rule("convolution", "_convolution")
 def convolution(call: Call) -> Labels:
-    x, w = operand(call.args[0]), operand(call.args[1])
+    x, w = as_operand(call.args[0]), as_operand(call.args[1])
     transposed, groups = call.arg("transposed"), call.arg("groups")
-    a = factor(call, x, "bgc", 1, groups, "a spatial axis")
-    b = factor(call, w, "gco" if transposed else "goc", 0, groups, "a kernel's axis")
+    a = cost_factor(call, x, "bgc", 1, groups, "a spatial axis")
+    b = cost_factor(call, w, "gco" if transposed else "goc", 0, groups, "a kernel's axis")
     sizes = {"b": x.shape[0], "g": groups, "c": x.shape[1] // groups, "o": call.shape[1] // groups}
     window = math.prod(w.shape[2:]) * math.prod((x if transposed else call).shape[2:])
-    labels = contract(call, a, b, "bgo", sizes, call.run.groups, window)
+    labels = contract_letters(call, a, b, "bgo", sizes, call.run.groups, window)
     across = [label for label in labels if label.shape[1] > 1]
     if across:
-        shared = (pin(call.names, label, [2], "shared by all groups") for label in labels if label.shape[1] == 1)
-        labels = settle(call.names, (*across, *shared))
+        shared = (pin_axes(call.names, label, [2], "shared by all groups") for label in labels if label.shape[1] == 1)
+        labels = settle_labels(call.names, (*across, *shared))
     before, after = (x.shape[0], groups, sizes["o"]), (*call.shape[:2], *[1] * len(x.shape[2:]))
-    labels = tuple(reshape(label, before, after) for label in labels)
+    labels = tuple(reshape_label(label, before, after) for label in labels)
     return with_bias(call, labels, call.args[2], 1)
 
 
 def with_bias(call: Call, labels: Labels, bias: Any, axis: int) -> Labels:
     """The labels of a contraction's result when ``bias``, if given, is added along ``axis``."""
     labels = with_vectors(call, Operand(labels, call.shape), [bias], axis)
-    call.zero = call.zero and added(labels, bias, axis)
+    call.zero = call.zero and add_vector(labels, bias, axis)
     return labels
 
 
-def factor(call: Call, value: Operand, letters: str, axis: int, groups: int, why: str) -> Factor:
+def cost_factor(call: Call, value: Operand, letters: str, axis: int, groups: int, why: str) -> Factor:
     """An operand of a convolution: its first two axes, ``axis`` viewed as (groups, rest). The others are pinned."""
-    pinned = (pin(call.names, label, range(2, label.ndim), why) for label in value.labels)
-    labels = (label.reshape(label.shape[:2]) for label in settle(call.names, pinned))
+    pinned = (pin_axes(call.names, label, range(2, label.ndim), why) for label in value.labels)
+    labels = (label.reshape(label.shape[:2]) for label in settle_labels(call.names, pinned))
     before = value.shape[:2]
     after = (*before[:axis], groups, before[axis] // groups, *before[axis + 1 :])
-    return Factor(letters, tuple(reshape(label, before, after) for label in labels), value.source, value.zero)
+    return Factor(letters, tuple(reshape_label(label, before, after) for label in labels), value.source, value.zero)
 
 
 ATTENTION = (
@@ -207,15 +219,15 @@ ATTENTION = (
 )
 
 
-@rule(*ATTENTION.split())
+@register_rule(*ATTENTION.split())
 def attention(call: Call) -> Any:
     """softmax(q k^T + mask) v, its leading axes batch letters."""
-    query, key, value = (operand(each) for each in call.args[:3])
+    query, key, value = (as_operand(each) for each in call.args[:3])
     letters = "bhij"[: len(query.shape) - 2]
-    scores = matmul(call, query, key, f"{letters}mk", f"{letters}nk", f"{letters}mn")
+    scores = contract_matrices(call, query, key, f"{letters}mk", f"{letters}nk", f"{letters}mn")
     shape = (*query.shape[:-1], key.shape[-2])
     mask = call.arg("attn_mask", call.arg("attn_bias"))
-    operands: Sequence[Operand] = [Operand(scores, shape)] + ([operand(mask)] if mask is not None else [])
-    weights = Operand(join(call.names, operands, len(shape)), shape, "attention weights", zero=False)
-    labels = matmul(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
+    operands: Sequence[Operand] = [Operand(scores, shape)] + ([as_operand(mask)] if mask is not None else [])
+    weights = Operand(join_labels(call.names, operands, len(shape)), shape, "attention weights", zero=False)
+    labels = contract_matrices(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
     return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels

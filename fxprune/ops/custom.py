@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from fxprune.channels.labels import Label, Labels, Operand, join, pin, settle, varying
-from fxprune.channels.tensor import RULES, Call, _resolved, operand
+from fxprune.channels.labels import Label, Labels, Operand, join_labels, pin_axes, settle_labels, varying_axes
+from fxprune.channels.tensor import RULES, Call, _resolved, as_operand
 from fxprune.errors import AnalysisError
 from fxprune.graph.inputs import tensors_in
 
@@ -39,7 +39,7 @@ def register_operator(operator: Any, letters: str) -> None:
             f"operator={operator!r:.60} is no custom operator: give torch.ops.mylib.myop or 'mylib::myop', made with "
             "torch.library"
         )
-    inputs, outputs = parsed(letters)
+    inputs, outputs = parse_letters(letters)
     for part in (*inputs, *outputs):
         sound = all(len(letter) == 1 and letter.isalpha() for letter in part) and len({*part}) == len(part)
         if "->" not in letters or not sound:
@@ -51,7 +51,7 @@ def register_operator(operator: Any, letters: str) -> None:
     _resolved.clear()
 
 
-def parsed(letters: str) -> tuple[list[list[str]], list[list[str]]]:
+def parse_letters(letters: str) -> tuple[list[list[str]], list[list[str]]]:
     """The letters of each argument, and of each result."""
     given, _, returned = letters.partition("->")
     return [part.split() for part in given.split(",")], [part.split() for part in returned.split(",")]
@@ -59,7 +59,7 @@ def parsed(letters: str) -> tuple[list[list[str]], list[list[str]]]:
 
 def by_letters(letters: str, call: Call) -> Any:
     """The rule of an operator with these letters."""
-    inputs, outputs = parsed(letters)
+    inputs, outputs = parse_letters(letters)
     tensors, results = tensors_in((call.args, call.kwargs)), tensors_in(call.out)
     expected = [len(each) for each in (*inputs, *outputs)]
     if len(tensors) != len(inputs) or [tensor.ndim for tensor in (*tensors, *results)] != expected:
@@ -69,12 +69,14 @@ def by_letters(letters: str, call: Call) -> Any:
         )
     seen = [letter for side in (*inputs, *outputs) for letter in side]
     order = list(dict.fromkeys(seen))
-    given = [spread_over(order, its, operand(tensor)) for its, tensor in zip(inputs, tensors, strict=True)]
+    given = [spread_over(order, its, as_operand(tensor)) for its, tensor in zip(inputs, tensors, strict=True)]
     mixed = [order.index(letter) for letter in order if seen.count(letter) == 1]
-    labels = join(call.names, given, len(order))
-    labels = settle(call.names, (pin(call.names, label, mixed, f"mixed by {call.func}") for label in labels))
+    labels = join_labels(call.names, given, len(order))
+    labels = settle_labels(
+        call.names, (pin_axes(call.names, label, mixed, f"mixed by {call.func}") for label in labels)
+    )
     call.zero = False  # nobody said
-    several = [over(call, order, side, labels) for side in outputs]
+    several = [labels_over(call, order, side, labels) for side in outputs]
     return several if not isinstance(call.out, Tensor) else several[0]
 
 
@@ -89,16 +91,16 @@ def spread_over(order: Sequence[str], letters: Sequence[str], value: Operand) ->
     return Operand(labels, shaped(value.shape), value.source)
 
 
-def over(call: Call, order: Sequence[str], letters: Sequence[str], labels: Labels) -> Labels:
+def labels_over(call: Call, order: Sequence[str], letters: Sequence[str], labels: Labels) -> Labels:
     """``labels`` over the letters of one result."""
     lacking = [at for at, letter in enumerate(order) if letter not in letters]
     axes = [order.index(letter) for letter in letters]
     kept: list[Label] = []
     for label in labels:
-        if {*varying(label)} & {*axes}:
-            label = pin(call.names, label, lacking, f"mixed by {call.func}")
+        if {*varying_axes(label)} & {*axes}:
+            label = pin_axes(call.names, label, lacking, f"mixed by {call.func}")
             kept.append(label.transpose([*axes, *lacking]).reshape([label.shape[axis] for axis in axes]))
-    return settle(call.names, kept)
+    return settle_labels(call.names, kept)
 
 
 RULES |= {

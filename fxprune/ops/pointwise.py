@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxprune.channels.labels import Labels, Operand, align, join, varying
-from fxprune.channels.tensor import Call, operand, rule, unknown
+from fxprune.channels.labels import Labels, Operand, align_label, join_labels, varying_axes
+from fxprune.channels.tensor import Call, as_operand, freeze_unknown, register_rule
 
 UNTAGGED = (
     "hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel rrelu_with_noise log_sigmoid log_sigmoid_forward mish "
@@ -27,11 +27,11 @@ MADE_UP = "ones_like full_like empty_like rand_like randn_like randint_like".spl
 CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 
 
-@rule("pointwise", *UNTAGGED)
+@register_rule("pointwise", *UNTAGGED)
 def pointwise(call: Call) -> Labels:
-    tensors = [operand(value) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
-    labels = join(call.names, tensors, len(call.shape))
-    call.zero = all(zero_along(call, {*varying(label)}) for label in labels)
+    tensors = [as_operand(value) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    labels = join_labels(call.names, tensors, len(call.shape))
+    call.zero = all(zero_along(call, {*varying_axes(label)}) for label in labels)
     return labels
 
 
@@ -41,8 +41,8 @@ def zero_along(call: Call, axes: set[int]) -> bool:
     def known(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        its = operand(value)
-        named = {axis for label in its.labels for axis in varying(align(label, len(call.shape)))}
+        its = as_operand(value)
+        named = {axis for label in its.labels for axis in varying_axes(align_label(label, len(call.shape)))}
         return Sample(value.dtype, its.zero and axes <= named)
 
     try:
@@ -82,34 +82,34 @@ def zero_of(func: OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, An
     return isinstance(out, Tensor) and not out.any()
 
 
-@rule(*LIKE)
+@register_rule(*LIKE)
 def like(call: Call) -> Labels:
-    return operand(call.args[0]).labels
+    return as_operand(call.args[0]).labels
 
 
-@rule(*MADE_UP)
+@register_rule(*MADE_UP)
 def made_up(call: Call) -> Labels:
     """A value that has only the shape of another."""
     call.zero = False
-    return operand(call.args[0]).labels
+    return as_operand(call.args[0]).labels
 
 
-@rule("native_dropout", "_fused_dropout")
+@register_rule("native_dropout", "_fused_dropout")
 def dropout(call: Call) -> Any:
-    labels = operand(call.args[0]).labels
+    labels = as_operand(call.args[0]).labels
     return [labels, labels]
 
 
-@rule(*CREATION)
+@register_rule(*CREATION)
 def creation(call: Call) -> Labels:
     return ()
 
 
-@rule("as_strided")
+@register_rule("as_strided")
 def as_strided(call: Call) -> Any:
     """Pooling in channels_last restrides its result in place; any other use is not understood."""
-    value = operand(call.args[0])
-    return value.labels if value.shape == call.shape else unknown(call)
+    value = as_operand(call.args[0])
+    return value.labels if value.shape == call.shape else freeze_unknown(call)
 
 
 def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) -> Labels:
@@ -118,12 +118,12 @@ def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) 
     operands = [value]
     for vector in vectors:
         if isinstance(vector, Tensor):
-            its = operand(vector)
+            its = as_operand(vector)
             shape = (*its.shape, *[1] * (ndim - axis - 1))
             operands.append(Operand(tuple(label.reshape(shape) for label in its.labels), shape, its.source))
-    return join(call.names, operands, ndim)
+    return join_labels(call.names, operands, ndim)
 
 
-def added(labels: Labels, vector: Any, axis: int) -> bool:
+def add_vector(labels: Labels, vector: Any, axis: int) -> bool:
     """Whether a value with ``labels`` stays zero where it is when ``vector``, if given, is added along ``axis``."""
-    return vector is None or (operand(vector).zero and all(varying(label) == [axis] for label in labels))
+    return vector is None or (as_operand(vector).zero and all(varying_axes(label) == [axis] for label in labels))

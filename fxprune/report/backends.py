@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.budget.timing import forward
+from fxprune.budget.timing import make_forward
 from fxprune.errors import BenchError
 from fxprune.files.export import export_onnx
 from fxprune.graph.inputs import Bound, tensors_in
@@ -17,21 +17,21 @@ from fxprune.graph.inputs import Bound, tensors_in
 Run = Callable[[], Any]
 
 
-def eager(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def run_eager(model: nn.Module, inputs: Bound, threads: int) -> Run:
     """PyTorch as it is."""
-    return forward(model, inputs)
+    return make_forward(model, inputs)
 
 
-def compiled(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def run_compiled(model: nn.Module, inputs: Bound, threads: int) -> Run:
     """``torch.compile`` with its default options, compiled here."""
-    run = forward(torch.compile(copy.deepcopy(model), dynamic=False), inputs)
+    run = make_forward(torch.compile(copy.deepcopy(model), dynamic=False), inputs)
     run()
     return run
 
 
-def onnxruntime(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def run_onnxruntime(model: nn.Module, inputs: Bound, threads: int) -> Run:
     """Onnxruntime on the CPU."""
-    session, feeds = loaded(model, inputs, threads, "CPUExecutionProvider")
+    session, feeds = load_session(model, inputs, threads, "CPUExecutionProvider")
     return lambda: session.run(None, feeds)
 
 
@@ -39,7 +39,7 @@ def onnxruntime_cuda(model: nn.Module, inputs: Bound, threads: int) -> Run:
     """Onnxruntime on the GPU; inputs and outputs stay there."""
     import onnxruntime as ort
 
-    session, feeds = loaded(model, inputs, threads, "CUDAExecutionProvider")
+    session, feeds = load_session(model, inputs, threads, "CUDAExecutionProvider")
     binding = session.io_binding()
     for name, array in feeds.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
@@ -48,7 +48,7 @@ def onnxruntime_cuda(model: nn.Module, inputs: Bound, threads: int) -> Run:
     return lambda: session.run_with_iobinding(binding)
 
 
-def loaded(model: nn.Module, inputs: Bound, threads: int, provider: str) -> tuple[Any, dict[str, Any]]:
+def load_session(model: nn.Module, inputs: Bound, threads: int, provider: str) -> tuple[Any, dict[str, Any]]:
     """The model in onnxruntime, and what to feed it."""
     import onnxruntime as ort
 
@@ -66,14 +66,14 @@ def loaded(model: nn.Module, inputs: Bound, threads: int, provider: str) -> tupl
 
 
 BACKENDS: dict[str, Callable[[nn.Module, Bound, int], Run]] = {
-    "eager": eager,
-    "compile": compiled,
-    "onnxruntime": onnxruntime,
+    "eager": run_eager,
+    "compile": run_compiled,
+    "onnxruntime": run_onnxruntime,
     "onnxruntime-cuda": onnxruntime_cuda,
 }
 
 
-def usual(device: torch.device) -> tuple[str, ...]:
+def usual_backends(device: torch.device) -> tuple[str, ...]:
     """The backends that there are for a device."""
     return tuple(BACKENDS) if device.type == "cuda" else tuple(name for name in BACKENDS if "cuda" not in name)
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from fxprune.budget.cost import device_of, flops_by_module
-from fxprune.budget.timing import Spread, by_module, in_turns, ratio
-from fxprune.errors import BenchError, FxpruneError, require
-from fxprune.graph.inputs import Bound, bind, map_tensors, tensors_in
+from fxprune.budget.timing import Spread, by_module, in_turns, ratio_of_times
+from fxprune.errors import BenchError, FxpruneError, require_type
+from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, in_eval
-from fxprune.report.backends import BACKENDS, batch_of, usual
+from fxprune.report.backends import BACKENDS, batch_of, usual_backends
 from fxprune.report.summary import Pair
-from fxprune.training.progress import track
+from fxprune.training.progress import track_progress
 
 FELL = 0.95  # of its FLOPs: a layer with less is one that was cut
 IDLE = 0.25  # seconds saved for FLOPs saved, both in percent: where it is less, the cut hardly pays
@@ -82,9 +82,9 @@ class Bench:
         return asdict(self)
 
     def __str__(self) -> str:
-        from fxprune.report.tables import bench_table, text
+        from fxprune.report.tables import bench_table, render_text
 
-        return text(bench_table(self), self.machine)
+        return render_text(bench_table(self), self.machine)
 
 
 def bench(
@@ -117,15 +117,15 @@ def bench(
     """
     models = {"before": dense, "after": compact}
     for model in models.values():
-        require(model, nn.Module, "model", BenchError)
+        require_type(model, nn.Module, "model", BenchError)
     device, _ = device_of(dense)
-    backends = usual(device) if backends is None else backends
+    backends = usual_backends(device) if backends is None else backends
     for backend in backends:
         if backend not in BACKENDS:
             raise BenchError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if not batches or not all(isinstance(batch, int) and batch > 0 for batch in batches):
         raise BenchError(f"batches={batches!r} must be positive integers, such as (1, 32)")
-    inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind(example_inputs))
+    inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind_inputs(example_inputs))
     threads = threads or torch.get_num_threads()
     with in_eval(*models.values()):
         try:
@@ -137,8 +137,8 @@ def bench(
             batches = [next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)]
         flops = counted[0].get("", 0), counted[1].get("", 0)
         rows = [
-            measure(models, inputs, batch, backend, seconds, threads, flops)
-            for batch, backend in track([(batch, name) for name in backends for batch in batches], "measuring")
+            measure_models(models, inputs, batch, backend, seconds, threads, flops)
+            for batch, backend in track_progress([(batch, name) for name in backends for batch in batches], "measuring")
         ]
         times = by_module(models, inputs, seconds)
     return Bench(
@@ -146,11 +146,11 @@ def bench(
         flops=flops,
         layers={path: (its, times["after"].get(path, 0.0)) for path, its in times["before"].items()},
         layer_flops={path: (its, counted[1].get(path, 0)) for path, its in counted[0].items()},
-        machine=f"{processor(device)}, {threads} CPU thread{'s' * (threads > 1)}, torch {torch.__version__}",
+        machine=f"{name_processor(device)}, {threads} CPU thread{'s' * (threads > 1)}, torch {torch.__version__}",
     )
 
 
-def measure(
+def measure_models(
     models: Mapping[str, nn.Module],
     inputs: Bound,
     batch: int,
@@ -171,12 +171,12 @@ def measure(
         return Measured(backend, batch, None, None, None, None, why.strip().partition("\n")[0])
     finally:
         torch.set_num_threads(before)
-    left = ratio(times["before"], times["after"])
+    left = ratio_of_times(times["before"], times["after"])
     efficiency = flops[1] / flops[0] / left.median if all(flops) else None
     return Measured(backend, batch, Spread.of(times["before"]), Spread.of(times["after"]), left, efficiency)
 
 
-def processor(device: torch.device) -> str:
+def name_processor(device: torch.device) -> str:
     """The name of a device, as far as the system tells."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.errors import FxpruneError
-from fxprune.graph.traced import Model, regions
+from fxprune.graph.traced import Model, regions_of
 from fxprune.plan import Plan
 
 STYLE = (
@@ -38,7 +38,7 @@ class Dump:
             return
         parts = [
             f"# {'train' if mode else 'eval'} graph{' of ' if path else ''}{path}\n{graph}"
-            for path, region in regions(module).items()
+            for path, region in regions_of(module).items()
             for mode, graph in region.distinct_graphs().items()
         ]
         if analysis is None and self.example_inputs is not None:

@@ -15,11 +15,11 @@ from string import Template
 from torch import fx
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import where, within
+from fxprune.channels.interpret import describe_place, name_within
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
-from fxprune.errors import FileError, require
-from fxprune.graph.traced import TracedModule, regions
+from fxprune.errors import FileError, require_type
+from fxprune.graph.traced import TracedModule, regions_of
 from fxprune.report.picture import Lanes, Part, Parts, Row, counted, entry, lay_out, section
 
 LARGE = 120  # nodes: in a graph with more of them what is nested in nested modules starts folded
@@ -29,7 +29,7 @@ STEERED = " torch.fx can't follow the whole model: its parts are graphs, and pla
 
 def write_html(analysis: Analysis, path: str | Path, title: str = "", pictures: str = "") -> None:
     """Write the page of ``analysis``, with ``pictures`` above it. Raises FileError where nothing can be written."""
-    require(path, (str, Path), "path", FileError)
+    require_type(path, (str, Path), "path", FileError)
     page = Report(analysis).page(title, pictures)
     try:
         Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
@@ -75,7 +75,7 @@ class Report:
 
     def graphs(self) -> Iterator[str]:
         """The graphs, in the order in which they are called."""
-        parts = regions(self.analysis.graph)
+        parts = regions_of(self.analysis.graph)
         for path in dict.fromkeys([*self.analysis.inputs[False], *parts]):
             if path in parts:
                 module = parts[path]
@@ -89,7 +89,7 @@ class Report:
         values = self.analysis.values[False]
         nodes = dict[fx.Node, list[Value]]()
         for node in module.graphs[False].nodes:
-            name = within(region, node.name)
+            name = name_within(region, node.name)
             found = values_in(values.get(name))
             if found or name not in values or node.op in ("placeholder", "output"):
                 nodes[node] = found
@@ -114,7 +114,7 @@ class Report:
             name=path or node.name,
             kind=kind,
             scope=tuple(scope.split(".")) if scope else (),
-            about=f"{where(node)} gives {shapes}" if shapes else where(node),
+            about=f"{describe_place(node)} gives {shapes}" if shapes else describe_place(node),
             gives=list(dict.fromkeys(map(self.parts, labels))),
             axes=list(self.axes(self.inside.get(path, ()))),
             lanes=lanes,

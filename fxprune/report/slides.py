@@ -10,7 +10,7 @@ from fxprune.budget.staircase import Staircase
 from fxprune.report.charts import Series, figure
 from fxprune.report.picture import breakable
 from fxprune.report.summary import Pair, Summary
-from fxprune.report.tables import UNITS, amount, change, milliseconds, share, short
+from fxprune.report.tables import UNITS, format_amount, format_change, format_milliseconds, format_share, shorten_name
 from fxprune.training.log import Log
 
 SHOWN = 12  # lines in one chart
@@ -37,14 +37,18 @@ def pictures(
 def tiles(summary: Summary) -> str:
     """What is left of each cost, in large figures."""
     cells = [
-        (UNITS[kind], share(both), " → ".join(amount(kind, each) if kind == "memory" else short(each) for each in both))
+        (
+            UNITS[kind],
+            format_share(both),
+            " → ".join(format_amount(kind, each) if kind == "memory" else shorten_name(each) for each in both),
+        )
         for kind, both in summary.totals.items()
     ]
     cells[1:1] = [
         (
             f"time, {each.backend}, batch {each.batch}",
             f"{each.ratio.median:.0%}",
-            f"{milliseconds(each.before.median)} → {milliseconds(each.after.median)} ms",
+            f"{format_milliseconds(each.before.median)} → {format_milliseconds(each.after.median)} ms",
         )
         for each in (summary.bench.rows if summary.bench else ())
         if each.before is not None and each.after is not None and each.ratio is not None
@@ -77,7 +81,7 @@ def widths(summary: Summary, colours: Mapping[str, str]) -> str:
         of = colours[name].split()[-1]
         rows.append(
             f'<code>{breakable(name)}</code><div class="both" data-of="{of}" title="{escape(name)}: {before:g} → '
-            f'{after:g}">{bars}</div><span>{change((before, after))}</span>'
+            f'{after:g}">{bars}</div><span>{format_change((before, after))}</span>'
         )
     return f'<div class="widths">{"".join(rows)}</div>'
 
@@ -151,8 +155,8 @@ def times(summary: Summary) -> str:
         [
             each.backend,
             str(each.batch),
-            milliseconds(each.before.median),
-            milliseconds(each.after.median),
+            format_milliseconds(each.before.median),
+            format_milliseconds(each.after.median),
             f"{each.ratio.median:.0%}",
             "" if each.efficiency is None else f"{each.efficiency:.2f}",
         ]
@@ -170,9 +174,9 @@ def layers(summary: Summary) -> str:
     timed = summary.bench.layers if summary.bench else {}
     rows = []
     for each in summary.layers:
-        row = [each.name, each.kind, *map(change, (each.inputs, each.outputs, each.params, each.flops))]
+        row = [each.name, each.kind, *map(format_change, (each.inputs, each.outputs, each.params, each.flops))]
         seconds: Pair = timed.get(each.name, (0.0, 0.0))
-        rows.append([*row, " → ".join(map(milliseconds, seconds))] if timed else row)
+        rows.append([*row, " → ".join(map(format_milliseconds, seconds))] if timed else row)
     heads = ["layer", "kind", "inputs", "outputs", "parameters", "FLOPs", "ms"]
     return table("Layers", heads if timed else heads[:-1], rows, len(rows) <= 25)
 

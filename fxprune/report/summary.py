@@ -11,7 +11,7 @@ from torch import nn
 from fxprune.budget.cost import Channels, cost_of, flops_by_module
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
-from fxprune.graph.traced import Model, in_eval, regions
+from fxprune.graph.traced import Model, in_eval, regions_of
 from fxprune.plan import Plan
 from fxprune.training.log import Log
 
@@ -101,9 +101,9 @@ class Summary:
         return {"format": FORMAT, **asdict(self)}
 
     def __str__(self) -> str:
-        from fxprune.report.tables import layers_table, text, totals_table
+        from fxprune.report.tables import layers_table, render_text, totals_table
 
-        return text(layers_table(self), totals_table(self))
+        return render_text(layers_table(self), totals_table(self))
 
 
 FORMAT = "fxprune report 1"
@@ -131,45 +131,45 @@ def summarize(
     """
     plan.check(analysis.sizes)
     after = analysis.after(plan, compact)
-    counts = [totals(each) for each in (analysis, after)]
+    counts = [total_costs(each) for each in (analysis, after)]
     return Summary(
         groups={name: (size, plan.widths.get(name, 0)) for name, size in analysis.sizes.items()},
-        layers=layers(analysis, after),
+        layers=layer_rows(analysis, after),
         totals={kind: (before, counts[1][kind]) for kind, before in counts[0].items()},
         bench=bench,
         about=dict(about or {}),
     )
 
 
-def totals(analysis: Analysis) -> dict[str, float]:
+def total_costs(analysis: Analysis) -> dict[str, float]:
     """What the model of ``analysis`` costs in all."""
     channels = Channels.of(analysis)
     every = np.ones(len(channels.group), dtype=bool)
     return {kind: cost_of(analysis, kind, channels)(every) for kind in ("flops", "params", "memory", "channels")}
 
 
-def layers(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
+def layer_rows(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     """The layers with weights, in the order of the model."""
     with in_eval(before.graph, after.graph):
         flops = [flops_by_module(each.graph, each.example_inputs) for each in (before, after)]
-    modules = [weighted(each.graph) for each in (before, after)]
+    modules = [weighted_modules(each.graph) for each in (before, after)]
     groups: dict[str, list[str]] = {}
     for group in before.groups.values():
         for path in layers_of(group):
             groups.setdefault(path, []).append(group.name)
-    kinds = classes(before.graph)
+    kinds = class_names(before.graph)
     result = []
     for path, layer in modules[0].items():
         both = (layer, modules[1].get(path))
-        outputs, inputs = zip(*map(ends, both), strict=True)
+        outputs, inputs = zip(*map(channels_of_layer, both), strict=True)
         result.append(
             Layer(
                 name=path,
                 kind=kinds.get(path, type(layer).__name__),
                 outputs=outputs,
                 inputs=inputs,
-                params=pair(sum(p.numel() for p in each.parameters(recurse=False)) if each else 0 for each in both),
-                flops=pair(its.get(path, 0) for its in flops),
+                params=as_pair(sum(p.numel() for p in each.parameters(recurse=False)) if each else 0 for each in both),
+                flops=as_pair(its.get(path, 0) for its in flops),
                 groups=tuple(groups.get(path, ())),
             )
         )
@@ -181,13 +181,13 @@ def layers_of(group: Group) -> list[str]:
     return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
 
 
-def pair(values: Any) -> Pair:
+def as_pair(values: Any) -> Pair:
     """Two values as a tuple."""
     before, after = values
     return before, after
 
 
-def weighted(model: nn.Module) -> dict[str, nn.Module]:
+def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules with a parameter of at least two axes, by path: convolutions, linear layers, embeddings."""
     return {
         path: module
@@ -196,10 +196,10 @@ def weighted(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def classes(model: nn.Module) -> dict[str, str]:
+def class_names(model: nn.Module) -> dict[str, str]:
     """The class that each module had which tracing went through, by path."""
     found = {}
-    for region, traced in regions(model).items():
+    for region, traced in regions_of(model).items():
         for node in traced.graphs[False].nodes:
             if node.op != "call_module":
                 for path, kind in node.meta.get("nn_module_stack", {}).values():
@@ -207,7 +207,7 @@ def classes(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def ends(layer: nn.Module | None) -> tuple[int, int]:
+def channels_of_layer(layer: nn.Module | None) -> tuple[int, int]:
     """The channels that a layer writes and reads."""
     if layer is None:
         return 0, 0

@@ -16,7 +16,7 @@ from fxprune.report.summary import Pair, Summary, layers_of
 UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "memory", "channels": "channels"}
 
 
-def text(*parts: RenderableType) -> str:
+def render_text(*parts: RenderableType) -> str:
     """Tables as plain text, as wide as they need."""
     console = Console(file=io.StringIO(), width=1000, color_system=None, force_terminal=False)
     for part in parts:
@@ -30,32 +30,33 @@ def layers_table(summary: Summary) -> Table:
     heads = ["inputs", "outputs", "parameters", "FLOPs", "left", *["ms", "left"][: 2 * (summary.bench is not None)]]
     rows = []
     for each in summary.layers:
-        row = [each.name, each.kind, *map(change, (each.inputs, each.outputs, each.params, each.flops))]
-        row.append(share(each.flops))
+        row = [each.name, each.kind, *map(format_change, (each.inputs, each.outputs, each.params, each.flops))]
+        row.append(format_share(each.flops))
         if summary.bench is not None:
             seconds = summary.bench.layers.get(each.name, (0.0, 0.0))
-            row += [" → ".join(map(milliseconds, seconds)), share(seconds)]
+            row += [" → ".join(map(format_milliseconds, seconds)), format_share(seconds)]
         rows.append(row)
-    return table(("layer", "kind"), heads, rows)
+    return make_table(("layer", "kind"), heads, rows)
 
 
 def totals_table(summary: Summary) -> Table:
     """A row for each cost of the whole model."""
     rows = [
-        (UNITS[kind], *(amount(kind, value) for value in both), share(both)) for kind, both in summary.totals.items()
+        (UNITS[kind], *(format_amount(kind, value) for value in both), format_share(both))
+        for kind, both in summary.totals.items()
     ]
     for each in summary.bench.rows if summary.bench is not None else ():
         if each.before is not None and each.after is not None and each.ratio is not None:
-            times = (milliseconds(its.median) for its in (each.before, each.after))
+            times = (format_milliseconds(its.median) for its in (each.before, each.after))
             rows.append((f"ms, {each.backend}, batch {each.batch}", *times, f"{each.ratio.median:.0%}"))
     if summary.accuracy is not None:
         rows.append(("accuracy", *(f"{each:.1%}" for each in summary.accuracy), ""))
-    return table(("",), ("before", "after", "left"), rows)
+    return make_table(("",), ("before", "after", "left"), rows)
 
 
 def bench_table(bench: Bench) -> Table:
     """A row a backend and batch size: milliseconds, what is left of them beside what is left of the FLOPs."""
-    left = share(bench.flops)
+    left = format_share(bench.flops)
     rows = []
     for each in bench.rows:
         if each.before is None or each.after is None or each.ratio is None:
@@ -63,16 +64,16 @@ def bench_table(bench: Bench) -> Table:
             continue
         efficiency = "" if each.efficiency is None else f"{each.efficiency:.2f}"
         spread = f"{each.ratio.median:.0%} ({each.ratio.low:.0%} – {each.ratio.high:.0%})"
-        times = (milliseconds(each.before.median), milliseconds(each.after.median))
+        times = (format_milliseconds(each.before.median), format_milliseconds(each.after.median))
         rows.append((each.backend, str(each.batch), *times, spread, left, efficiency))
     heads = ("batch", "before, ms", "after, ms", "time left (quartiles)", "FLOPs left", "efficiency")
-    return table(("backend",), heads, rows)
+    return make_table(("backend",), heads, rows)
 
 
 def idle_table(idle: Mapping[str, tuple[float, float]], what: str = "layers") -> Table:
     """The groups or layers that saved FLOPs but hardly any time."""
     rows = [(name, f"{flops:.0%}", f"{seconds:.0%}") for name, (flops, seconds) in idle.items()]
-    return table((f"{what} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
+    return make_table((f"{what} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
 
 
 def groups_table(analysis: Analysis) -> Table:
@@ -83,8 +84,8 @@ def groups_table(analysis: Analysis) -> Table:
         paths = layers_of(group)
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         each = (float(np.mean(costs[kind][group.name])) for kind in costs)
-        rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(short, each)))
-    return table(("group", "goes through"), ("channels", "FLOPs each", "parameters each"), rows)
+        rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(shorten_name, each)))
+    return make_table(("group", "goes through"), ("channels", "FLOPs each", "parameters each"), rows)
 
 
 def frozen_table(analysis: Analysis) -> Table:
@@ -96,10 +97,10 @@ def frozen_table(analysis: Analysis) -> Table:
         (reason, ", ".join(f"{each.parameter}[{each.axis}]" for each in its[:3]), str(len(its)))
         for reason, its in found.items()
     ]
-    return table(("frozen, because", "for example"), ("axes",), rows)
+    return make_table(("frozen, because", "for example"), ("axes",), rows)
 
 
-def table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def make_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table with columns of words at the left and of numbers at the right."""
     columns = [Column(name, overflow="fold") for name in words]
     columns += [Column(name, justify="right", no_wrap=True) for name in numbers]
@@ -109,28 +110,28 @@ def table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[
     return result
 
 
-def change(both: Pair) -> str:
+def format_change(both: Pair) -> str:
     """Two numbers as "64 → 48", one where they are the same."""
-    before, after = map(short, both)
+    before, after = map(shorten_name, both)
     return before if both[0] == both[1] else f"{before} → {after}"
 
 
-def share(both: Pair) -> str:
+def format_share(both: Pair) -> str:
     """What is left, in percent."""
     return f"{both[1] / both[0]:.0%}" if both[0] else ""
 
 
-def amount(kind: str, value: float) -> str:
+def format_amount(kind: str, value: float) -> str:
     """A cost with its unit."""
     return f"{value / 1e6:,.1f} MB" if kind == "memory" else f"{value:,.0f}"
 
 
-def milliseconds(seconds: float) -> str:
+def format_milliseconds(seconds: float) -> str:
     """Seconds as milliseconds, in three digits at least."""
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
 
 
-def short(value: float) -> str:
+def shorten_name(value: float) -> str:
     """A number in four digits: 512, 9.44 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if value >= size:

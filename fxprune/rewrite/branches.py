@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import where
+from fxprune.channels.interpret import describe_place
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.traced import Model, TracedModule, of_region, regions
+from fxprune.graph.traced import Model, TracedModule, of_region, regions_of
 from fxprune.plan import Plan
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -121,22 +121,22 @@ def dead_branches(model: nn.Module, graph: fx.Graph, values: Mapping[str, Any]) 
         if is_empty(values.get(node.name)):
             for user in node.users:
                 if user.op == "output" or (is_sum(user) and not is_empty(values.get(user.name))):
-                    raise PlanError(refusal(user))
+                    raise PlanError(why_not_empty(user))
             continue
         if not any(is_empty(values.get(source.name)) for source in node.all_input_nodes):
             continue
         if node.op != "call_module" or not isinstance(model.get_submodule(str(node.target)), CONTRACTIONS):
-            raise PlanError(refusal(node))
-        if not inside(node, values):
-            found.append(follow(node))
+            raise PlanError(why_not_empty(node))
+        if not ends_inside(node, values):
+            found.append(follow_branch(node))
     joins = [branch.join for branch in found]
     for branch in found:
         if joins.count(branch.join) > 1 or is_empty(values.get(branch.other.name)):
-            raise PlanError(refusal(branch.join))
+            raise PlanError(why_not_empty(branch.join))
     return found
 
 
-def inside(end: fx.Node, values: Mapping[str, Any]) -> bool:
+def ends_inside(end: fx.Node, values: Mapping[str, Any]) -> bool:
     """Whether what ``end`` gives goes only into values without channels, as a squeeze-and-excitation's scale does."""
     constant, waiting = {end}, [end]
     while waiting:
@@ -150,7 +150,7 @@ def inside(end: fx.Node, values: Mapping[str, Any]) -> bool:
     return True
 
 
-def follow(end: fx.Node) -> Branch:
+def follow_branch(end: fx.Node) -> Branch:
     """The branch that ends with the contraction ``end``."""
     tail: list[fx.Node] = []
     node = end
@@ -162,7 +162,7 @@ def follow(end: fx.Node) -> Branch:
             break
         tail.append(user)
         node = user
-    raise PlanError(refusal(node))
+    raise PlanError(why_not_empty(node))
 
 
 def is_empty(value: Any) -> bool:
@@ -181,11 +181,11 @@ def is_sum(node: fx.Node) -> bool:
     )
 
 
-def refusal(node: fx.Node) -> str:
+def why_not_empty(node: fx.Node) -> str:
     """Why a group can't be emptied."""
     return (
-        f"the plan keeps no channel of a group, and at node {where(node)} that is not a residual branch that could go "
-        "whole; keep at least one"
+        f"the plan keeps no channel of a group, and at node {describe_place(node)} that is not a residual branch that "
+        "could go whole; keep at least one"
     )
 
 
@@ -194,7 +194,7 @@ def remove_branches(compact: Model, values: Mapping[bool, Mapping[str, Any]], dr
 
     Region by region; see ``remove_from``.
     """
-    traced = regions(compact)
+    traced = regions_of(compact)
     for path, region in traced.items():
         mine = path + "." if path else ""
         its = {mode: of_region(values[mode], path) for mode in values}
@@ -220,7 +220,7 @@ def remove_from(
     Raises:
         PlanError: the constant of a branch can't be kept.
     """
-    before = called(compact)
+    before = called_function(compact)
     for mode, graph in compact.distinct_graphs().items():
         for branch in branches[mode]:
             nodes, join, other = branch.nodes(), branch.join, branch.other
@@ -236,7 +236,7 @@ def remove_from(
             for node in [node for node in reversed(graph.nodes) if node in nodes]:
                 graph.erase_node(node)
         graph.lint()
-    for path in before - called(compact):
+    for path in before - called_function(compact):
         compact.delete_submodule(str(path))
 
 
@@ -247,7 +247,7 @@ def free_of_writes(compact: TracedModule, graph: fx.Graph, value: fx.Node) -> No
         if rectifies and is_relu(compact, user):
             user.replace_all_uses_with(value)  # once is enough
             graph.erase_node(user)
-        elif writes(compact, user):
+        elif writes_in_place(compact, user):
             with graph.inserting_before(user):
                 user.replace_input_with(value, graph.call_function(torch.clone, (value,)))
 
@@ -259,7 +259,7 @@ def is_relu(model: nn.Module, node: fx.Node) -> bool:
     return node.target in (torch.relu, torch.relu_, F.relu, "relu", "relu_")
 
 
-def writes(model: nn.Module, node: fx.Node) -> bool:
+def writes_in_place(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node writes into its first input."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
@@ -297,18 +297,18 @@ def check_tail(model: nn.Module, branch: Branch) -> None:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(module, (*NORMS, ConstantNorm, *ELEMENTWISE)):
             raise PlanError(
-                f"the constant of a branch can't be kept over node {where(node)}; drop it with the branch (dropped= of "
-                'a Plan, branches="remove" of PruneTrain), or keep one channel'
+                f"the constant of a branch can't be kept over node {describe_place(node)}; drop it with the branch "
+                '(dropped= of a Plan, branches="remove" of PruneTrain), or keep one channel'
             )
 
 
-def called(model: TracedModule) -> set[Any]:
+def called_function(model: TracedModule) -> set[Any]:
     """The modules that some graph calls."""
     nodes = [node for graph in model.distinct_graphs().values() for node in graph.nodes]
     return {node.target for node in nodes if node.op == "call_module"}
 
 
-def emptied(analysis: Analysis, dead: set[str], constants: bool) -> set[str]:
+def emptied_groups(analysis: Analysis, dead: set[str], constants: bool) -> set[str]:
     """Which groups to empty so that the residual branches with the ``dead`` groups go whole.
 
     A dead group that is not inside a residual branch is left out, and so is, where ``constants`` should stay, one whose
@@ -328,7 +328,7 @@ def whole_branches(analysis: Analysis, groups: set[str], constants: bool) -> set
     plan = Plan({name: () for name in groups}, analysis.sizes, analysis.options)
     after = analysis.after(plan)
     gone: set[str] = set()
-    for path, region in regions(analysis.graph).items():
+    for path, region in regions_of(analysis.graph).items():
         for mode, graph in region.distinct_graphs().items():
             found = dead_branches(region, graph, of_region(after.values[mode], path))
             if constants:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels.labels import Labels, along, left
+from fxprune.channels.labels import Labels, label_along, stays_along
 from fxprune.channels.names import Bools
 from fxprune.channels.values import Value
 
 FITTERS: dict[str, Callable[[Any, fx.Node], None]] = {}
 
 
-def fitter(*targets: str) -> Callable[[Callable[[Any, fx.Node], None]], Callable[[Any, fx.Node], None]]:
+def register_fitter(*targets: str) -> Callable[[Callable[[Any, fx.Node], None]], Callable[[Any, fx.Node], None]]:
     """Register the fitter of functions and methods by their names."""
 
     def register(function: Callable[[Any, fx.Node], None]) -> Callable[[Any, fx.Node], None]:
@@ -27,7 +27,7 @@ def fitter(*targets: str) -> Callable[[Callable[[Any, fx.Node], None]], Callable
     return register
 
 
-def fit(run: Any, node: fx.Node) -> None:
+def fit_node(run: Any, node: fx.Node) -> None:
     """Fit one node of a compact graph. ``run`` is the interpreter that is about to run it."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     FITTERS.get(name.strip("_"), keep_numbers)(run, node)
@@ -38,7 +38,7 @@ def value_of(run: Any, arg: Any) -> Any:
     return fx.map_arg(arg, lambda node: run.env[node])
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def find_argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -67,20 +67,22 @@ def put_number(node: fx.Node, arg: fx.Node, number: float) -> None:
     node.kwargs = fx.map_arg(node.kwargs, lambda each: number if each is arg else each)
 
 
-@fitter("view", "reshape", "expand", "unflatten", "broadcast_to", "zeros", "ones", "new_zeros", "new_ones", "empty")
+@register_fitter(
+    "view", "reshape", "expand", "unflatten", "broadcast_to", "zeros", "ones", "new_zeros", "new_ones", "empty"
+)
 def sizes(run: Any, node: fx.Node) -> None:
     """Sizes that stand in the call. One that was computed and comes out wrong becomes -1, so that it stays dynamic."""
     target = run.after[node.name].shape
     name = node.target if isinstance(node.target, str) else node.target.__name__
     start = 0 if name in ("zeros", "ones", "empty") else 1
     if name == "unflatten":
-        axis = value_of(run, argument(node, 1, "dim"))
-        old = argument(node, 2, "sizes", node.kwargs.get("unflattened_size"))
+        axis = value_of(run, find_argument(node, 1, "dim"))
+        old = find_argument(node, 2, "sizes", node.kwargs.get("unflattened_size"))
         count = len(value_of(run, old))
         rank = len(target) - count + 1
         wanted = target[axis % rank : axis % rank + count]
         key = "sizes" if "sizes" in node.kwargs else "unflattened_size"
-        set_argument(node, 2, key, fitted(run, old, wanted, True))
+        set_argument(node, 2, key, fit_argument(run, old, wanted, True))
         return
     given: Any = node.args[start:]
     packed = len(given) == 1 and not isinstance(value_of(run, given[0]), int)
@@ -91,11 +93,11 @@ def sizes(run: Any, node: fx.Node) -> None:
         if tuple(run.env[old]) != tuple(target):
             node.args = (*node.args[:start], tuple(target))
         return
-    new = fitted(run, old, target, name in ("view", "reshape"))
+    new = fit_argument(run, old, target, name in ("view", "reshape"))
     node.args = (*node.args[:start], new) if packed else (*node.args[:start], *new)
 
 
-def fitted(run: Any, old: Sequence[Any], wanted: Sequence[int], may_infer: bool) -> tuple[Any, ...]:
+def fit_argument(run: Any, old: Sequence[Any], wanted: Sequence[int], may_infer: bool) -> tuple[Any, ...]:
     """The sizes ``old`` with those that differ from ``wanted`` replaced."""
     values = [value_of(run, size) for size in old]
     # Next to a size of 0, torch can't tell what -1 stands for.
@@ -113,12 +115,12 @@ def fitted(run: Any, old: Sequence[Any], wanted: Sequence[int], may_infer: bool)
     return tuple(new)
 
 
-@fitter("chunk", "split", "split_with_sizes", "tensor_split")
+@register_fitter("chunk", "split", "split_with_sizes", "tensor_split")
 def parts(run: Any, node: fx.Node) -> None:
     """Parts that became unequal are given by their sizes."""
-    value, expected = argument(node, 0, "input"), run.after[node.name]
+    value, expected = find_argument(node, 0, "input"), run.after[node.name]
     position = 2
-    axis = value_of(run, argument(node, position, "dim", 0)) % len(expected[0].shape)
+    axis = value_of(run, find_argument(node, position, "dim", 0)) % len(expected[0].shape)
     wanted = [part.shape[axis] for part in expected]
     if wanted == [part.shape[axis] for part in run.before[node.name]]:
         return
@@ -126,10 +128,10 @@ def parts(run: Any, node: fx.Node) -> None:
     node.args, node.kwargs = (value, wanted, axis), {}
 
 
-@fitter("getitem")
+@register_fitter("getitem")
 def item(run: Any, node: fx.Node) -> None:
     """Slices of an axis that lost positions: the bounds move by what went before them."""
-    source, index = argument(node, 0, "input"), argument(node, 1, "index")
+    source, index = find_argument(node, 0, "input"), find_argument(node, 1, "index")
     before = run.before[source.name]
     if not isinstance(before, Value) or not isinstance(run.after[node.name], Value):
         return
@@ -170,29 +172,29 @@ def moved_bound(run: Any, before: Value, axis: int, bound: int | None) -> int | 
 
 def kept_along(run: Any, labels: Labels, axis: int) -> Bools | None:
     """bool[size]: what stays along an axis, or None where nothing varies."""
-    label = along(labels, axis)
+    label = label_along(labels, axis)
     if label is None:
         return None
-    return left(run.stays[label], axis)
+    return stays_along(run.stays[label], axis)
 
 
-@fitter("narrow")
+@register_fitter("narrow")
 def narrow(run: Any, node: fx.Node) -> None:
     """A start and a length."""
-    before = run.before[argument(node, 0, "input").name]
-    axis = value_of(run, argument(node, 1, "dim")) % len(before.shape)
-    start = old_value(run, argument(node, 2, "start"))
+    before = run.before[find_argument(node, 0, "input").name]
+    axis = value_of(run, find_argument(node, 1, "dim")) % len(before.shape)
+    start = old_value(run, find_argument(node, 2, "start"))
     moved = moved_bound(run, before, axis, start)
     if moved is not None:
         set_argument(node, 2, "start", moved)
         set_argument(node, 3, "length", run.after[node.name].shape[axis])
 
 
-@fitter("pad")
+@register_fitter("pad")
 def pad(run: Any, node: fx.Node) -> None:
     """Zeros appended to channels: as many as stay of them."""
-    amounts = list(argument(node, 1, "pad"))
-    before, after = run.before[argument(node, 0, "input").name], run.after[node.name]
+    amounts = list(find_argument(node, 1, "pad"))
+    before, after = run.before[find_argument(node, 0, "input").name], run.after[node.name]
     ndim = len(before.shape)
     for pair in range(len(amounts) // 2):
         axis = ndim - 1 - pair
@@ -208,59 +210,62 @@ def pad(run: Any, node: fx.Node) -> None:
     set_argument(node, 1, "pad", tuple(amounts))
 
 
-@fitter("channel_shuffle")
+@register_fitter("channel_shuffle")
 def channel_shuffle(run: Any, node: fx.Node) -> None:
     """The groups of which something stays."""
-    groups = old_value(run, argument(node, 1, "groups"))
-    kept = kept_along(run, run.before[argument(node, 0, "input").name].labels, 1)
+    groups = old_value(run, find_argument(node, 1, "groups"))
+    kept = kept_along(run, run.before[find_argument(node, 0, "input").name].labels, 1)
     if kept is not None:
         set_argument(node, 1, "groups", int(kept.reshape(groups, -1).any(1).sum()))
 
 
-@fitter("squeeze")
+@register_fitter("squeeze")
 def squeeze(run: Any, node: fx.Node) -> None:
     """Without a dim every axis of size 1 goes: those that were of size 1 before the cut."""
-    before, after = run.before[argument(node, 0, "input").name].shape, run.env[argument(node, 0, "input")].shape
+    before, after = (
+        run.before[find_argument(node, 0, "input").name].shape,
+        run.env[find_argument(node, 0, "input")].shape,
+    )
     if len(node.args) == 1 and not node.kwargs and 1 in after and after != before:
         node.args = (node.args[0], tuple(axis for axis, size in enumerate(before) if size == 1))
 
 
-@fitter("layer_norm", "rms_norm")
+@register_fitter("layer_norm", "rms_norm")
 def layer_norm(run: Any, node: fx.Node) -> None:
     """The normalized shape is that of the trailing axes."""
-    shape = value_of(run, argument(node, 1, "normalized_shape"))
+    shape = value_of(run, find_argument(node, 1, "normalized_shape"))
     set_argument(node, 1, "normalized_shape", tuple(run.after[node.name].shape[-len(tuple(shape)) :]))
 
 
-@fitter("group_norm")
+@register_fitter("group_norm")
 def group_norm(run: Any, node: fx.Node) -> None:
     """Whole groups went; a single group stays one."""
-    groups = old_value(run, argument(node, 1, "num_groups"))
+    groups = old_value(run, find_argument(node, 1, "num_groups"))
     if groups > 1:
         per_group = run.before[node.name].shape[1] // groups
         set_argument(node, 1, "num_groups", run.after[node.name].shape[1] // per_group)
 
 
-@fitter("conv1d", "conv2d", "conv3d")
+@register_fitter("conv1d", "conv2d", "conv3d")
 def convolution(run: Any, node: fx.Node) -> None:
     """The groups that stay."""
-    if old_value(run, argument(node, 6, "groups", 1)) != 1:
+    if old_value(run, find_argument(node, 6, "groups", 1)) != 1:
         source, weight = (run.env[arg] for arg in node.args[:2])
         set_argument(node, 6, "groups", source.shape[1 - weight.ndim] // weight.shape[1])
 
 
-@fitter("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@register_fitter("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(run: Any, node: fx.Node) -> None:
     """The groups that stay."""
-    if old_value(run, argument(node, 6, "groups", 1)) != 1:
+    if old_value(run, find_argument(node, 6, "groups", 1)) != 1:
         weight = run.env[node.args[1]]
         channels = run.after[node.name].shape[1 - weight.ndim]
         set_argument(node, 6, "groups", channels // weight.shape[1])
 
 
-@fitter("scaled_dot_product_attention")
+@register_fitter("scaled_dot_product_attention")
 def attention(run: Any, node: fx.Node) -> None:
     """The default scale is that of the original head size."""
-    query = run.before[argument(node, 0, "input").name].shape[-1]
-    if node.kwargs.get("scale") is None and run.after[argument(node, 0, "input").name].shape[-1] != query:
+    query = run.before[find_argument(node, 0, "input").name].shape[-1]
+    if node.kwargs.get("scale") is None and run.after[find_argument(node, 0, "input").name].shape[-1] != query:
         node.kwargs = {**node.kwargs, "scale": query**-0.5}

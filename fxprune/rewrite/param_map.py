@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from fxprune.errors import MigrationError, require
+from fxprune.errors import MigrationError, require_type
 from fxprune.graph.inputs import tensors_in
 
 Kept = tuple[Tensor | None, ...]
@@ -46,7 +46,7 @@ class ParamMap(Mapping[str, Kept]):
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Cut a tensor that is shaped like the original parameter or buffer ``name``."""
-        return cut(tensor, self._kept[name])
+        return cut_tensor(tensor, self._kept[name])
 
     def removed(self, name: str, tensor: Tensor) -> Tensor:
         """bool, shaped like ``tensor``: the positions of ``name`` that are gone."""
@@ -71,7 +71,7 @@ class ParamMap(Mapping[str, Kept]):
                     "led to. Rewrite the compact model itself, not a copy of it."
                 )
         kept = {
-            name: first if name in self.gone else tuple(map(compose, first, other[name]))
+            name: first if name in self.gone else tuple(map(compose_kept, first, other[name]))
             for name, first in self._kept.items()
         }
         parameters = {
@@ -79,7 +79,7 @@ class ParamMap(Mapping[str, Kept]):
             for old, (name, new) in self._parameters.items()
         }
         norms = {
-            key: tuple(map(compose, self.norms[key], other.norms[key]))
+            key: tuple(map(compose_kept, self.norms[key], other.norms[key]))
             if key in self.norms and key in other.norms
             else (self.norms | other.norms)[key]
             for key in self.norms | other.norms
@@ -110,7 +110,7 @@ class ParamMap(Mapping[str, Kept]):
             group["params"] = [self._parameters[old][1] for old in group["params"]]
         for old, state in moved.items():
             name, new = self._parameters[old]
-            new.grad = None if old.grad is None else cut(old.grad, self._kept[name])
+            new.grad = None if old.grad is None else cut_tensor(old.grad, self._kept[name])
             optimizer.state.pop(old, None)
             if state:
                 optimizer.state[new] = state
@@ -136,7 +136,7 @@ class ParamMap(Mapping[str, Kept]):
         Raises:
             MigrationError: as ``migrate``.
         """
-        require(optimizer, Optimizer, "optimizer", MigrationError)
+        require_type(optimizer, Optimizer, "optimizer", MigrationError)
         check_owned(optimizer, {*self._parameters, *others})
         if isinstance(optimizer, LBFGS):
             raise MigrationError(
@@ -159,7 +159,7 @@ class ParamMap(Mapping[str, Kept]):
         for key, value in state.items():
             tensors = tensors_in(value)
             if isinstance(value, Tensor) and value.shape == old.shape:
-                result[key] = cut(value, self._kept[name])
+                result[key] = cut_tensor(value, self._kept[name])
             elif new.shape == old.shape or all(tensor.numel() == 1 for tensor in tensors):
                 result[key] = value
             elif reset:
@@ -184,7 +184,7 @@ def check_owned(optimizer: Optimizer, parameters: Container[nn.Parameter]) -> No
                 )
 
 
-def cut(tensor: Tensor, kept: Kept) -> Tensor:
+def cut_tensor(tensor: Tensor, kept: Kept) -> Tensor:
     """A copy of ``tensor`` with only the ``kept`` indices of each axis; its memory format stays."""
     result = tensor.detach()
     for axis, index in enumerate(kept):
@@ -196,7 +196,7 @@ def cut(tensor: Tensor, kept: Kept) -> Tensor:
     return result.clone() if result.data_ptr() == tensor.data_ptr() or result is tensor else result
 
 
-def compose(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def compose_kept(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """Indices into the original of what ``second`` keeps of what ``first`` kept."""
     if first is None or second is None:
         return second if first is None else first

@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import Runner, cause, where, within
-from fxprune.channels.labels import left
+from fxprune.channels.interpret import Runner, describe_cause, describe_place, name_within
+from fxprune.channels.labels import stays_along
 from fxprune.channels.names import Bools
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value, values_in
-from fxprune.errors import FxpruneError, PlanError, RewriteError, require
+from fxprune.errors import FxpruneError, PlanError, RewriteError, require_type
 from fxprune.graph.collector import collector_rests
-from fxprune.graph.inputs import describe, tensors_in
+from fxprune.graph.inputs import describe_inputs, tensors_in
 from fxprune.graph.trace import copy_modules, named_tensors
-from fxprune.graph.traced import START, Model, TracedModule, copy_graph, of_region, regions, require_traced
+from fxprune.graph.traced import START, Model, TracedModule, copy_graph, of_region, regions_of, require_traced
 from fxprune.plan import Plan
 from fxprune.rewrite.branches import is_empty, remove_branches
-from fxprune.rewrite.fit import fit
-from fxprune.rewrite.param_map import Kept, ParamMap, cut
+from fxprune.rewrite.fit import fit_node
+from fxprune.rewrite.param_map import Kept, ParamMap, cut_tensor
 
 Shape = tuple[int, ...]
 
@@ -49,8 +49,8 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
         RewriteError: ``graph`` is not the model that was analysed, or a shape is not as predicted.
     """
     require_traced(graph, "graph", RewriteError)
-    require(analysis, Analysis, "analysis", RewriteError)
-    require(plan, Plan, "plan", RewriteError)
+    require_type(analysis, Analysis, "analysis", RewriteError)
+    require_type(plan, Plan, "plan", RewriteError)
     predicted = analysis.values_after(plan)
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)
@@ -68,7 +68,7 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
     for name, tensor in state.items():
         if id(tensor) in tensors:
             continue
-        new = cut(tensor, kept[name])
+        new = cut_tensor(tensor, kept[name])
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             parameters[tensor] = name, new
@@ -82,14 +82,14 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
         nothing = torch.zeros(0, dtype=torch.int64)
         kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
     set_attributes(compact, predicted)
-    for path, region in regions(compact).items():
+    for path, region in regions_of(compact).items():
         for mode in region.distinct_graphs():
             if path in analysis.inputs[mode]:
                 before, after = (of_region(values[mode], path) for values in (analysis.values, predicted))
                 Fitter(region, mode, before, after, stays).start(analysis.inputs[mode][path])
         region.recompile()
     param_map = ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
-    record(compact, analysis, plan)
+    record_cut(compact, analysis, plan)
     if START in compact.meta:
         compact.meta[START] = compact.meta[START].after(param_map)
     return compact, param_map
@@ -127,13 +127,13 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Ke
         if not mask.all():
             before = kept.get((norm.mode, norm.node), (None,) * mask.ndim)
             kept[norm.mode, norm.node] = tuple(
-                torch.from_numpy(left(mask, axis).nonzero()[0]) if size > 1 else before[axis]
+                torch.from_numpy(stays_along(mask, axis).nonzero()[0]) if size > 1 else before[axis]
                 for axis, size in enumerate(mask.shape)
             )
     return kept
 
 
-def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
+def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
     """Leave on the compact model what ``save`` needs, the plan from the model that was traced first, and its groups."""
     before = compact.meta.get("fxprune")
     try:
@@ -143,7 +143,7 @@ def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
             "this model was cut before, by groups that an analysis of it does not find again. Plan with what came of "
             f"the first analysis, analysis.after(plan, compact). ({error})"
         ) from error
-    example = before["example_inputs"] if before else describe(analysis.example_inputs)
+    example = before["example_inputs"] if before else describe_inputs(analysis.example_inputs)
     compact.meta["fxprune"] = {
         "plan": whole.to_json(),
         "example_inputs": example,
@@ -162,7 +162,7 @@ def record(compact: Model, analysis: Analysis, plan: Plan) -> None:
 def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) -> None:
     """Make the attributes of the layers that graphs, or the Python that steers them, call say what the weights are."""
     for layer, shape, out in layer_calls(compact, predicted):
-        for name, attribute in attributes(layer, shape, out).items():
+        for name, attribute in layer_attributes(layer, shape, out).items():
             if getattr(layer, name) != attribute:
                 setattr(layer, name, attribute)
 
@@ -171,7 +171,7 @@ def layer_calls(
     compact: Model, predicted: Mapping[bool, Mapping[str, Any]]
 ) -> Iterator[tuple[nn.Module, Shape, Shape]]:
     """The layers that are called, with the shapes of what they are given and give."""
-    traced = regions(compact)
+    traced = regions_of(compact)
     for path, region in traced.items():
         for mode, graph in region.distinct_graphs().items():
             values = of_region(predicted[mode], path)
@@ -186,7 +186,7 @@ def layer_calls(
             if end == "output" and path and path not in traced:
                 yield (
                     compact.get_submodule(path),
-                    *(shape_of(values.get(within(path, end))) for end in ("input", "output")),
+                    *(shape_of(values.get(name_within(path, end))) for end in ("input", "output")),
                 )
 
 
@@ -195,7 +195,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return value.shape if isinstance(value, Value) else ()
 
 
-def attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) -> dict[str, Any]:
+def layer_attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) -> dict[str, Any]:
     """The attributes of a layer of torch.nn that follow from its weights and the shapes of its input and output."""
     weight = getattr(module, "weight", None)
     w = tuple(weight.shape) if isinstance(weight, Tensor) else ()
@@ -251,7 +251,7 @@ class Fitter(Runner):
         """Fit, run and check one node."""
         self.node = n.name
         if n.op in ("call_function", "call_method") and n.name in self.after:
-            fit(self, n)
+            fit_node(self, n)
         try:
             result = super().run_node(n)
         except FxpruneError:
@@ -259,11 +259,11 @@ class Fitter(Runner):
         except Exception as error:
             if any(is_empty(self.after.get(source.name)) for source in n.all_input_nodes):
                 raise RewriteError(
-                    f"the plan keeps no channel of what node {where(n)} reads, and torch does not run it on nothing: "
-                    f"{cause(error)}. The model is unchanged; keep at least one channel there."
+                    f"the plan keeps no channel of what node {describe_place(n)} reads, and torch does not run it on "
+                    f"nothing: {describe_cause(error)}. The model is unchanged; keep at least one channel there."
                 ) from error
             raise RewriteError(
-                f"node {where(n)} does not run in the compact graph: {cause(error)}. The model is "
+                f"node {describe_place(n)} does not run in the compact graph: {describe_cause(error)}. The model is "
                 "unchanged; keep the channels there with keep=, and please report it."
             ) from error
         return self.checked(n, result)
@@ -321,7 +321,7 @@ class Fitter(Runner):
             return result
         expected = self.after[node.name]
         if isinstance(expected, float) and result != expected:
-            bake(node, expected)
+            bake_scalars(node, expected)
             return expected
         if isinstance(result, Tensor) and isinstance(expected, Value) and result.shape == expected.shape:
             return result
@@ -329,13 +329,13 @@ class Fitter(Runner):
         predicted = [value.shape for value in values_in(expected)]
         if shapes != predicted and node.op != "output":
             raise RewriteError(
-                f"node {where(node)} has shape {shapes} in the compact graph, predicted was {predicted}. The model is "
-                "unchanged; keep the channels there with keep=, and please report it."
+                f"node {describe_place(node)} has shape {shapes} in the compact graph, predicted was {predicted}. The "
+                "model is unchanged; keep the channels there with keep=, and please report it."
             )
         return result
 
 
-def bake(node: fx.Node, value: Any) -> None:
+def bake_scalars(node: fx.Node, value: Any) -> None:
     """Replace a node that computes a number by that number, in all its users."""
     for user in list(node.users):
         user.args = fx.map_arg(user.args, lambda arg: value if arg is node else arg)

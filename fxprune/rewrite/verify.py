@@ -17,13 +17,13 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.budget.cost import device_of
-from fxprune.channels.interpret import placeholders, within
-from fxprune.errors import VerificationError, require
-from fxprune.graph.inputs import Bound, bind, for_mode, map_tensors, tensors_in
-from fxprune.graph.regions import forwards, layers
-from fxprune.graph.traced import Model, TracedModule, regions, require_traced
+from fxprune.channels.interpret import bind_placeholders, name_within
+from fxprune.errors import VerificationError, require_type
+from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
+from fxprune.graph.regions import replaced_forwards, steered_layers
+from fxprune.graph.traced import Model, TracedModule, regions_of, require_traced
 from fxprune.ops.reduction import STATISTICS
-from fxprune.rewrite.param_map import Kept, ParamMap, cut
+from fxprune.rewrite.param_map import Kept, ParamMap
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
@@ -73,14 +73,14 @@ def verify(
     """
     require_traced(graph, "graph", VerificationError)
     require_traced(compact, "compact", VerificationError)
-    require(param_map, ParamMap, "param_map", VerificationError)
+    require_type(param_map, ParamMap, "param_map", VerificationError)
     check_maps(graph, compact, param_map)
-    if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind(example_inputs)))):
+    if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind_inputs(example_inputs)))):
         raise VerificationError(
             "tensors on the meta device have no values to compare: pass verify=False to prune, or load them"
         )
     with torch.inference_mode(False), torch.enable_grad():
-        return compare(graph, compact, param_map, example_inputs, dtype, gradients)
+        return compare_models(graph, compact, param_map, example_inputs, dtype, gradients)
 
 
 def check_maps(graph: Model, compact: Model, param_map: ParamMap) -> None:
@@ -98,7 +98,7 @@ def check_maps(graph: Model, compact: Model, param_map: ParamMap) -> None:
             )
 
 
-def compare(
+def compare_models(
     graph: Model,
     compact: Model,
     param_map: ParamMap,
@@ -108,7 +108,7 @@ def compare(
 ) -> Verification:
     """What ``verify`` does once its arguments are known to be sound."""
     inputs = map_tensors(
-        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind(example_inputs)
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind_inputs(example_inputs)
     )
     tolerance = TOLERANCE[dtype]
     small = copy.deepcopy(compact).to(dtype)
@@ -119,7 +119,7 @@ def compare(
         raise VerificationError(
             f"the original does not run on these example_inputs in {dtype}: {type(cause).__name__}: {cause}"
         ) from cause
-    mask_(masked, param_map)
+    mask_removed(masked, param_map)
 
     def sliced(name: str, gradient: Tensor) -> Tensor | None:
         return None if name in param_map.gone else param_map.slice(name, gradient)
@@ -136,9 +136,9 @@ def compare(
             break
         found = outputs_of(small, mode, inputs, gradients, None, expected.within)
         noise: dict[tuple[str, str], float] = {}
-        for kind, name, error in differences(expected, found, sliced):
+        for kind, name, error in find_differences(expected, found, sliced):
             if tolerance < error <= AMPLIFIED * tolerance:
-                noise = noise or rounding(masked, mode, inputs, gradients, param_map, expected)
+                noise = noise or measure_rounding(masked, mode, inputs, gradients, param_map, expected)
             worst[kind] = max(worst[kind], error)
             if not error <= max(tolerance, min(10 * noise.get((kind, name), 0.0), AMPLIFIED * tolerance)):
                 raise VerificationError(
@@ -148,12 +148,13 @@ def compare(
                 )
         if not mode:
             moved = max(
-                (difference(a, b) for _, a, b in outputs_of_both(whole, found) if a.shape == b.shape), default=0.0
+                (relative_difference(a, b) for _, a, b in outputs_of_both(whole, found) if a.shape == b.shape),
+                default=0.0,
             )
     return Verification(worst["output"], worst["gradient"], moved, tolerance, trained)
 
 
-def rounding(
+def measure_rounding(
     masked: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
 ) -> dict[tuple[str, str], float]:
     """What a change of the last bit of inputs and weights makes of outputs and gradients: nothing can agree better.
@@ -172,7 +173,7 @@ def rounding(
         for parameter in other.parameters():
             parameter.copy_(nudged(parameter))
     found = outputs_of(other, mode, map_tensors(nudged, inputs), gradients, param_map, expected.within)
-    return {(kind, name): error for kind, name, error in differences(expected, found, lambda _, tensor: tensor)}
+    return {(kind, name): error for kind, name, error in find_differences(expected, found, lambda _, tensor: tensor)}
 
 
 class Result(NamedTuple):
@@ -192,7 +193,7 @@ def outputs_of_both(a: Result, b: Result) -> Iterator[tuple[str, Tensor, Tensor]
         yield str(number), *pair
 
 
-def differences(
+def find_differences(
     expected: Result, found: Result, sliced: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[tuple[str, str, float]]:
     """("output" or "gradient", its name, relative difference) between the masked original and the compact model.
@@ -202,24 +203,24 @@ def differences(
     if (expected_count := len(expected.outputs)) != len(found.outputs) or len(expected.within) != len(found.within):
         raise VerificationError(f"the model returns {expected_count} tensors, the compact {len(found.outputs)}")
     for name, a, b in outputs_of_both(expected, found):
-        yield "output", name, difference(a, b)
+        yield "output", name, relative_difference(a, b)
     # Rounding in a gradient is that of the whole backward pass: it is measured against the largest gradient of all.
     gradients = expected.gradients
     largest = max((gradient.abs().max().item() for gradient in gradients.values() if gradient.numel()), default=0.0)
     for name, gradient in gradients.items():
         mine = sliced(name, gradient)
         if mine is not None:
-            yield "gradient", name, difference(mine, found.gradients[name], floor=largest)
+            yield "gradient", name, relative_difference(mine, found.gradients[name], floor=largest)
 
 
-def mask_(model: nn.Module, param_map: ParamMap) -> None:
+def mask_removed(model: nn.Module, param_map: ParamMap) -> None:
     """Set every removed slice of every parameter of ``model`` to zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.masked_fill_(param_map.removed(name, parameter), 0)
 
 
-def difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+def relative_difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     """The largest absolute difference, relative to the largest absolute value of ``a`` (at least ``floor``)."""
     if a.shape != b.shape:
         return float("inf")
@@ -289,10 +290,10 @@ def masked_norms(
         return noted
 
     noted: dict[nn.Module, Callable[..., Any]] = {
-        region: noting(path, masked_region(path, region, norms)) for path, region in regions(model).items()
+        region: noting(path, masked_region(path, region, norms)) for path, region in regions_of(model).items()
     }
-    noted |= {layer: noting(path, masked_layer(path, layer, norms)) for path, layer in layers(model).items()}
-    with forwards(noted):
+    noted |= {layer: noting(path, masked_layer(path, layer, norms)) for path, layer in steered_layers(model).items()}
+    with replaced_forwards(noted):
         yield seen
 
 
@@ -303,7 +304,7 @@ def masked_region(path: str, region: TracedModule, norms: Mapping[tuple[bool, st
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         run = MaskedNorms(region, region.training, its)
-        given = placeholders(region.graphs[region.training], (args, kwargs))
+        given = bind_placeholders(region.graphs[region.training], (args, kwargs))
         return run.run(*given, enable_io_processing=False)
 
     return forward
@@ -314,7 +315,7 @@ def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[bool, str], K
     forward = layer.forward
 
     def masked(*args: Any, **kwargs: Any) -> Any:
-        kept = norms.get((layer.training, within(path, "output")))
+        kept = norms.get((layer.training, name_within(path, "output")))
         if kept is None:
             return forward(*args, **kwargs)
         with NormOverKept(kept):
@@ -433,6 +434,3 @@ class Comparable(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
-
-
-__all__ = ["Verification", "cut", "verify"]

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxprune.channels.analysis import analyze
-from fxprune.errors import FileError, FxpruneError, require
+from fxprune.errors import FileError, FxpruneError, require_type
 from fxprune.files.model import check_state, without_aliases
-from fxprune.files.sparse import packed, start_in, unpacked
+from fxprune.files.sparse import pack_sparse, start_in, unpack_sparse
 from fxprune.files.start import Start, start_of
 from fxprune.graph.trace import trace
 from fxprune.plan import Plan
@@ -54,31 +54,31 @@ class Saved:
     start: Start | None  # of the model before any cut
 
 
-def write(session: "Session", path: str | Path) -> None:
+def write_checkpoint(session: "Session", path: str | Path) -> None:
     """Write a checkpoint: on the first rank; the others wait, and all have the same outcome.
 
     Raises:
         FileError: nothing can be written there, or a pass has options or memories that are not plain data.
     """
-    require(path, (str, Path), "path", FileError)
-    states = distributed.gather(random_state())  # every rank has random numbers of its own
+    require_type(path, (str, Path), "path", FileError)
+    states = distributed.gather_values(random_state())  # every rank has random numbers of its own
     failed = ""
-    if distributed.rank() == 0:
+    if distributed.own_rank() == 0:
         try:
-            save_atomically(contents(session, states), Path(path))
+            save_atomically(checkpoint_contents(session, states), Path(path))
         except Exception as error:  # what can't be pickled fails in as many ways; the other ranks wait for the outcome
             failed = f"can't write a checkpoint to {path}: {error}"
-    failed = distributed.gather(failed)[0]
+    failed = distributed.gather_values(failed)[0]
     if failed:
         raise FileError(failed)
 
 
-def contents(session: "Session", random_states: list[Any]) -> dict[str, Any]:
+def checkpoint_contents(session: "Session", random_states: list[Any]) -> dict[str, Any]:
     """Everything that goes into the file."""
     for training_pass, memory in session._pairs():
         training_pass.before_save(session, memory)
     state, aliases = without_aliases(dict(session.graph.state_dict()))
-    state, sparse = packed(state, start_of(session.graph))
+    state, sparse = pack_sparse(state, start_of(session.graph))
     record = session.graph.meta.get("fxprune")
     plan = Plan.from_json(record["plan"]) if record else Plan({}, session.analysis.sizes, session.analysis.options)
     return {
@@ -125,7 +125,7 @@ def save_atomically(data: dict[str, Any], path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read(
+def read_checkpoint(
     path: str | Path,
     model: nn.Module,
     example_inputs: Any,
@@ -137,7 +137,7 @@ def read(
     Raises:
         FileError: it can't be read, or does not fit.
     """
-    require(path, (str, Path), "path", FileError)
+    require_type(path, (str, Path), "path", FileError)
     if not Path(path).is_file():
         raise FileError(f"there is no file {path}")
     try:
@@ -159,7 +159,7 @@ def read(
         compact, param_map = rewrite(graph, analyze(graph, example_inputs, **options), plan)
         start = start_in(data["start"], graph) if data["start"] is not None else None
         if start is not None:
-            data["model"] = unpacked(data["model"], data["start"], start.after(param_map))
+            data["model"] = unpack_sparse(data["model"], data["start"], start.after(param_map))
         data["model"] |= {name: data["model"][first] for name, first in data["aliases"].items()}
         check_state(compact, data["model"])
         check_owned(optimizer, set(graph.parameters()))
@@ -215,7 +215,7 @@ def pass_of(saved: dict[str, Any]) -> TrainingPass:
     return kind(**saved["options"])
 
 
-def restore(session: "Session", saved: Saved) -> None:
+def restore_session(session: "Session", saved: Saved) -> None:
     """Put a checkpoint that ``read`` found sound into a new session."""
     data = saved.data
     if saved.plan.keep:
@@ -228,8 +228,8 @@ def restore(session: "Session", saved: Saved) -> None:
     session.epoch, session.step, session.batch_size = data["epoch"], data["step"], data["batch_size"]
     session.log = Log.from_json(data["log"])
     session._unclaimed = data["registered"]
-    if distributed.rank() < len(data["random"]):  # of more ranks than before, the new ones keep their own
-        set_random_state(data["random"][distributed.rank()])
+    if distributed.own_rank() < len(data["random"]):  # of more ranks than before, the new ones keep their own
+        set_random_state(data["random"][distributed.own_rank()])
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.channels.analysis import Analysis
-from fxprune.graph.trace import same
-from fxprune.graph.traced import Model, TracedModule, is_plain, regions
+from fxprune.graph.trace import same_graphs
+from fxprune.graph.traced import Model, TracedModule, is_plain, regions_of
 from fxprune.plan import Plan
-from fxprune.rewrite.param_map import ParamMap, cut
+from fxprune.rewrite.param_map import ParamMap, cut_tensor
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.rewrite.verify import verify
 
@@ -57,7 +57,7 @@ def reconfigure(
     if verify_with is not None:
         verify(model, compact, param_map, verify_with)
     gradients = {
-        parameter: cut(parameter.grad, param_map[name])
+        parameter: cut_tensor(parameter.grad, param_map[name])
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and name not in param_map.gone
     }
@@ -65,7 +65,7 @@ def reconfigure(
     for parameter in model.parameters():
         parameter.grad = None
     for each, its_compact in zip((model, *copies), (compact, *followers), strict=True):
-        become(each, its_compact)
+        become_compact(each, its_compact)
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
     for optimizer, its in zip(optimizers, states, strict=True):
@@ -77,14 +77,14 @@ def reconfigure(
     return analysis.after(plan, model), param_map.in_place()
 
 
-def become(model: Model, compact: Model) -> None:
+def become_compact(model: Model, compact: Model) -> None:
     """Make ``model`` what ``compact`` is. What has the same name in both stays the same object."""
-    regions_of_both = [(region, regions(compact)[path]) for path, region in regions(model).items()]
+    regions_of_both = [(region, regions_of(compact)[path]) for path, region in regions_of(model).items()]
     take_over(model, compact)
     model.meta.clear()
     model.meta.update(compact.meta)
     for region, its in regions_of_both:
-        if not all(same(region.graphs[mode], its.graphs[mode]) for mode in (False, True)):
+        if not all(same_graphs(region.graphs[mode], its.graphs[mode]) for mode in (False, True)):
             region.set_graphs(its.graphs[True], its.graphs[False])
 
 

@@ -12,28 +12,28 @@ from torch import Tensor
 from fxprune.errors import SessionError
 
 
-def ranks() -> int:
+def count_ranks() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
+def own_rank() -> int:
     """Which of them this is."""
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if count_ranks() > 1 else 0
 
 
-def mean(tensor: Tensor) -> Tensor:
+def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean of ``tensor`` over all ranks, the same on each."""
-    if ranks() == 1:
+    if count_ranks() == 1:
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)
-    return total / ranks()
+    return total / count_ranks()
 
 
-def largest(number: float) -> float:
+def largest_over_ranks(number: float) -> float:
     """The largest ``number`` of all ranks."""
-    numbers: list[float] = gather(number)
+    numbers: list[float] = gather_values(number)
     return max(numbers)
 
 
@@ -48,15 +48,15 @@ class ElsewhereError(SessionError):
     """Another rank failed where this one did not."""
 
 
-def gather(value: Any) -> list[Any]:
+def gather_values(value: Any) -> list[Any]:
     """``value`` of every rank, in the order of the ranks, on every rank.
 
     Raises:
         ElsewhereError: another rank has left a block of ``all_or_none`` with an error.
     """
-    if ranks() == 1:
+    if count_ranks() == 1:
         return [value]
-    values: list[Any] = [None] * ranks()
+    values: list[Any] = [None] * count_ranks()
     dist.all_gather_object(values, value)
     failed = [f"rank {number}: {its.error}" for number, its in enumerate(values) if isinstance(its, Failure)]
     if failed:
@@ -64,18 +64,18 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def some(truth: bool) -> bool:
+def any_rank(truth: bool) -> bool:
     """Whether ``truth`` holds on any rank."""
-    return any(gather(truth))
+    return any(gather_values(truth))
 
 
-def agree(what: str, text: str) -> None:
+def require_agreement(what: str, text: str) -> None:
     """Raise SessionError on every rank unless ``text`` is the same on all.
 
     Raises:
         SessionError: names the ranks that differ.
     """
-    hashes = gather(hashlib.sha256(text.encode()).hexdigest()[:16])
+    hashes = gather_values(hashlib.sha256(text.encode()).hexdigest()[:16])
     if len(set(hashes)) > 1:
         parties: dict[str, list[int]] = {}
         for number, its in enumerate(hashes):
@@ -95,10 +95,10 @@ def all_or_none() -> Iterator[None]:
     """
     try:
         yield
-        gather(None)
+        gather_values(None)
     except ElsewhereError:
         raise
     except BaseException as error:
         with suppress(ElsewhereError):
-            gather(Failure(f"{type(error).__name__}: {error}"))
+            gather_values(Failure(f"{type(error).__name__}: {error}"))
         raise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxprune.budget.cost import Channels, cost_of, params
 from fxprune.budget.sums import median_norms
-from fxprune.graph.inputs import bind, tensors_in
+from fxprune.graph.inputs import bind_inputs, tensors_in
 from fxprune.training import distributed
 from fxprune.training.log import Epoch, Log
 
@@ -45,9 +45,9 @@ class Meter:
         if step_time is None:
             between = np.diff(self._ends).tolist()
             step_time = median(between) if between else 0.0
-        step_time = distributed.largest(step_time)
-        flops, _ = counted(session, "flops")
-        steps, ranks = len(self._ends), distributed.ranks()
+        step_time = distributed.largest_over_ranks(step_time)
+        flops, _ = count_per_sample(session, "flops")
+        steps, ranks = len(self._ends), distributed.count_ranks()
         trained = [parameter for parameter in session.graph.parameters() if parameter.requires_grad]
         reports: dict[str, float] = {}
         for training_pass, memory in zip(session.passes, session.memories, strict=True):
@@ -60,17 +60,17 @@ class Meter:
             samples=session.batch_size,
             flops=flops,
             params=params(session.graph),
-            memory=peak(session),
+            memory=peak_memory(session),
             widths=session.analysis.sizes,
             lr=float(session.optimizer.param_groups[0]["lr"]),
             sent=2 * (ranks - 1) / ranks * sum(map(size_of, trained)) * steps,  # of a ring
-            saved=saved(session.log, step_time, session.batch_size, steps),
+            saved=seconds_saved(session.log, step_time, session.batch_size, steps),
             norms=median_norms(session.analysis),
             values={**reports, **{name: float(value) for name, value in values.items()}},
         )
 
 
-def saved(log: Log, step_time: float, samples: int | None, steps: int) -> float:
+def seconds_saved(log: Log, step_time: float, samples: int | None, steps: int) -> float:
     """Seconds saved until now less those that cuts took, against going on at the time of a sample before the first."""
     if not any(each.removed for each in log):
         return 0.0
@@ -81,21 +81,21 @@ def saved(log: Log, step_time: float, samples: int | None, steps: int) -> float:
 
 def step_memory(session: "Session") -> tuple[float, float]:
     """Estimated bytes that a step takes on this rank: fixed, and for each sample."""
-    each, held = counted(session, "memory")
+    each, held = count_per_sample(session, "memory")
     gradients = sum(size_of(parameter) for parameter in session.graph.parameters() if parameter.requires_grad)
     states = sum(size_of(tensor) for state in session.optimizer.state.values() for tensor in tensors_in(state))
     return float(held + gradients + states), each
 
 
-def counted(session: "Session", kind: str) -> tuple[float, float]:
+def count_per_sample(session: "Session", kind: str) -> tuple[float, float]:
     """A cost of a forward pass for each sample, and the bytes of weights and buffers (which "memory" leaves out)."""
     held = sum(map(size_of, (*session.graph.parameters(), *session.graph.buffers())))
     channels = Channels.of(session.analysis)
     cost = cost_of(session.analysis, kind, channels)(np.ones(len(channels.group), dtype=bool))
-    return (cost - (held if kind == "memory" else 0)) / examples(session.example_inputs), held
+    return (cost - (held if kind == "memory" else 0)) / count_examples(session.example_inputs), held
 
 
-def peak(session: "Session") -> float:
+def peak_memory(session: "Session") -> float:
     """Bytes: the peak of the epoch on a GPU, else an estimate."""
     device = next((parameter.device for parameter in session.graph.parameters()), torch.device("cpu"))
     if device.type == "cuda":
@@ -103,7 +103,7 @@ def peak(session: "Session") -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return float(highest)
     fixed, each = step_memory(session)
-    return fixed + each * (session.batch_size or examples(session.example_inputs))
+    return fixed + each * (session.batch_size or count_examples(session.example_inputs))
 
 
 def size_of(tensor: Tensor) -> int:
@@ -111,10 +111,10 @@ def size_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def examples(example_inputs: Any) -> int:
+def count_examples(example_inputs: Any) -> int:
     """How many samples the example inputs hold: a batch, or a list of images."""
-    args, _ = bind(example_inputs)
+    args, _ = bind_inputs(example_inputs)
     if args and isinstance(args[0], list):
         return max(len(args[0]), 1)
-    first = next((tensor for tensor in tensors_in(bind(example_inputs)) if tensor.ndim), None)
+    first = next((tensor for tensor in tensors_in(bind_inputs(example_inputs)) if tensor.ndim), None)
     return 1 if first is None else max(first.shape[0], 1)

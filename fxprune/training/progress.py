@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def visible(wanted: bool | None = None) -> bool:
+def is_visible(wanted: bool | None = None) -> bool:
     """Whether bars are shown; where it is not said, they are if standard error is a terminal."""
     wanted = sys.stderr.isatty() if wanted is None else wanted
-    return wanted and distributed.rank() == 0
+    return wanted and distributed.own_rank() == 0
 
 
-def track(items: Iterable[T], text: str) -> Iterator[T]:
+def track_progress(items: Iterable[T], text: str) -> Iterator[T]:
     """``items``, with a bar that goes when they are through."""
-    if not visible():
+    if not is_visible():
         yield from items
         return
     from rich.console import Console
@@ -36,7 +36,7 @@ class Progress:
 
     def __init__(self, shown: bool | None) -> None:
         """``shown``: default, where standard error is a terminal; never on any but the first rank."""
-        self._shown = visible(shown)
+        self._shown = is_visible(shown)
         self._bar: Any = None
         self._task: Any = None
         self._steps: int | None = None

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.channels.analysis import Analysis, analyze
-from fxprune.errors import SessionError, require
-from fxprune.files.start import remember
-from fxprune.graph.trace import trace, unwrap
-from fxprune.graph.traced import Model, is_traced, regions
+from fxprune.errors import SessionError, require_type
+from fxprune.files.start import remember_start
+from fxprune.graph.trace import trace, unwrap_model
+from fxprune.graph.traced import Model, is_traced, regions_of
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap, check_owned
-from fxprune.rewrite.rewrite import record
+from fxprune.rewrite.rewrite import record_cut
 from fxprune.training import distributed
-from fxprune.training.checkpoint import Stateful, read, restore, write
+from fxprune.training.checkpoint import Stateful, read_checkpoint, restore_session, write_checkpoint
 from fxprune.training.cut import reconfigure
 from fxprune.training.log import Epoch, Log, Writer
 from fxprune.training.meter import Meter, step_memory
@@ -28,7 +28,7 @@ from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.progress import Progress
 from fxprune.training.undo import Undo
 from fxprune.training.when import Decision
-from fxprune.training.wrappers import check_whole, wrap, wrappers_of
+from fxprune.training.wrappers import check_whole, wrap_again, wrappers_of
 
 Policy = Callable[["Session", Plan, float, int], Decision]
 HOOKED: WeakSet[Optimizer] = WeakSet()  # the optimizers of the sessions that are open
@@ -93,9 +93,9 @@ class Session:
             SessionError: a pass is none, the wrapper is not supported, or another session has this optimizer.
             MigrationError: the optimizer holds other parameters.
         """
-        require(model, nn.Module, "model", SessionError)
-        require(optimizer, Optimizer, "optimizer", SessionError)
-        require(passes, Sequence, "passes", SessionError)
+        require_type(model, nn.Module, "model", SessionError)
+        require_type(optimizer, Optimizer, "optimizer", SessionError)
+        require_type(passes, Sequence, "passes", SessionError)
         if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
             raise SessionError(f"batch_size={batch_size!r} must be an integer: samples a step on this rank")
         for each in passes:
@@ -108,13 +108,13 @@ class Session:
             raise SessionError("another session has this optimizer: close() that one first, or give one all passes")
         wrappers = wrappers_of(model)
         graph = trace(model, example_inputs)
-        outer = ([], graph) if around is None else (wrappers_of(around), unwrap(around))
+        outer = ([], graph) if around is None else (wrappers_of(around), unwrap_model(around))
         check_owned(optimizer, set(outer[1].parameters()))
         if around is not None and not set(graph.parameters()) <= set(around.parameters()):
             raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
         analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
         if "fxprune" not in graph.meta:  # so that it can be saved before any cut
-            record(graph, analysis, Plan({}, analysis.sizes, analysis.options))
+            record_cut(graph, analysis, Plan({}, analysis.sizes, analysis.options))
 
         self.graph: Model = graph
         self.analysis: Analysis = analysis
@@ -131,7 +131,7 @@ class Session:
         self._reset_state, self._verify = reset_state, verify
         self._progress = Progress(progress)
         self._wrappers, self._around = wrappers, outer
-        self.model = wrap(wrappers, graph)
+        self.model = wrap_again(wrappers, graph)
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
         self._meter = Meter()
@@ -182,12 +182,12 @@ class Session:
             FxpruneError: a cut was refused. Model, optimizer and log are as they were.
         """
         self._check_open()
-        plan = together([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
-        distributed.agree("the plan", str(plan))
+        plan = merge_plans([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
+        distributed.require_agreement("the plan", str(plan))
         record = self._meter.record(self, step_time, values)
         notes = self._outcome(record)
         if plan is not None and plan.keep and self._when is not None:
-            decision = distributed.gather(self._when(self, plan, record.step_time, record.steps))[0]
+            decision = distributed.gather_values(self._when(self, plan, record.step_time, record.steps))[0]
             notes += (decision.why,)
             plan = plan if decision.go else None
             record = replace(record, predicted=decision.step_time if decision.go else None)
@@ -214,13 +214,13 @@ class Session:
             FxpruneError: the cut is refused. Nothing is changed.
         """
         self._check_open()
-        require(plan, Plan, "plan", SessionError)
+        require_type(plan, Plan, "plan", SessionError)
         if self._waits():
             raise SessionError(
                 "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, then "
                 "reconfigure"
             )
-        distributed.agree("the plan", str(plan))
+        distributed.require_agreement("the plan", str(plan))
         plan.check(self.analysis.sizes)
         return self._reconfigure(plan)
 
@@ -288,7 +288,7 @@ class Session:
                 "the session has a part of what is trained (around=), so its checkpoint would lack the rest: save with "
                 "what trains the whole, such as the Trainer of fxprune.lightning or fxprune.transformers"
             )
-        write(self, path)
+        write_checkpoint(self, path)
 
     @classmethod
     def load(
@@ -314,11 +314,11 @@ class Session:
             FileError: the file is truncated, is none, or belongs to another model. Nothing is changed.
         """
         with distributed.all_or_none():
-            saved = read(path, model, example_inputs, optimizer, passes)
+            saved = read_checkpoint(path, model, example_inputs, optimizer, passes)
         if saved.start is not None:
-            remember(model, saved.start)
+            remember_start(model, saved.start)
         session = cls(model, example_inputs, optimizer, saved.passes, **{**saved.options, **options})
-        restore(session, saved)
+        restore_session(session, saved)
         return session
 
     # ----------------------------------------------------------------------------------------- within
@@ -344,7 +344,7 @@ class Session:
         """
         gradients = [p.grad for p in self._held() if p.grad is not None] if self._pending else []
         waits = any(bool(its.any()) for its in gradients) and all(bool(its.isfinite().all()) for its in gradients)
-        return distributed.some(waits)
+        return distributed.any_rank(waits)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Call the passes; where a closure makes the gradients, when it has made them."""
@@ -430,8 +430,8 @@ class Session:
         return param_map
 
     def _wrap(self) -> None:
-        wrap(self._wrappers, self.graph)
-        wrap(*self._around)
+        wrap_again(self._wrappers, self.graph)
+        wrap_again(*self._around)
 
     def _copies(self, name: str, thing: object) -> list[Model]:
         """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""
@@ -458,11 +458,11 @@ class Session:
 def copies_in(thing: object) -> list[Model]:
     """The traced models in a module."""
     found = [part for part in thing.modules() if is_traced(part)] if isinstance(thing, nn.Module) else []
-    parts = {region for each in found for region in regions(each).values() if region is not each}
+    parts = {region for each in found for region in regions_of(each).values() if region is not each}
     return [each for each in found if each not in parts]
 
 
-def together(plans: Sequence[Plan | None]) -> Plan | None:
+def merge_plans(plans: Sequence[Plan | None]) -> Plan | None:
     """One plan that keeps what all of ``plans`` keep; where that is nothing, what those before the last one keep."""
     given = [plan for plan in plans if plan is not None]
     if not given:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxprune.graph.traced import Model, regions
+from fxprune.graph.traced import Model, regions_of
 from fxprune.training.cut import replace_data
 
 
@@ -22,10 +22,10 @@ class Undo:
         tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         self._data = [(tensor, tensor.data) for tensor in tensors]
         self._gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
-        traced = [region for model in models for region in regions(model).values()]
+        traced = [region for model in models for region in regions_of(model).values()]
         self._graphs = [(region, region.graphs[True], region.graphs[False]) for region in traced]
         held: list[dict[Any, Any]] = [optimizer.state for optimizer in optimizers]
-        held += [vars(scheduler) for scheduler in schedulers(things)]
+        held += [vars(scheduler) for scheduler in schedulers_of(things)]
         for model in models:
             held.append(model.meta)
             for module in model.modules():
@@ -55,11 +55,11 @@ class Undo:
             region.set_graphs(train, evaluate)
 
 
-def schedulers(things: Iterable[object]) -> list[LRScheduler]:
+def schedulers_of(things: Iterable[object]) -> list[LRScheduler]:
     """The schedulers among ``things``; in place of one that holds others, those."""
     found = []
     for thing in things:
         if isinstance(thing, LRScheduler):
-            inner = schedulers(getattr(thing, "_schedulers", ()))
+            inner = schedulers_of(getattr(thing, "_schedulers", ()))
             found += inner or [thing]
     return found

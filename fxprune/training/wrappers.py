@@ -71,7 +71,7 @@ def check_distributed(wrapper: DistributedDataParallel) -> None:
         )
 
 
-def wrap(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
+def wrap_again(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
     """Put ``wrappers`` (the outermost first) around ``model``. They stay the same objects, with their arguments.
 
     Nothing is sent to other ranks: their models must be cut alike.
@@ -79,7 +79,7 @@ def wrap(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
     for wrapper in reversed(wrappers):
         hooks = {name: vars(wrapper)[name] for name in HOOKS}
         if isinstance(wrapper, DistributedDataParallel):
-            distribute(wrapper, model)
+            distribute_again(wrapper, model)
         elif isinstance(wrapper, OptimizedModule):
             wrapper.__init__(model, wrapper.dynamo_ctx)  # type: ignore[misc]
         vars(wrapper).update(hooks)
@@ -89,7 +89,7 @@ def wrap(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
     return model
 
 
-def distribute(wrapper: DistributedDataParallel, model: nn.Module) -> None:
+def distribute_again(wrapper: DistributedDataParallel, model: nn.Module) -> None:
     """Make ``wrapper`` anew around ``model`` with the arguments it was made with: its buckets fit the old shapes."""
     hooks = list(getattr(wrapper, "_comm_hooks", []))
     for handle in getattr(wrapper, "_accum_grad_hooks", ()):  # of the reducer in Python

@@ -49,6 +49,6 @@ class Allocator(BeforeTraining):
         return scores
 
 
-def evenly(size: int, share: float = 1.0) -> Floats:
+def spread_evenly(size: int, share: float = 1.0) -> Floats:
     """The worth of ``size`` channels that go one by one, ``share`` times as late as those of a group of share 1."""
     return -np.arange(size) / (size * share)

@@ -10,7 +10,7 @@ from fxprune.errors import PlanError
 from fxprune.rewrite.param_map import ParamMap
 
 from ..base import Criterion, input_axis
-from ..training.activation_density import check_fresh, draw
+from ..training.activation_density import check_fresh, draw_weights
 
 WEIGHTS = ("keep", "reinit", "rescale")
 
@@ -40,7 +40,7 @@ class BeforeTraining(Criterion):
         """
         if self.weights == "reinit":
             check_fresh(compact)
-            draw(compact)
+            draw_weights(compact)
         if self.weights == "rescale":
             before = dict(graph.named_parameters())
             for name, weight in compact.named_parameters():

@@ -9,7 +9,7 @@ from fxprune.budget.solver import output_axis
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 
-from .allocator import Allocator, evenly
+from .allocator import Allocator, spread_evenly
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,13 @@ class ErdosRenyi(Allocator):
 
     def worth(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
-        return {name: evenly(group.size, density(analysis, group)) for name, group in analysis.groups.items()}
+        return {
+            name: spread_evenly(group.size, density_of_layers(analysis, group))
+            for name, group in analysis.groups.items()
+        }
 
 
-def density(analysis: Analysis, group: Group) -> float:
+def density_of_layers(analysis: Analysis, group: Group) -> float:
     """The density of the layers that write ``group``, up to a factor that is the same for all groups."""
     shapes = {name: shape for name, shape in analysis.shapes.items() if len(shape) > 1}
     members = [member for member in group.members if member.parameter in shapes]

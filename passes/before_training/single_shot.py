@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fxprune.budget.cost import Floats, marginal
 from fxprune.budget.sums import Sums
-from fxprune.channels.analysis import Analysis, abridged
+from fxprune.channels.analysis import Analysis, abridge_list
 from fxprune.channels.groups import Group
 
-from .._data import Batch, batches, mean_over, weights_times_gradients
+from .._data import Batch, mean_over, read_batches, weights_times_gradients
 from ..base import input_axis
 from .base import BeforeTraining
 
@@ -46,9 +46,9 @@ class SingleShot(BeforeTraining):
 
         def signed(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             sums = Sums(analysis, weights_times_gradients(model, batch, self.loss))
-            return {name: sums(readers(analysis, group)) for name, group in analysis.groups.items()}
+            return {name: sums(only_readers(analysis, group)) for name, group in analysis.groups.items()}
 
-        first = itertools.islice(batches(self.data, "SingleShot"), 1)
+        first = itertools.islice(read_batches(self.data, "SingleShot"), 1)
         means = mean_over(analysis, first, "SingleShot", signed)
         gates = {name: np.abs(mean) for name, mean in means.items()}
         warn_of_silence(analysis, gates)
@@ -65,19 +65,19 @@ def warn_of_silence(analysis: Analysis, gates: Mapping[str, Floats]) -> None:
     if not silent:
         return
     why = (
-        f"The scales of {abridged(zero, 4)} are zero, as zero_init_residual=True makes them: score the model before "
-        "they are set to zero."
+        f"The scales of {abridge_list(zero, 4)} are zero, as zero_init_residual=True makes them: score the model "
+        "before they are set to zero."
         if zero
         else "Are weights on the way to the loss zero?"
     )
     warnings.warn(
-        f"SingleShot: the loss does not feel {len(silent)} of {len(gates)} groups ({abridged(silent, 4)}), so their "
-        f"channels go first. {why}",
+        f"SingleShot: the loss does not feel {len(silent)} of {len(gates)} groups ({abridge_list(silent, 4)}), so "
+        f"their channels go first. {why}",
         stacklevel=4,
     )
 
 
-def readers(analysis: Analysis, group: Group) -> Group:
+def only_readers(analysis: Analysis, group: Group) -> Group:
     """``group`` with only the members that read its channels; those that write them where none reads."""
     reading = [member for member in group.members if member.axis == input_axis(analysis.graph, member.parameter)]
     return replace(group, members=tuple(reading)) if reading else group

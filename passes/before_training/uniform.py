@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 
-from .allocator import Allocator, evenly
+from .allocator import Allocator, spread_evenly
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ class Uniform(Allocator):
 
     def worth(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
-        return {name: evenly(group.size) for name, group in analysis.groups.items()}
+        return {name: spread_evenly(group.size) for name, group in analysis.groups.items()}

@@ -13,11 +13,11 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.inputs import bind
-from fxprune.graph.traced import observed, of_region, regions
+from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.traced import observed_values, of_region, regions_of
 
-from .._data import Batch, batches, mean_over
-from ..base import Criterion, detached, normalized
+from .._data import Batch, mean_over, read_batches
+from ..base import Criterion, detach_weights, normalize_scores
 
 STATISTICS = ("mean", "variance")
 
@@ -51,7 +51,7 @@ class Activation(Criterion):
 
         def sums(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             watch.put_on(model)
-            args, kwargs = bind(batch[0])
+            args, kwargs = bind_inputs(batch[0])
             try:
                 with torch.no_grad():
                     model(*args, **kwargs)
@@ -59,7 +59,7 @@ class Activation(Criterion):
                 raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
             return watch.sums
 
-        found = mean_over(analysis, batches(self.data, "Activation"), "Activation", sums)
+        found = mean_over(analysis, read_batches(self.data, "Activation"), "Activation", sums)
         if not found:
             return {}
         count = np.maximum(found["count"], 1)
@@ -69,13 +69,15 @@ class Activation(Criterion):
         sizes = list(analysis.sizes.values())
         split, seen = (np.split(each, np.cumsum(sizes)[:-1]) for each in (values, found["count"]))
         return {
-            name: normalized(its) for name, its, there in zip(analysis.groups, split, seen, strict=True) if there.all()
+            name: normalize_scores(its)
+            for name, its, there in zip(analysis.groups, split, seen, strict=True)
+            if there.all()
         }
 
 
 def what_is_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
     """The nodes of a region that layers with weights of some group read, with the label of their channels."""
-    graph = regions(analysis.graph)[region]
+    graph = regions_of(analysis.graph)[region]
     values = of_region(analysis.values[graph.training if graph.training in analysis.values else False], region)
     members = {member.parameter for group in analysis.groups.values() for member in group.members}
     known = {name for name, first in analysis.aliases.items() if first in members and len(analysis.shapes[first]) > 1}
@@ -104,8 +106,10 @@ class _Watch:
         self.sums = {name: np.zeros(len(self.channels.group)) for name in ("count", "sum", "size", "square")}
         if model is self.model:
             return
-        for path, region in regions(model).items():
-            graph = observed(region.graph, {name: self.of(label) for name, label in what_is_read(self.analysis, path)})
+        for path, region in regions_of(model).items():
+            graph = observed_values(
+                region.graph, {name: self.of(label) for name, label in what_is_read(self.analysis, path)}
+            )
             region.set_graphs(graph, graph)
         self.model = model
 
@@ -116,7 +120,7 @@ class _Watch:
         over = [axis for axis, length in enumerate(label.shape) if length == 1]
 
         def add(value: Tensor) -> None:
-            value = detached(value)
+            value = detach_weights(value)
             for name, each in (("sum", value), ("size", value.abs()), ("square", value.square())):
                 total = (each.sum(over) if over else each).double().cpu().numpy().ravel()
                 self.sums[name] += np.bincount(channel[here], total[here], minlength=size)

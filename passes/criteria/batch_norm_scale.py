@@ -7,7 +7,7 @@ from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 
-from ..base import Criterion, normalized, weights_of
+from ..base import Criterion, normalize_scores, weights_of
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ class BatchNormScale(Criterion):
         for name, group in analysis.groups.items():
             count = sum(member.parameter in scales for member in group.members)
             if count:
-                scores[name] = normalized(sums(group) / count) if self.relative else sums(group) / count
+                scores[name] = normalize_scores(sums(group) / count) if self.relative else sums(group) / count
         return scores

@@ -10,8 +10,8 @@ from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 
-from .._data import Batch, batches, mean_over, weights_times_gradients
-from ..base import Criterion, normalized
+from .._data import Batch, mean_over, read_batches, weights_times_gradients
+from ..base import Criterion, normalize_scores
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,5 @@ class Fisher(Criterion):
             sums = Sums(analysis, products, lambda product: product.square() / 2)
             return {name: sums(group) for name, group in analysis.groups.items()}
 
-        means = mean_over(analysis, batches(self.data, "Fisher"), "Fisher", changes)
-        return {name: normalized(mean) for name, mean in means.items()}
+        means = mean_over(analysis, read_batches(self.data, "Fisher"), "Fisher", changes)
+        return {name: normalize_scores(mean) for name, mean in means.items()}

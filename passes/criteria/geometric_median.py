@@ -11,7 +11,7 @@ from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group, Member
 
-from ..base import Criterion, normalized, weights_of
+from ..base import Criterion, normalize_scores, weights_of
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class GeometricMedian(Criterion):
         scores = {}
         for name, group in analysis.groups.items():
             if any(member.parameter in weights for member in group.members):
-                scores[name] = normalized(distances(group, weights))
+                scores[name] = normalize_scores(sum_distances(group, weights))
         return scores
 
 
-def distances(group: Group, weights: Mapping[str, Tensor]) -> Floats:
+def sum_distances(group: Group, weights: Mapping[str, Tensor]) -> Floats:
     """float64[channels]: the sum of the distances to all others."""
     members = [member for member in group.members if member.parameter in weights]
     rows = [by_channel(member, weights[member.parameter], group.size) for member in members]

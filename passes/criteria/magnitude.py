@@ -10,7 +10,7 @@ from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
 
-from ..base import Criterion, normalized, weights_of
+from ..base import Criterion, normalize_scores, weights_of
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,4 @@ class Magnitude(Criterion):
         """float64[channels] for each group."""
         weights = {name: weight for name, weight in weights_of(analysis).items() if weight.ndim > 1}
         sums = Sums(analysis, weights, lambda w: w.square() if self.p == 2 else w.abs().pow(self.p))
-        return {name: normalized(sums(group) ** (1 / self.p)) for name, group in analysis.groups.items()}
+        return {name: normalize_scores(sums(group) ** (1 / self.p)) for name, group in analysis.groups.items()}

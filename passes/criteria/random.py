@@ -8,7 +8,7 @@ import numpy as np
 
 from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
-from fxprune.errors import PlanError, require
+from fxprune.errors import PlanError, require_type
 
 from ..base import Criterion
 
@@ -25,7 +25,7 @@ class Random(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.seed, int, "seed", PlanError)
+        require_type(self.seed, int, "seed", PlanError)
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] in [0, 1) for each group."""

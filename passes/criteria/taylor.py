@@ -11,8 +11,8 @@ from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 
-from .._data import Batch, batches, mean_over, weights_times_gradients
-from ..base import Criterion, normalized
+from .._data import Batch, mean_over, read_batches, weights_times_gradients
+from ..base import Criterion, normalize_scores
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,5 @@ class Taylor(Criterion):
             sums = Sums(analysis, weights_times_gradients(model, batch, self.loss))
             return {name: np.abs(sums(group)) for name, group in analysis.groups.items()}
 
-        means = mean_over(analysis, batches(self.data, "Taylor"), "Taylor", changes)
-        return {name: normalized(mean) for name, mean in means.items()}
+        means = mean_over(analysis, read_batches(self.data, "Taylor"), "Taylor", changes)
+        return {name: normalize_scores(mean) for name, mean in means.items()}

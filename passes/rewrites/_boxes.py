@@ -62,7 +62,10 @@ class Form:
         weight, groups = conv.weight.detach(), conv.groups
         out, inner, *kernel = weight.shape
         used = (weight != 0).reshape(groups, out // groups, inner, *kernel).any(1 if before else 2)
-        (rows, height), (columns, width) = box(used.any(3).flatten(0, 1)), box(used.any(2).flatten(0, 1))
+        (rows, height), (columns, width) = (
+            bounding_box(used.any(3).flatten(0, 1)),
+            bounding_box(used.any(2).flatten(0, 1)),
+        )
         if [height, width] == kernel:
             return None
         along = (groups, 1, inner) if before else (groups, -1, 1)  # where the channels are on (group, filter, kernel)
@@ -74,7 +77,9 @@ class Form:
         pack = weight.new_zeros(len(rows), 1, kernel[0] - height + 1, kernel[1] - width + 1)
         pack[torch.arange(len(rows)), 0, rows, columns] = 1
         padding = padding_of(conv)
-        return cls(resized(conv, small, pack, (0, 0) if before else padding), before, padding if before else (0, 0))
+        return cls(
+            resize_convolution(conv, small, pack, (0, 0) if before else padding), before, padding if before else (0, 0)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result of the convolution."""
@@ -110,7 +115,7 @@ class Form:
         return self.before, own, conv.get_buffer("pack").shape, x.shape, x.stride(), x.dtype
 
 
-def box(used: Tensor) -> tuple[Tensor, int]:
+def bounding_box(used: Tensor) -> tuple[Tensor, int]:
     """Where along one axis the box of each channel begins, int64[channels], and its size.
 
     Args:
@@ -123,7 +128,7 @@ def box(used: Tensor) -> tuple[Tensor, int]:
     return first.clamp(max=taps - size), size
 
 
-def resized(conv: nn.Conv2d, weight: Tensor, pack: Tensor, padding: tuple[int, ...]) -> nn.Conv2d:
+def resize_convolution(conv: nn.Conv2d, weight: Tensor, pack: Tensor, padding: tuple[int, ...]) -> nn.Conv2d:
     """``conv`` with another weight and padding, and the buffer ``pack``."""
     new = copy.copy(conv)
     new.__dict__.update({name: dict(vars(conv)[name]) for name in ("_parameters", "_buffers")})

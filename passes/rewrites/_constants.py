@@ -18,9 +18,9 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune.channels.interpret import Runner
-from fxprune.graph.inputs import Bound, bind, for_mode, map_tensors
+from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.traced import TracedModule
-from fxprune.rewrite.branches import ELEMENTWISE, NORMS, SUMS, writes
+from fxprune.rewrite.branches import ELEMENTWISE, NORMS, SUMS, writes_in_place
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -54,7 +54,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def kind(model: nn.Module, node: fx.Node) -> str:
+def kind_of(model: nn.Module, node: fx.Node) -> str:
     """What a node does: "contraction", "norm", "pointwise", "pool" or "move"; its op where it is no call; else ""."""
     if node.op == "call_module":
         layer = model.get_submodule(str(node.target))
@@ -92,11 +92,11 @@ class Constants(Runner):
         super().__init__(model, mode, {})
         self.varies: dict[fx.Node, Any] = {}
         self.readings: list[Reading] = []
-        self.start(real(for_mode(bind(example_inputs), mode, model)))
+        self.start(as_float64(for_mode(bind_inputs(example_inputs), mode, model)))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node on the values and on the masks."""
-        does = kind(self.module, n)
+        does = kind_of(self.module, n)
         if does == "contraction":
             self.readings.append(self.reading(n))
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda node: self.varies[node])
@@ -108,7 +108,7 @@ class Constants(Runner):
         elif isinstance(passed, Tensor):
             passed = (passed > 0).double().expand(result.shape)
         self.varies[n] = passed
-        if isinstance(result, Tensor) and writes(self.module, n):
+        if isinstance(result, Tensor) and writes_in_place(self.module, n):
             for node, value in self.env.items():
                 if isinstance(value, Tensor) and value.untyped_storage()._cdata == result.untyped_storage()._cdata:
                     self.varies[node] = passed if value.shape == result.shape else torch.ones_like(value)
@@ -177,7 +177,7 @@ def past_norm(norm: Any, mask: Tensor, training: bool) -> Tensor:
     return mask
 
 
-def real(inputs: Bound) -> Bound:
+def as_float64(inputs: Bound) -> Bound:
     """Inputs in float64; zeros for those that have no data."""
 
     def make(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.budget.cost import Channels
-from fxprune.budget.solver import multiples
+from fxprune.budget.solver import round_widths
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.groups import Group
 from fxprune.channels.names import Ints
@@ -19,9 +19,9 @@ from fxprune.errors import PlanError
 from fxprune.graph.trace import named_tensors, trace
 from fxprune.graph.traced import TracedModule
 from fxprune.pipeline import example_of
-from fxprune.rewrite.rewrite import attributes
+from fxprune.rewrite.rewrite import layer_attributes
 
-from ._constants import kind
+from ._constants import kind_of
 from .fold_constants import is_tensor, values_in
 
 GROWS = (torch.cat, torch.flatten, "flatten")  # the movements that are right at any width
@@ -59,26 +59,26 @@ class Align(PassBase):
         graph = trace(graph_module, example)
         analysis = analyze(graph, example)
         multiple = (
-            multiples(analysis, "auto") if self.round_to == "auto" else np.full(len(analysis.groups), self.round_to)
+            round_widths(analysis, "auto") if self.round_to == "auto" else np.full(len(analysis.groups), self.round_to)
         )
         missing = {
             name: int(-group.size % multiple[number])
             for number, (name, group) in enumerate(analysis.groups.items())
-            if not group.inexact and all(whole(analysis, group, member) for member in range(len(group.members)))
+            if not group.inexact and all(is_one_run(analysis, group, member) for member in range(len(group.members)))
         }
-        for name in stiff(analysis):
+        for name in find_stiff(analysis):
             missing.pop(name, None)
         missing = {name: count for name, count in missing.items() if count}
         if not missing:
             return PassResult(graph_module, False)
         copied = copy.deepcopy(graph)
-        grow(copied, analysis, missing)
+        grow_channels(copied, analysis, missing)
         copied.meta.pop("fxprune", None)  # no plan leads to this
         copied.recompile()
         return PassResult(copied, True)
 
 
-def whole(analysis: Analysis, group: Group, number: int) -> bool:
+def is_one_run(analysis: Analysis, group: Group, number: int) -> bool:
     """Whether the positions of a group on the axis of a member are one run, channel by channel."""
     member = group.members[number]
     each, rest = divmod(len(member.index), group.size)
@@ -90,7 +90,7 @@ def whole(analysis: Analysis, group: Group, number: int) -> bool:
     )
 
 
-def stiff(analysis: Analysis) -> Iterator[str]:
+def find_stiff(analysis: Analysis) -> Iterator[str]:
     """The groups that go through a node whose shapes or arguments may depend on their width."""
     graph, rows = analysis.graph, Channels.of(analysis)
     for mode, nodes in graph.distinct_graphs().items():
@@ -99,7 +99,7 @@ def stiff(analysis: Analysis) -> Iterator[str]:
             if (
                 node.op in ("placeholder", "output", "get_attr")
                 or not is_tensor(values[node.name])
-                or grows(graph, node)
+                or can_grow(graph, node)
             ):
                 continue
             touched = [values[source.name] for source in node.all_input_nodes] + [values[node.name]]
@@ -109,9 +109,9 @@ def stiff(analysis: Analysis) -> Iterator[str]:
                     yield from {rows.names[number] for number in np.unique(rows.group[channel[channel >= 0]])}
 
 
-def grows(graph: TracedModule, node: fx.Node) -> bool:
+def can_grow(graph: TracedModule, node: fx.Node) -> bool:
     """Whether a node is right at any width."""
-    does = kind(graph, node)
+    does = kind_of(graph, node)
     layer: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     if does == "contraction" and getattr(layer, "groups", 1) > 1:
         return (
@@ -123,7 +123,7 @@ def grows(graph: TracedModule, node: fx.Node) -> bool:
 
 
 @torch.no_grad()
-def grow(model: TracedModule, analysis: Analysis, missing: dict[str, int]) -> None:
+def grow_channels(model: TracedModule, analysis: Analysis, missing: dict[str, int]) -> None:
     """Give each group its ``missing`` channels, behind those that it has, on every axis that it lives on."""
     after: dict[tuple[str, int], Ints] = {}  # positions that come after each position of an axis
     for name, count in missing.items():
@@ -154,5 +154,5 @@ def grow(model: TracedModule, analysis: Analysis, missing: dict[str, int]) -> No
             held.update(mine)
             for tensor in list(mine.values())[:1]:
                 shape = [1, len(tensor)] + [1] * (tensor.ndim - 2)
-                for name, value in attributes(module, tuple(shape), tuple(shape)).items():
+                for name, value in layer_attributes(module, tuple(shape), tuple(shape)).items():
                     setattr(module, name, value)

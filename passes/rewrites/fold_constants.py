@@ -12,9 +12,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils import _pytree as pytree
 
 from fxprune.budget.cost import Channels
-from fxprune.channels.analysis import Analysis, abridged, analyze
-from fxprune.channels.interpret import where
-from fxprune.channels.labels import along
+from fxprune.channels.analysis import Analysis, abridge_list, analyze
+from fxprune.channels.interpret import describe_place
+from fxprune.channels.labels import label_along
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value
 from fxprune.graph.trace import trace
@@ -23,7 +23,7 @@ from fxprune.pipeline import example_of
 from fxprune.plan import Plan
 from fxprune.rewrite.rewrite import rewrite
 
-from ._constants import TRANSPOSED, Constants, Reading, is_padded, kind
+from ._constants import TRANSPOSED, Constants, Reading, is_padded, kind_of
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,24 @@ class _Constants:
             readings = {reading.node.name: reading for reading in run.readings}
             values = analysis.values[mode if mode in analysis.values else False]
             for node in graph.graphs[mode].nodes:
-                does = kind(graph, node)
+                does = kind_of(graph, node)
                 if does == "contraction":
                     self.look(readings[node.name], values[node.args[0].name])
                 elif does == "" and is_tensor(values[node.name]):
                     for source in node.all_input_nodes:
-                        self.block(self.channels_in(values[source.name]), f"{where(node)} reads it")
+                        self.block(self.channels_in(values[source.name]), f"{describe_place(node)} reads it")
 
     def look(self, reading: Reading, source: Value) -> None:
         """Take down what a layer reads."""
         path = str(reading.node.target)
         layer: Any = self.graph.get_submodule(path)
-        label = along(source.labels, len(source.shape) - 1 if isinstance(layer, nn.Linear) else 1)
+        label = label_along(source.labels, len(source.shape) - 1 if isinstance(layer, nn.Linear) else 1)
         groups = getattr(layer, "groups", 1)
         if label is None or (groups > 1 and layer.weight.shape[1] == 1):  # depthwise: its channels go along
             return
         channel = self.rows.of_root[self.analysis.names.find(label).ravel()]
         if len(channel) != len(reading.value):  # they vary along another axis too
-            return self.block(channel[channel >= 0], f"{where(reading.node)} reads a part of it")
+            return self.block(channel[channel >= 0], f"{describe_place(reading.node)} reads a part of it")
         constant, value = reading.constant.cpu().numpy(), reading.value.cpu().numpy()
         before, its = self.values.setdefault(path, (channel, value))
         if not np.array_equal(before, channel):
@@ -164,7 +164,7 @@ class _Constants:
         if stuck:
             groups = dict.fromkeys(self.rows.names[self.rows.group[c]] for c in stuck)
             warnings.warn(
-                f"FoldConstants leaves {len(stuck)} channels that hold a constant, of {abridged(list(groups))}: "
+                f"FoldConstants leaves {len(stuck)} channels that hold a constant, of {abridge_list(list(groups))}: "
                 f"{next(iter(stuck.values()))}",
                 stacklevel=4,
             )
@@ -206,7 +206,7 @@ def norm_after(model: TracedModule, path: str) -> Any:
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_module"]
     users = [user for node in nodes if node.target == path for user in node.users]
     norms = {user.target for user in users}
-    if len(norms) != 1 or any(kind(model, user) != "norm" for user in users):
+    if len(norms) != 1 or any(kind_of(model, user) != "norm" for user in users):
         return None
     calls = [node for node in nodes if node.target in norms]
     norm: Any = model.get_submodule(str(norms.pop()))

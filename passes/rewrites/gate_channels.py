@@ -56,7 +56,7 @@ class GateChannels(PassBase):
                 if node.op == "call_module" and node.target in gates:
                     gate_node(graph_module, graph, node, gates[node.target])
         for path, gate in gates.items():
-            cut(graph_module, path, gate)
+            cut_convolution(graph_module, path, gate)
         if gates:
             graph_module.meta.pop("fxprune", None)  # the plan does not describe it any more
         graph_module.recompile()
@@ -144,10 +144,10 @@ def gate_node(model: nn.Module, graph: fx.Graph, node: fx.Node, gate: _Gate) -> 
         norm.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not padded)
 
 
-def cut(model: nn.Module, path: str, gate: _Gate) -> None:
+def cut_convolution(model: nn.Module, path: str, gate: _Gate) -> None:
     """Make the convolution at ``path`` and its norm as small as what they use."""
     conv: Any = model.get_submodule(path)
-    conv.weight = sliced(conv.weight, (slice(None), gate.reads))
+    conv.weight = slice_tensor(conv.weight, (slice(None), gate.reads))
     conv.in_channels = len(gate.reads)
     if not gate.norm:
         return
@@ -155,11 +155,11 @@ def cut(model: nn.Module, path: str, gate: _Gate) -> None:
     for layer in (conv, norm):
         for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
             if tensor.ndim and name not in ("reads", "position"):
-                setattr(layer, name, sliced(tensor, (gate.writes,)))
+                setattr(layer, name, slice_tensor(tensor, (gate.writes,)))
     conv.out_channels = norm.num_features = len(gate.writes)
 
 
-def sliced(tensor: Tensor, at: tuple[Any, ...]) -> Tensor:
+def slice_tensor(tensor: Tensor, at: tuple[Any, ...]) -> Tensor:
     """The part of a parameter or buffer, as one."""
     part = tensor.detach()[at].contiguous()
     return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

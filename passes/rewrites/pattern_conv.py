@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxprune.budget.timing import forward, in_turns, ratio
+from fxprune.budget.timing import in_turns, make_forward, ratio_of_times
 from fxprune.errors import PlanError
-from fxprune.graph.inputs import bind
+from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, in_eval
 from fxprune.pipeline import example_of
 
 from ._boxes import Choice, Form
-from ._constants import kind
+from ._constants import kind_of
 
 logger = logging.getLogger("fxprune")
 MEASURES = ("inference", "training", None)
@@ -61,7 +61,7 @@ class PatternConv(PassBase):
             assert choice.form is not None
             copied.set_submodule(choice.layer, choice.form.conv)
             for graph in copied.distinct_graphs().values():
-                for node in [node for node in graph.nodes if calls(node, choice.layer)]:
+                for node in [node for node in graph.nodes if calls_module(node, choice.layer)]:
                     choice.form.put(graph, node)
         if not chosen:
             return PassResult(graph_module, False)
@@ -79,15 +79,15 @@ class PatternConv(PassBase):
         model = copy.deepcopy(trace(graph_module, example))
         result = []
         timed: dict[Any, float] = {}
-        for path, conv, x in convolutions(model, example):
-            why = refusal(model, path, conv)
+        for path, conv, x in find_pattern_convolutions(model, example):
+            why = why_not_rewritten(model, path, conv)
             forms = [] if why else [form for form in (Form.of(conv, True), Form.of(conv, False)) if form]
             if not forms:
                 result.append(Choice(path, None, None, why or "its kernels, with what they share, fill their box"))
                 continue
             for form in forms if self.measure else ():
                 if form.key(x) not in timed:
-                    timed[form.key(x)] = speedup(conv, form, x, self.measure == "training")
+                    timed[form.key(x)] = measure_speedup(conv, form, x, self.measure == "training")
             best = max(forms, key=lambda form: timed.get(form.key(x), -form.conv.weight.numel()))
             result.append(Choice(path, best, timed.get(best.key(x)), f"measured: {self.measure}"))
         for choice in result:
@@ -95,10 +95,10 @@ class PatternConv(PassBase):
         return model, result
 
 
-def refusal(model: TracedModule, path: str, conv: nn.Conv2d) -> str:
+def why_not_rewritten(model: TracedModule, path: str, conv: nn.Conv2d) -> str:
     """Why a convolution can't be rewritten, or ""."""
-    nodes = [node for graph in model.distinct_graphs().values() for node in graph.nodes if calls(node, path)]
-    if any(kind(model, node) != "contraction" for node in nodes):
+    nodes = [node for graph in model.distinct_graphs().values() for node in graph.nodes if calls_module(node, path)]
+    if any(kind_of(model, node) != "contraction" for node in nodes):
         return "it has hooks, or is called in another way than with one tensor"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
@@ -109,13 +109,13 @@ def refusal(model: TracedModule, path: str, conv: nn.Conv2d) -> str:
     return "" if conv.weight.any() else "all its weights are zero"
 
 
-def calls(node: fx.Node, path: str) -> bool:
+def calls_module(node: fx.Node, path: str) -> bool:
     """Whether a node calls the module at ``path``."""
     return node.op == "call_module" and node.target == path
 
 
 @torch.no_grad()
-def convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Conv2d, Tensor]]:
+def find_pattern_convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Conv2d, Tensor]]:
     """Each two-dimensional convolution that runs in eval mode: its path, itself, and what it reads of ``example``."""
     read: dict[str, Tensor] = {}
     found = {path: each for path, each in model.named_modules() if isinstance(each, nn.Conv2d)}
@@ -127,7 +127,7 @@ def convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Co
         each.register_forward_pre_hook(lambda _, args, path=path: reading(path, *args[:1]))
         for path, each in found.items()
     ]
-    args, kwargs = bind(example)
+    args, kwargs = bind_inputs(example)
     with in_eval(model):
         model(*args, **kwargs)
     for hook in hooks:
@@ -135,15 +135,15 @@ def convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Co
     yield from ((path, found[path], x) for path, x in read.items())
 
 
-def speedup(conv: nn.Conv2d, form: Form, x: Tensor, training: bool) -> float:
+def measure_speedup(conv: nn.Conv2d, form: Form, x: Tensor, training: bool) -> float:
     """Seconds of ``conv`` over seconds of ``form`` on ``x``: the median over runs in turns."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(training)
 
     def run(layer: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         if not training:
-            return forward(layer, (x,))
+            return make_forward(layer, (x,))
         gradient = torch.ones_like(layer(x))
         return lambda: torch.autograd.backward(layer(x), gradient)
 
     times = in_turns({"form": run(form), "conv": run(conv)}, seconds=SECONDS)
-    return ratio(times["form"], times["conv"]).median
+    return ratio_of_times(times["form"], times["conv"]).median

@@ -75,9 +75,11 @@ class RemoveBranches(PassBase):
             for mode, nodes in graph.distinct_graphs().items()
         }
         calls = Counter(node.target for nodes in graph.distinct_graphs().values() for node in nodes.nodes)
-        within = Counter(path for each in found.values() for branch in each for path in replaced(graph, branch))
+        within = Counter(path for each in found.values() for branch in each for path in find_replaced(graph, branch))
         return {
-            mode: [branch for branch in each if all(calls[path] == within[path] for path in replaced(graph, branch))]
+            mode: [
+                branch for branch in each if all(calls[path] == within[path] for path in find_replaced(graph, branch))
+            ]
             for mode, each in found.items()
         }
 
@@ -108,7 +110,7 @@ class RemoveBranches(PassBase):
         return silent
 
 
-def replaced(graph: TracedModule, branch: Branch) -> list[str]:
+def find_replaced(graph: TracedModule, branch: Branch) -> list[str]:
     """The layers of which something else stays; nobody else may call them."""
     paths = [str(node.target) for node in (branch.end, *branch.tail)]
     return [path for path in paths if isinstance(graph.get_submodule(path), (*CONTRACTIONS, *NORMS))]

@@ -12,17 +12,17 @@ from torch import Tensor, fx, nn
 
 from fxprune.budget.budget import patterns_of
 from fxprune.budget.cost import Channels, Floats
-from fxprune.budget.solver import held
-from fxprune.channels.analysis import Analysis, abridged
-from fxprune.channels.interpret import within
+from fxprune.budget.solver import held_groups
+from fxprune.channels.analysis import Analysis, abridge_list
+from fxprune.channels.interpret import name_within
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.traced import of_region, regions
+from fxprune.graph.traced import of_region, regions_of
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
-from fxprune.training.distributed import gather, mean
-from fxprune.training.meter import counted
+from fxprune.training.distributed import gather_values, mean_over_ranks
+from fxprune.training.meter import count_per_sample
 from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.session import Session, copies_in
 
@@ -91,7 +91,7 @@ class ActivationDensity(TrainingPass):
         Raises:
             PlanError: at the start, where there is nothing to resize, or to start again from new weights.
         """
-        measured = list(activations(session.analysis))
+        measured = list(find_activations(session.analysis))
         if not memory.saved:
             memory.saved |= {"settled": 0, "since": 0, "cuts": 0, "densities": {}, "counts": {}}
             memory.saved["left"] = self._left(session, measured)
@@ -101,13 +101,13 @@ class ActivationDensity(TrainingPass):
             fresh = torch.zeros(label.size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
             counts[name] = [tensor.to(device) for tensor in counts.get(name, fresh)]
         memory.derived["measured"] = measured
-        counters = {name: counter(label, *counts[name]) for name, label in measured}
-        for path, region in regions(session.graph).items():
+        counters = {name: make_counter(label, *counts[name]) for name, label in measured}
+        for path, region in regions_of(session.graph).items():
             region.observe(of_region(counters, path))
 
     def close(self, session: Session, memory: Memory) -> None:
         """Count no more."""
-        for region in regions(session.graph).values():
+        for region in regions_of(session.graph).values():
             region.observe({})
 
     def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
@@ -138,7 +138,7 @@ class ActivationDensity(TrainingPass):
         """
         measured: list[tuple[str, Label]] = memory.derived["measured"]
         counts = [tensor.flatten() for name, _ in measured for tensor in memory.saved["counts"][name]]
-        flat = mean(torch.cat(counts).double()).cpu().numpy() if counts else np.zeros(0)
+        flat = mean_over_ranks(torch.cat(counts).double()).cpu().numpy() if counts else np.zeros(0)
         parts = iter(np.split(flat, np.cumsum([len(each) for each in counts])))
         rows = Channels.of(session.analysis)
         found: dict[str, tuple[list[float], Floats]] = {}
@@ -175,7 +175,7 @@ class ActivationDensity(TrainingPass):
         for _, label in measured:
             seen[rows.of_root[analysis.names.find(label).ravel()]] = True
         blind = {rows.names[number] for number in np.unique(rows.group[~seen[:-1]])}
-        chosen = {name for name, whole in zip(analysis.groups, held(analysis, self.keep), strict=True) if whole}
+        chosen = {name for name, whole in zip(analysis.groups, held_groups(analysis, self.keep), strict=True) if whole}
         if blind | chosen == set(analysis.groups):
             raise PlanError(
                 f"ActivationDensity finds nothing to resize: of {len(analysis.groups)} groups, {len(blind)} have no "
@@ -186,7 +186,7 @@ class ActivationDensity(TrainingPass):
         if blind - chosen:
             warnings.warn(
                 f"ActivationDensity leaves {len(blind - chosen)} of {len(analysis.groups)} groups whole, where no "
-                f"activation gives zeros: {abridged(sorted(blind - chosen))}",
+                f"activation gives zeros: {abridge_list(sorted(blind - chosen))}",
                 stacklevel=4,
             )
         return sorted(blind | chosen)
@@ -206,16 +206,16 @@ class ActivationDensity(TrainingPass):
 
         That is the sum of epochs x MACs of a sample, over what it would be had each epoch cost as much as the first.
         """
-        epochs = [each.flops / 2 for each in session.log] + [counted(session, "macs")[0]]
+        epochs = [each.flops / 2 for each in session.log] + [count_per_sample(session, "macs")[0]]
         densities = memory.saved["densities"].values()
         lowest = {"density": min(densities)} if densities else {}
         return lowest | {"complexity": sum(epochs) / (len(epochs) * epochs[0] or 1)}
 
 
-def activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
+def find_activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
     """The nodes of the train graphs that give exact zeros, with the names of the channels there."""
     rows = Channels.of(analysis)
-    for path, region in regions(analysis.graph).items():
+    for path, region in regions_of(analysis.graph).items():
         values = of_region(analysis.values.get(True, {}), path) or of_region(analysis.values[False], path)
         for node in region.graphs[True].nodes:
             value = values.get(node.name)
@@ -223,7 +223,7 @@ def activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
                 continue
             for label in value.labels:  # two, where features vary beside channels: each group is on one
                 if (rows.of_root[analysis.names.find(label)] >= 0).any() and 1 in label.shape:
-                    yield within(path, node.name), label
+                    yield name_within(path, node.name), label
                     break
 
 
@@ -234,7 +234,7 @@ def gives_zeros(model: nn.Module, node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in FUNCTIONS
 
 
-def counter(label: Label, nonzero: Tensor, values: Tensor) -> Callable[[Tensor], None]:
+def make_counter(label: Label, nonzero: Tensor, values: Tensor) -> Callable[[Tensor], None]:
     """What adds the non-zero elements of a value to ``nonzero``, int64[names of ``label``], and all to ``values``."""
     others = [axis for axis, size in enumerate(label.shape) if size == 1]
 
@@ -260,7 +260,7 @@ def check_fresh(model: nn.Module) -> None:
 
 def start_again(session: Session) -> None:
     """New weights for all layers, the same in every copy, and optimizers without state."""
-    draw(session.graph)
+    draw_weights(session.graph)
     for optimizer in session._optimizers():
         for parameter in session.graph.parameters():
             optimizer.state.pop(parameter, None)
@@ -268,9 +268,9 @@ def start_again(session: Session) -> None:
         copied.load_state_dict(session.graph.state_dict())
 
 
-def draw(model: nn.Module) -> None:
+def draw_weights(model: nn.Module) -> None:
     """New weights for all layers, the same on every rank: torch's random numbers give the seed."""
-    seed = gather(int(torch.randint(2**62, ())))[0]
+    seed = gather_values(int(torch.randint(2**62, ())))[0]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for module in model.modules():

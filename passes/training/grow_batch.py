@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from fxprune.errors import PlanError
 from fxprune.rewrite.param_map import ParamMap
-from fxprune.training.distributed import largest
+from fxprune.training.distributed import largest_over_ranks
 from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.session import Session
-from fxprune.training.undo import schedulers
+from fxprune.training.undo import schedulers_of
 
 RULES = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # the last three are what schedulers keep in a group
@@ -60,13 +60,13 @@ class GrowBatch(TrainingPass):
         if session.batch_size is None:
             raise PlanError("GrowBatch needs the first batch size: Session(..., batch_size=128)")
         if "memory" not in memory.saved:
-            memory.saved["memory"] = self.memory or taken(session)
+            memory.saved["memory"] = self.memory or bytes_of_step(session)
             memory.saved["scaled"] = 1.0
 
     def after_step(self, session: Session, memory: Memory) -> None:
         """The optimizer's state is there from the first step on, and counts too."""
         if session.step == 1 and self.memory is None:
-            memory.saved["memory"] = max(memory.saved["memory"], taken(session))
+            memory.saved["memory"] = max(memory.saved["memory"], bytes_of_step(session))
 
     def after_cut(self, session: Session, memory: Memory, param_map: ParamMap) -> None:
         """Raise the batch size and the learning rates."""
@@ -75,29 +75,29 @@ class GrowBatch(TrainingPass):
             return
         fixed, each = session.memory()
         # Of the rank that can take least: all ranks keep the same batch.
-        room = -largest(-(memory.saved["memory"] - fixed) / each)
+        room = -largest_over_ranks(-(memory.saved["memory"] - fixed) / each)
         room = min(room, self.maximum or room)
         batch = max(before, int(room // self.granularity) * self.granularity)
         factor = min((batch / before) ** RULES[self.rule], self.highest_lr / memory.saved["scaled"])
         memory.saved["scaled"] *= factor
         session.batch_size = batch
-        scale(session, factor)
+        scale_rates(session, factor)
 
 
-def taken(session: Session) -> float:
+def bytes_of_step(session: Session) -> float:
     """Bytes that a step takes on this rank as things are."""
     fixed, each = session.memory()
     return fixed + each * (session.batch_size or 1)
 
 
-def scale(session: Session, factor: float) -> None:
+def scale_rates(session: Session, factor: float) -> None:
     """Multiply every learning rate of the model's optimizers and of their schedulers that the session knows."""
     optimizers = session._optimizers()
     for group in (group for each in optimizers for group in each.param_groups):
         for name in RATES:
             if name in group:
                 group[name] *= factor
-    for scheduler in schedulers(session.registered.values()):
+    for scheduler in schedulers_of(session.registered.values()):
         if not any(scheduler.optimizer is each for each in optimizers):
             continue
         for name in LISTS:

@@ -16,8 +16,8 @@ from fxprune.channels.groups import Member
 from fxprune.channels.names import Bools
 from fxprune.errors import PlanError, SessionError
 from fxprune.plan import Plan
-from fxprune.rewrite.branches import emptied
-from fxprune.training.distributed import mean
+from fxprune.rewrite.branches import emptied_groups
+from fxprune.training.distributed import mean_over_ranks
 from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.session import Session
 
@@ -111,8 +111,8 @@ class PruneTrain(TrainingPass):
             return None
         if "lambda" not in memory.saved:
             with torch.no_grad():
-                initial = float(lasso(weights))
-            loss = float(mean(at_least_float32(task.detach())))
+                initial = float(sum_norms(weights))
+            loss = float(mean_over_ranks(at_least_float32(task.detach())))
             if not (math.isfinite(loss) and loss > 0):
                 raise SessionError(
                     f"PruneTrain sets lambda from the first task loss, which must be a positive number; it is {loss!r}"
@@ -122,7 +122,7 @@ class PruneTrain(TrainingPass):
         if self.proximal:
             return None
         coefficient: float = memory.saved["lambda"]
-        return lasso(weights) * coefficient
+        return sum_norms(weights) * coefficient
 
     def after_step(self, session: Session, memory: Memory) -> None:
         """The proximal step, for each weight once along each of its axes."""
@@ -155,7 +155,7 @@ class PruneTrain(TrainingPass):
         gone: set[str] = set()
         if self.branches != "keep":
             dead = {name for name, peak in highest.items() if not self._used(peak).any()}
-            gone = emptied(session.analysis, dead, constants=self.branches == "fold")
+            gone = emptied_groups(session.analysis, dead, constants=self.branches == "fold")
         keep = {name: () if name in gone else self._kept(peak) for name, peak in highest.items()}
         dropped = sorted(gone) if self.branches == "remove" else ()
         return Plan(keep, session.analysis.sizes, session.analysis.options, dropped)
@@ -177,7 +177,7 @@ class PruneTrain(TrainingPass):
 
     def _warn(self, session: Session, coefficient: float) -> None:
         """Say so where momentum SGD can't bring a channel below the threshold: the smoothed lasso is unstable there."""
-        for optimizer in () if self.proximal else optimizers(session):
+        for optimizer in () if self.proximal else optimizers_of(session):
             for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
                 limit = EPSILON**0.5 * (1 + group["momentum"]) / coefficient
                 if group["lr"] > limit:
@@ -190,7 +190,7 @@ class PruneTrain(TrainingPass):
                     return
 
 
-def optimizers(session: Session) -> Iterator[Optimizer]:
+def optimizers_of(session: Session) -> Iterator[Optimizer]:
     """The session's optimizer, and those that were registered."""
     yield session.optimizer
     yield from (thing for thing in session.registered.values() if isinstance(thing, Optimizer))
@@ -198,7 +198,7 @@ def optimizers(session: Session) -> Iterator[Optimizer]:
 
 def param_groups(session: Session) -> Iterator[dict[str, Any]]:
     """The parameter groups of all of them."""
-    for optimizer in optimizers(session):
+    for optimizer in optimizers_of(session):
         yield from optimizer.param_groups
 
 
@@ -215,7 +215,7 @@ def nothing_to_prune(session: Session, still: set[str]) -> str:
     return f"PruneTrain finds nothing to prune in this model{why}. print(fxprune.analyze(...)) shows each axis."
 
 
-def lasso(weights: Mapping[nn.Parameter, "Sequence[_Slices]"]) -> Tensor:
+def sum_norms(weights: Mapping[nn.Parameter, "Sequence[_Slices]"]) -> Tensor:
     """P, a scalar: the sum of the norms of all channels of ``weights``."""
     result: Tensor = _Lasso.apply(list(weights.values()), *weights)
     return result

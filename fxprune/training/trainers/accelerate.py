@@ -20,10 +20,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from fxprune.errors import SessionError, require
-from fxprune.graph.trace import unwrap
+from fxprune.errors import SessionError, require_type
+from fxprune.graph.trace import unwrap_model
 from fxprune.training.session import Session
-from fxprune.training.trainers.shared import read, resume, write
+from fxprune.training.trainers.shared import read_progress, resume_session, write_progress
 from fxprune.training.wrappers import wrappers_of
 
 
@@ -44,8 +44,8 @@ def prepare(accelerator: Accelerator, session: Session, *others: Any) -> tuple[A
     Raises:
         SessionError: the model is sharded, or in wrappers already.
     """
-    require(accelerator, Accelerator, "accelerator", SessionError)
-    require(session, Session, "session", SessionError)
+    require_type(accelerator, Accelerator, "accelerator", SessionError)
+    require_type(session, Session, "session", SessionError)
     if session.model is not session.graph:
         raise SessionError(
             f"the session's model is in a {type(session.model).__name__} already; give the bare model to the session "
@@ -60,16 +60,16 @@ def prepare(accelerator: Accelerator, session: Session, *others: Any) -> tuple[A
     vars(graph)["forward"] = MethodType(forward, graph)
     prepared = tuple(accelerator.prepare(graph, session.optimizer, *others))
     wrappers = wrappers_of(prepared[0])
-    if unwrap(prepared[0]) is not graph:
+    if unwrap_model(prepared[0]) is not graph:
         raise SessionError(f"Accelerate put a {type(prepared[0]).__name__} around the model, which can't be cut")
     session.model, session._wrappers = prepared[0], wrappers
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
-            write(session, folder)
+            write_progress(session, folder)
 
     def load(models: list[nn.Module], folder: str) -> None:
-        resume(session, read(folder))
+        resume_session(session, read_progress(folder))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

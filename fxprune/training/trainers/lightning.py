@@ -18,7 +18,7 @@ from fxprune.errors import SessionError
 from fxprune.plan import Plan
 from fxprune.training.passes import TrainingPass
 from fxprune.training.session import Session
-from fxprune.training.trainers.shared import checked, progress, put, resume
+from fxprune.training.trainers.shared import check_progress, put_session, resume_session, session_progress
 
 
 class Pruning(Callback):
@@ -59,7 +59,12 @@ class Pruning(Callback):
         def load(checkpoint: dict[str, Any]) -> None:
             data = checkpoint.get("callbacks", {}).get(self.state_key)
             if data is not None:
-                put(pl_module, self.part, self.example_inputs, Plan.from_json(checked(data, "the checkpoint")["plan"]))
+                put_session(
+                    pl_module,
+                    self.part,
+                    self.example_inputs,
+                    Plan.from_json(check_progress(data, "the checkpoint")["plan"]),
+                )
             of_module(checkpoint)
 
         of_module = self._replace(pl_module, "on_load_checkpoint", load)
@@ -77,11 +82,11 @@ class Pruning(Callback):
             )
         if hasattr(self, "session"):  # of a fit that an exception ended
             self.session.close()
-        graph = put(pl_module, self.part, self.example_inputs, None)
+        graph = put_session(pl_module, self.part, self.example_inputs, None)
         options = {"around": trainer.strategy.model, **self.options}
         self.session = Session(graph, self.example_inputs, trainer.optimizers[0], self.passes, **options)
         if self._progress is not None:
-            resume(self.session, self._progress)
+            resume_session(self.session, self._progress)
 
         @wraps(pl_module.training_step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -103,11 +108,11 @@ class Pruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session."""
-        return progress(self.session) if hasattr(self, "session") else {}
+        return session_progress(self.session) if hasattr(self, "session") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it for the session to come."""
-        self._progress = checked(state_dict, "the checkpoint")
+        self._progress = check_progress(state_dict, "the checkpoint")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module and the optimizer."""
@@ -115,7 +120,7 @@ class Pruning(Callback):
             delattr(pl_module, name)
         self._wrapped = []
         if stage == "fit":
-            self._progress = progress(self.session)
+            self._progress = session_progress(self.session)
             self.session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -21,7 +21,7 @@ from fxprune.training.session import Session
 FORMAT = "fxprune progress 1"
 
 
-def progress(session: Session) -> dict[str, Any]:
+def session_progress(session: Session) -> dict[str, Any]:
     """What a session adds to the checkpoints of the trainer: plain data, and the tensors that passes remember."""
     for training_pass, memory in session._pairs():
         training_pass.before_save(session, memory)
@@ -37,7 +37,7 @@ def progress(session: Session) -> dict[str, Any]:
     }
 
 
-def resume(session: Session, data: dict[str, Any]) -> None:
+def resume_session(session: Session, data: dict[str, Any]) -> None:
     """Bring a new session to where ``progress`` was called: cut the model, and give the passes what they remembered.
 
     Raises:
@@ -47,7 +47,7 @@ def resume(session: Session, data: dict[str, Any]) -> None:
     if data["passes"] != passes:
         raise SessionError(f"the checkpoint is of a session with the passes {data['passes']}, this one has {passes}")
     plan = Plan.from_json(data["plan"])
-    if missing(session.graph, plan):
+    if lacks_plan(session.graph, plan):
         session._reconfigure(plan)
     for training_pass, memory, saved in zip(session.passes, session.memories, data["saved"], strict=True):
         memory.saved = saved
@@ -56,12 +56,12 @@ def resume(session: Session, data: dict[str, Any]) -> None:
     session.log = Log.from_json(data["log"])
 
 
-def write(session: Session, folder: str | Path) -> None:
+def write_progress(session: Session, folder: str | Path) -> None:
     """Put ``progress`` into a folder of the trainer, as ``fxprune.pt``. One rank calls this."""
-    save_atomically(progress(session), Path(folder) / "fxprune.pt")
+    save_atomically(session_progress(session), Path(folder) / "fxprune.pt")
 
 
-def read(folder: str | Path) -> dict[str, Any]:
+def read_progress(folder: str | Path) -> dict[str, Any]:
     """What ``write`` wrote.
 
     Raises:
@@ -75,17 +75,17 @@ def read(folder: str | Path) -> dict[str, Any]:
             f"can't read what a session wrote from {path}: {type(error).__name__}: {error}. Was the checkpoint saved "
             "without fxprune?"
         ) from error
-    return checked(data, path)
+    return check_progress(data, path)
 
 
-def checked(data: Any, where: object) -> dict[str, Any]:
+def check_progress(data: Any, where: object) -> dict[str, Any]:
     """``data``, or FileError unless it came from ``progress``."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileError(f"{where} does not hold what a session wrote ({FORMAT!r}); is it of another version?")
     return data
 
 
-def put(
+def put_session(
     owner: nn.Module, part: str, example_inputs: Any, plan: Plan | None, optimizers: Sequence[Optimizer] = ()
 ) -> Model:
     """Replace a part of ``owner`` by its trace, which shares its parameters, and carry out ``plan`` on it, in place."""
@@ -94,7 +94,7 @@ def put(
         raise SessionError(f"{type(owner).__name__} has no module {part!r}; it has {', '.join(names[:20]) or 'none'}")
     given = owner.get_submodule(part)
     graph = trace(given, example_inputs)
-    if plan is not None and missing(graph, plan):
+    if plan is not None and lacks_plan(graph, plan):
         options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
         analysis = analyze(graph, example_inputs, **options)
         reconfigure(graph, analysis, plan, optimizers, others=set(owner.parameters()))
@@ -102,7 +102,7 @@ def put(
     return graph
 
 
-def missing(graph: Model, plan: Plan) -> bool:
+def lacks_plan(graph: Model, plan: Plan) -> bool:
     """Whether ``plan`` has still to be carried out on ``graph``.
 
     Raises:

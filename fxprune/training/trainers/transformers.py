@@ -20,7 +20,13 @@ from fxprune.errors import SessionError
 from fxprune.plan import Plan
 from fxprune.training.passes import TrainingPass
 from fxprune.training.session import Session
-from fxprune.training.trainers.shared import progress, put, read, resume, write
+from fxprune.training.trainers.shared import (
+    put_session,
+    read_progress,
+    resume_session,
+    session_progress,
+    write_progress,
+)
 
 
 class Pruning(TrainerCallback):
@@ -61,7 +67,7 @@ class Pruning(TrainerCallback):
         self.part, self.example_inputs, self.passes = part, example_inputs, passes
         self.options = {"progress": False, **options}
         self._progress: dict[str, Any] | None = None
-        put(self.trainer.model, part, example_inputs, None)
+        put_session(self.trainer.model, part, example_inputs, None)
         self._train, self._compute_loss = trainer.train, trainer.compute_loss
         self.trainer.train, self.trainer.compute_loss = self.train, self.compute_loss
         trainer.add_callback(self)
@@ -72,10 +78,10 @@ class Pruning(TrainerCallback):
         if folder is True:
             folder = get_last_checkpoint(self.trainer.args.output_dir)  # type: ignore[no-untyped-call]
         if folder:
-            self._progress = read(folder)
+            self._progress = read_progress(folder)
             plan = Plan.from_json(self._progress["plan"])
-            made = [inner(self.trainer.optimizer)] if self.trainer.optimizer is not None else []
-            put(self.trainer.model, self.part, self.example_inputs, plan, made)
+            made = [inner_optimizer(self.trainer.optimizer)] if self.trainer.optimizer is not None else []
+            put_session(self.trainer.model, self.part, self.example_inputs, plan, made)
         return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -101,12 +107,12 @@ class Pruning(TrainerCallback):
         if hasattr(self, "session"):
             self.session.close()
         graph = trainer.model.get_submodule(self.part)
-        optimizer = inner(trainer.optimizer)
+        optimizer = inner_optimizer(trainer.optimizer)
         self.session = Session(
             graph, self.example_inputs, optimizer, self.passes, around=trainer.model_wrapped, **self.options
         )
         if self._progress is not None:
-            resume(self.session, self._progress)
+            resume_session(self.session, self._progress)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the session's epoch; this may cut. Checkpoints of the epoch's end are written after it."""
@@ -116,15 +122,15 @@ class Pruning(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the session to a checkpoint."""
         if state.is_world_process_zero:
-            write(self.session, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            write_progress(self.session, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the optimizer."""
-        self._progress = progress(self.session)
+        self._progress = session_progress(self.session)
         self.session.close()
 
 
-def inner(optimizer: Any) -> Optimizer:
+def inner_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer without Accelerate's wrapper."""
     own: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return own

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.traced import Model, regions
+from fxprune.graph.traced import Model, regions_of
 from fxprune.rewrite.branches import NORMS, is_sum
 from fxprune.rewrite.param_map import ParamMap
 
@@ -71,7 +71,7 @@ def cut_kernels(param_map: ParamMap, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def convolutions(model: Model) -> list[Layer]:
+def find_convolutions(model: Model) -> list[Layer]:
     """All two-dimensional convolutions, in the order of the model."""
     return [
         Layer(path, module.weight, module.groups)
@@ -80,24 +80,24 @@ def convolutions(model: Model) -> list[Layer]:
     ]
 
 
-def calls(model: Model) -> Iterator[tuple[str, fx.Graph]]:
+def eval_graphs(model: Model) -> Iterator[tuple[str, fx.Graph]]:
     """The graph of each region in eval mode, and what its paths begin with."""
-    for path, region in regions(model).items():
+    for path, region in regions_of(model).items():
         yield (f"{path}." if path else ""), region.graphs[False]
 
 
 def first_convolution(model: Model) -> str:
     """The path of the convolution that is called first: the one that reads the image."""
-    for prefix, graph in calls(model):
+    for prefix, graph in eval_graphs(model):
         for node in graph.nodes:
             if node.op == "call_module" and isinstance(model.get_submodule(f"{prefix}{node.target}"), nn.Conv2d):
                 return f"{prefix}{node.target}"
     return ""
 
 
-def shortcuts(model: Model) -> Iterator[str]:
+def find_shortcuts(model: Model) -> Iterator[str]:
     """The 1×1 convolutions that are added, behind a norm or not, to what is computed from their own input."""
-    for prefix, graph in calls(model):
+    for prefix, graph in eval_graphs(model):
         for join in filter(is_sum, graph.nodes):
             for mine, other in (join.args, join.args[::-1]):
                 while mine.op == "call_module" and isinstance(model.get_submodule(f"{prefix}{mine.target}"), NORMS):

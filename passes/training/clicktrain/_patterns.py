@@ -36,7 +36,7 @@ def dynamic_pool(importances: list[Tensor], count: int) -> Tensor:
     return (codes[order, None] & weights).bool().reshape(-1, 3, 3)
 
 
-def choose(importance: Tensor, pool: Tensor, share: str, groups: int = 1) -> Tensor:
+def choose_patterns(importance: Tensor, pool: Tensor, share: str, groups: int = 1) -> Tensor:
     """uint8[out, in]: for each kernel the pattern of the ``pool`` that keeps most importance, the first of equals.
 
     Args:
@@ -53,7 +53,7 @@ def choose(importance: Tensor, pool: Tensor, share: str, groups: int = 1) -> Ten
     return kept.argmax(0).flatten(0, 1).to(torch.uint8)
 
 
-def least(importance: Tensor, fraction: float) -> Tensor:
+def least_patterns(importance: Tensor, fraction: float) -> Tensor:
     """bool[out, in]: the ``fraction`` of the kernels, rounded up, that are least important, the first of equals."""
     kernels = importance.flatten(2).sum(2)
     count = -int(-round(fraction * kernels.numel(), 6) // 1)  # 0.55 of 100 is 55, not 56

@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 from fxprune.budget.budget import patterns_of
-from fxprune.budget.solver import named
+from fxprune.budget.solver import matches_pattern
 from fxprune.errors import PlanError
 from fxprune.graph.traced import Model
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.session import Session
 
-from ..prunetrain import at_least_float32, optimizers
+from ..prunetrain import at_least_float32, optimizers_of
 from ._kernels import (
     Layer,
     Mask,
-    convolutions,
     cut_kernels,
+    find_convolutions,
+    find_shortcuts,
     first_convolution,
     norm_of_kernels,
-    shortcuts,
 )
-from ._patterns import SHARES, check_pool, choose, dynamic_pool, least, static_pool
+from ._patterns import SHARES, check_pool, choose_patterns, dynamic_pool, least_patterns, static_pool
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class ClickTrain(TrainingPass):
         for mask in memory.derived["masks"]:
             weight = mask.layer.weight
             weight.masked_fill_(mask.gone, 0.0)
-            for optimizer in () if memory.derived["settled"] else optimizers(session):
+            for optimizer in () if memory.derived["settled"] else optimizers_of(session):
                 for value in optimizer.state.get(weight, {}).values():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         value.masked_fill_(mask.gone, 0)
@@ -157,7 +157,7 @@ class ClickTrain(TrainingPass):
         """How many times fewer weights the convolutions have, once that is chosen."""
         if "masks" not in memory.derived:
             return {}
-        weights = sum(layer.weight.numel() for layer in convolutions(session.graph))
+        weights = sum(layer.weight.numel() for layer in find_convolutions(session.graph))
         gone = sum(int(mask.gone.sum()) for mask in memory.derived["masks"])
         return {"compression": weights / max(1, weights - gone)}
 
@@ -168,19 +168,21 @@ class ClickTrain(TrainingPass):
 
     def _check(self, model: Model) -> None:
         for pattern in (*patterns_of(self.keep), *(self.kernels if isinstance(self.kernels, Mapping) else ())):
-            if not any(named(layer.path, pattern) for layer in convolutions(model)):
+            if not any(matches_pattern(layer.path, pattern) for layer in find_convolutions(model)):
                 raise PlanError(f"{pattern!r} matches no convolution of this model; names are those of its state_dict")
         if not any(self._layers(model)):
             raise PlanError("ClickTrain finds no layer to prune: it needs convolutions with weights that train")
 
     def _layers(self, model: Model) -> Iterator["Layer"]:
         """The layers that are pruned, in the order of the model, each with the fraction of kernels that goes."""
-        left = {first_convolution(model), *shortcuts(model)}
+        left = {first_convolution(model), *find_shortcuts(model)}
         kept = patterns_of(self.keep)
         pruned = [
             layer
-            for layer in convolutions(model)
-            if layer.path not in left and layer.weight.requires_grad and not any(named(layer.path, p) for p in kept)
+            for layer in find_convolutions(model)
+            if layer.path not in left
+            and layer.weight.requires_grad
+            and not any(matches_pattern(layer.path, p) for p in kept)
         ]
         for place, layer in enumerate(pruned):
             fraction = 0.0 if layer.depthwise else self._fraction(layer.path, place / max(1, len(pruned) - 1))
@@ -190,7 +192,7 @@ class ClickTrain(TrainingPass):
     def _fraction(self, path: str, depth: float) -> float:
         """The fraction of kernels that goes from the layer at ``path``, ``depth`` from 0 (first) to 1 (last)."""
         if isinstance(self.kernels, Mapping):
-            return next((float(its) for pattern, its in self.kernels.items() if named(path, pattern)), 0.0)
+            return next((float(its) for pattern, its in self.kernels.items() if matches_pattern(path, pattern)), 0.0)
         if isinstance(self.kernels, (int, float)):
             return float(self.kernels)
         first, last = self.kernels
@@ -217,8 +219,10 @@ class ClickTrain(TrainingPass):
         pool = static_pool(self.pool) if self.pool != "dynamic" else dynamic_pool(list(three.values()), self.patterns)
         memory.saved |= {
             "pool": pool,
-            "pattern": {name: choose(its, pool, self.share, layers[name].groups) for name, its in three.items()},
-            "removed": {name: least(importance[name], layer.fraction) for name, layer in layers.items()},
+            "pattern": {
+                name: choose_patterns(its, pool, self.share, layers[name].groups) for name, its in three.items()
+            },
+            "removed": {name: least_patterns(importance[name], layer.fraction) for name, layer in layers.items()},
         }
         self._mask(memory)
 

@@ -11,7 +11,7 @@ STRIDE = 17  # one number in so many is in it; odd, since weights come in rows o
 SAFE = 2.0  # standard deviations that a sample aims below k
 
 
-def largest(numbers: Tensor, k: int, out: Tensor) -> None:
+def select_largest(numbers: Tensor, k: int, out: Tensor) -> None:
     """Mark the ``k`` largest of ``numbers``; where some are equal, the first. Zeros are never marked.
 
     Args:
@@ -26,7 +26,7 @@ def largest(numbers: Tensor, k: int, out: Tensor) -> None:
     torch.logical_not(torch.le(numbers, bound, out=out), out=out)
     missing = k - int(torch.count_nonzero(out))
     if missing > 0:
-        out[equal(numbers, bound)[:missing]] = True
+        out[find_equal(numbers, bound)[:missing]] = True
 
 
 def about_largest(numbers: Tensor, k: int, out: Tensor, *, turn: int = 0) -> None:
@@ -39,11 +39,11 @@ def about_largest(numbers: Tensor, k: int, out: Tensor, *, turn: int = 0) -> Non
     share = k / max(1, len(numbers))
     aim = math.floor(share * len(sample) - SAFE * math.sqrt(len(sample) * share * (1 - share)))
     if len(sample) < SAMPLED or aim < 1:
-        largest(numbers, k, out)
+        select_largest(numbers, k, out)
         return
     torch.gt(numbers, kth_largest(sample, aim), out=out)
     if int(torch.count_nonzero(out)) > k:
-        largest(numbers, k, out)
+        select_largest(numbers, k, out)
 
 
 def kth_largest(numbers: Tensor, k: int) -> float:
@@ -54,7 +54,7 @@ def kth_largest(numbers: Tensor, k: int) -> float:
     return float(numbers.kthvalue(place + 1).values)
 
 
-def equal(numbers: Tensor, bound: float) -> Tensor:
+def find_equal(numbers: Tensor, bound: float) -> Tensor:
     """int64[m]: where ``numbers`` are ``bound``, in order."""
     if numbers.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(numbers.numpy() == bound))

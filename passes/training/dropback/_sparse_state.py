@@ -11,24 +11,24 @@ ZERO = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf",
 State = dict[str, dict[str, Tensor]]  # parameter -> kind of state -> the values of its tracked weights, by their index
 
 
-def packed(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> State:
+def pack_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> State:
     """Take the state out of ``optimizer`` and return that of the weights in ``masks``; nothing large stays there."""
     its = {
-        name: {key: optimizer.state[p][key][masks[name]] for key in kinds(optimizer, p)}
+        name: {key: optimizer.state[p][key][masks[name]] for key in state_kinds(optimizer, p)}
         for name, p in parameters.items()
     }
-    empty(optimizer, parameters, its)
+    empty_state(optimizer, parameters, its)
     return its
 
 
-def empty(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], its: State) -> None:
+def empty_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], its: State) -> None:
     """Let one zero take the place of each tensor of what ``packed`` returned, in its shape."""
     for name, kept in its.items():
         for key, values in kept.items():
             optimizer.state[parameters[name]][key] = values.new_zeros(()).expand(parameters[name].shape)
 
 
-def unpack(
+def unpack_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], its: State
 ) -> None:
     """Put the state that ``packed`` returned back, with zeros for all other weights."""
@@ -38,7 +38,7 @@ def unpack(
             optimizer.state[parameters[name]][key] = whole.masked_scatter_(masks[name], values.to(whole.device))
 
 
-def kinds(optimizer: Optimizer, parameter: nn.Parameter) -> list[str]:
+def state_kinds(optimizer: Optimizer, parameter: nn.Parameter) -> list[str]:
     """The kinds of state of a parameter that start at zero and are shaped like it."""
     state = optimizer.state.get(parameter, {})
     return [

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
 
 from fxprune.errors import InitializeError, PlanError
-from fxprune.files.start import Start, remember, start_of
+from fxprune.files.start import Start, remember_start, start_of
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.session import Session
 
 from ..clicktrain.clicktrain import ClickTrain
-from ._largest import about_largest, largest
+from ._largest import about_largest, select_largest
 from ._layout import Layout, from_bits, to_bits
-from ._sparse_state import empty, packed, unpack
+from ._sparse_state import empty_state, pack_state, unpack_state
 
 DECAYING = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD)  # of these it is known how they decay
 
@@ -92,7 +92,7 @@ class DropBack(TrainingPass):
             budget = self.budget if isinstance(self.budget, int) else int(self.budget * layout.size)
             if budget > layout.size:
                 raise PlanError(f"budget={budget} is more than the {layout.size} weights that train in this model")
-            memory.saved |= {"budget": budget, "factor": known(session).factor}
+            memory.saved |= {"budget": budget, "factor": known_start(session).factor}
         tracked = layout.buffer(torch.bool)
         memory.derived |= {"layout": layout, "tracked": tracked, "masks": layout.views(tracked), "settled": False}
         if "tracked" in memory.saved:
@@ -114,12 +114,12 @@ class DropBack(TrainingPass):
             self._settle(session, memory)
         layout, masks = memory.derived["layout"], memory.derived["masks"]
         if "state" in memory.saved:
-            unpack(session.optimizer, layout.parameters, masks, memory.saved.pop("state"))
+            unpack_state(session.optimizer, layout.parameters, masks, memory.saved.pop("state"))
         scale = getattr(session.optimizer, "grad_scale", None)  # a fused optimizer takes the GradScaler's factor off
         for name, p, decay, group in self._decays(session, memory):
             if p.grad is not None and not group.get("decoupled_weight_decay"):
                 decay *= (-1.0 if group.get("maximize") else 1.0) * (1.0 if scale is None else float(scale))
-                p.grad.addcmul_(p.detach(), untracked(masks[name], p), value=-decay)
+                p.grad.addcmul_(p.detach(), count_untracked(masks[name], p), value=-decay)
 
     @torch.no_grad()
     def after_step(self, session: Session, memory: Memory) -> None:
@@ -130,7 +130,7 @@ class DropBack(TrainingPass):
         for name, p, decay, group in self._decays(session, memory):
             if p.grad is not None and group.get("decoupled_weight_decay"):
                 begin = self._start(session, memory, name)
-                p.addcmul_(begin, untracked(masks[name], p), value=float(group["lr"]) * decay)
+                p.addcmul_(begin, count_untracked(masks[name], p), value=float(group["lr"]) * decay)
         frozen = self.freeze is not None and session.epoch >= self.freeze
         if not frozen and (session.step - 1) % self.select_every == 0:
             self._choose(session, memory)
@@ -138,7 +138,7 @@ class DropBack(TrainingPass):
         for name, p in layout.parameters.items():
             torch.where(masks[name], p, self._start(session, memory, name).to(p.dtype), out=p)
         if self.tracked_state:
-            memory.saved["state"] = packed(session.optimizer, layout.parameters, masks)
+            memory.saved["state"] = pack_state(session.optimizer, layout.parameters, masks)
 
     def after_cut(self, session: Session, memory: Memory, param_map: ParamMap) -> None:
         """Cut what is known of each weight as the weights were cut."""
@@ -149,13 +149,13 @@ class DropBack(TrainingPass):
         if "state" in memory.saved:
             memory.saved["state"] = {
                 name: {
-                    key: param_map.slice(name, spread(values, mask))[stays[name]]
+                    key: param_map.slice(name, scatter_values(values, mask))[stays[name]]
                     for key, values in memory.saved["state"][name].items()
                 }
                 for name, mask in masks.items()
                 if name in stays
             }
-            empty(session.optimizer, dict(session.graph.named_parameters()), memory.saved["state"])
+            empty_state(session.optimizer, dict(session.graph.named_parameters()), memory.saved["state"])
 
     def before_save(self, session: Session, memory: Memory) -> None:
         """Note which weights are tracked, one bit each."""
@@ -204,13 +204,13 @@ class DropBack(TrainingPass):
             return kept
         layout = memory.derived["layout"]
         p = layout.parameters[name]
-        return known(session).values(name, p.device).to(p.dtype).to(layout.dtype)
+        return known_start(session).values(name, p.device).to(p.dtype).to(layout.dtype)
 
     def _decay_start(self, session: Session, memory: Memory) -> None:
         """Bring the start values to where they are after so many steps."""
         if self.start_decay < 1:
             factor = memory.saved["factor"] * self.start_decay**session.step
-            remember(session.graph, known(session).decayed(factor))
+            remember_start(session.graph, known_start(session).decayed(factor))
 
     @torch.no_grad()
     def _settle(self, session: Session, memory: Memory) -> None:
@@ -250,7 +250,7 @@ class DropBack(TrainingPass):
         for name, score in layout.views(scores).items():
             torch.sub(layout.parameters[name].detach(), self._start(session, memory, name), out=score).abs_()
         if self.rule == "exact":
-            largest(scores, budget, tracked)
+            select_largest(scores, budget, tracked)
         else:
             about_largest(scores, budget, tracked, turn=session.step)
         if not self.regenerate:
@@ -267,17 +267,17 @@ class DropBack(TrainingPass):
                     yield names[p], p, float(group["weight_decay"]), group
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
+def scatter_values(values: Tensor, mask: Tensor) -> Tensor:
     """``values``, in order, where the mask is set, and zeros elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter_(mask, values.to(mask.device))
 
 
-def untracked(mask: Tensor, p: Tensor) -> Tensor:
+def count_untracked(mask: Tensor, p: Tensor) -> Tensor:
     """1 where a weight is not tracked, else 0, in the dtype of the parameter."""
     return (~mask).to(p.dtype)
 
 
-def known(session: Session) -> Start:
+def known_start(session: Session) -> Start:
     """The start of the session's model, which ``prepare`` has seen."""
     start = start_of(session.graph)
     if start is None:
