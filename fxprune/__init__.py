@@ -19,7 +19,7 @@ from fxprune.report.summary import summarize
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.rewrite.verify import verify
-from fxprune.training.passes import TrainingPass
+from fxprune.training.run import TrainingPass
 from fxprune.training.session import Session
 from fxprune.training.when import WhenItPays
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Plan, Session, TracedModule
-from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.memory import Memory, held_values, saved_fields
+from fxprune.training.run import Run, TrainingPass
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Thin(TrainingPass):
     interval: int = 1
     part: float = 0.25
 
-    def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
-        if (session.epoch + 1) % self.interval:
+    def after_epoch(self, run: Run, memory: Memory) -> Plan | None:
+        if (run.epoch + 1) % self.interval:
             return None
-        return thinner(session.analysis, session.epoch, self.part)
+        return thinner(run.analysis, run.epoch, self.part)
 
 
 @cache
@@ -91,11 +92,20 @@ def snapshot(session: Session) -> dict[str, Any]:
             "gradients": [p.grad for p in session.graph.parameters()],
             "optimizer": session.optimizer.state_dict(),
             "analysis": str(session.analysis),
-            "memories": [(memory.saved, sorted(memory.derived)) for memory in session.memories],
+            "memories": [remembered_values(memory) for memory in session.memories],
             "counters": (session.epoch, session.step, session.batch_size, session._pending, session._waiting),
             "log": session.log.to_json(),
         }
     )
+
+
+def remembered_values(memory: Any) -> dict[str, Any]:
+    """What a pass remembers: what is saved as it is, and of the rest whether it is there."""
+    saved = saved_fields(memory).values()
+    return {
+        name: value if name in {part.name for part in saved} else type(value)
+        for name, value in held_values(memory).items()
+    }
 
 
 def assert_equal(what: str, found: Any, expected: Any) -> None:

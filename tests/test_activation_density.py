@@ -24,7 +24,8 @@ from fxprune.errors import PlanError
 from fxprune.graph.traced import regions_of
 from fxprune.passes import ActivationDensity
 from fxprune.training import distributed
-from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.memory import Memory, saved_values
+from fxprune.training.run import Run, TrainingPass
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActivationDensity leaves:UserWarning")
 EAGER = ActivationDensity(saturation=1.0, patience=1, cooldown=1, stop=1.0, cuts=None)  # cuts every second epoch
@@ -53,7 +54,7 @@ def channels(session: Session, group: str) -> list[float]:
 
 
 def saved(session: Session) -> dict[str, Any]:
-    return session.memories[0].saved
+    return saved_values(session.memories[0])
 
 
 # ------------------------------------------------------------------------------------------- what is counted
@@ -352,8 +353,8 @@ def test_channels_that_never_fire_can_go() -> None:
 class Scripted(ActivationDensity):
     """Takes its densities from a list, one an epoch."""
 
-    def measure(self, session: Session, memory: Memory) -> Any:
-        found = super().measure(session, memory)
+    def measure(self, run: Run, memory: Memory) -> Any:
+        found = super().measure(run, memory)
         density = SCRIPT.pop(0)
         return {name: (density, each) for name, (_, each) in found.items()}
 
@@ -479,8 +480,9 @@ def test_the_optimizer_s_state_goes_along(optimizer: str) -> None:
         graph, inputs = analysis.graph, traced("residual")[1]
         with Session(graph, inputs, SGD(graph.parameters(), 0.0), [EAGER], progress=False) as session:
             session.analysis = analysis
-            session.memories[0].saved |= {"densities": dict.fromkeys(analysis.sizes, 0.5), "counts": {}}
-            session.passes[0].prepare(session, session.memories[0])
+            memory = session.memories[0]
+            memory.densities, memory.counts = dict.fromkeys(analysis.sizes, 0.5), {}
+            session.prepare_pass(session.passes[0], memory)
             buffers = copy.deepcopy(dict(graph.named_buffers()))
             graph(*inputs)
             for name, buffer in graph.named_buffers():
@@ -564,8 +566,8 @@ class Failing(TrainingPass):
 
     failed = False
 
-    def prepare(self, session: Session, memory: Memory) -> None:
-        if session.log.epochs and not Failing.failed:
+    def prepare(self, run: Run, memory: Memory) -> None:
+        if run.log.epochs and not Failing.failed:
             Failing.failed = True
             raise MemoryError("no room")
 

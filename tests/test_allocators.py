@@ -155,8 +155,8 @@ def test_widths_need_no_data_and_no_chance(name: str) -> None:
     [
         (lambda: passes.Uniform(by="magnitude"), "by='magnitude' can't rank channels: give a criterion"),
         (lambda: passes.PreCrop(scope="local"), "scope='local' leaves PreCrop nothing to say: that is passes.Uniform"),
-        (lambda: passes.PreCrop(cost="latency"), "cost='latency' is not known; use one of 'flops', 'params', 'memory'"),
-        (lambda: passes.Uniform(weights="new"), "weights='new' is not known; use one of 'keep', 'reinit', 'rescale'"),
+        (lambda: passes.PreCrop(cost="latency"), "cost='latency' is not known; use 'flops', 'params' or 'memory'"),
+        (lambda: passes.Uniform(weights="new"), "weights='new' is not known; use 'keep', 'reinit' or 'rescale'"),
     ],
 )
 def test_options_that_make_no_sense(make: Any, message: str) -> None:

@@ -162,7 +162,7 @@ def test_lightning_resumes(tmp_path: Path) -> None:
     found, resumed = fit(tmp_path, checkpoint=tmp_path / "epoch=0.ckpt")
     assert_same(resumed.session, pruning.session)
     assert_equal("weights", dict(found.state_dict()), dict(module.state_dict()))
-    assert resumed.session.memories[0].saved == pruning.session.memories[0].saved
+    assert resumed.session.memories[0] == pruning.session.memories[0]
     assert momenta(resumed.session.optimizer) == momenta(pruning.session.optimizer)
 
 
@@ -383,7 +383,7 @@ def test_transformers_accumulates(tmp_path: Path) -> None:
     trainer, pruning = trainer_of(tmp_path, 1, batch=BATCH // 2, gradient_accumulation_steps=2)
     trainer.train()
     assert pruning.session.step == len(X) // BATCH
-    assert pruning.session.memories[0].saved["lambda"] == pytest.approx(by_hand(1).memories[0].saved["lambda"], rel=0.1)
+    assert pruning.session.memories[0].lambda_ == pytest.approx(by_hand(1).memories[0].lambda_, rel=0.1)
 
 
 def test_transformers_resumes(tmp_path: Path) -> None:

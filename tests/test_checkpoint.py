@@ -31,7 +31,8 @@ from training_run import EPOCHS, EXAMPLE, PASSES, Run, network
 import fxprune
 from fxprune import Plan, Session, passes
 from fxprune.errors import FileError, SessionError
-from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.memory import derived_field
+from fxprune.training.run import TrainingPass
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore:PruneTrain. with lambda:UserWarning")
@@ -327,7 +328,7 @@ def test_unknown_passes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     damaged = copy.deepcopy(data)
     damaged["passes"][0]["options"]["ratio"] = 2.0
     torch.save(damaged, tmp_path / "run.pt")
-    refused(tmp_path / "run.pt", r"ratio=2\.0 must lie between 0 and 1")
+    refused(tmp_path / "run.pt", r"ratio=2\.0 must be a number above 0 and below 1")
 
 
 FIELDS = ["plan", "model", "aliases", "start", "optimizer", "passes", "registered", "epoch", "step", "batch_size"]
@@ -368,10 +369,11 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_last(tmp_path: Path, mo
         patch.setattr(os, "fsync", full)
         with pytest.raises(FileError, match=r"can't write a checkpoint to .*run\.pt: .*No space left on device"):
             run.session.save(tmp_path / "run.pt")
-    run.session.memories[1].saved["model"] = Hostile(tmp_path)
+    memory = run.session.memories[1]
+    looked, memory.since = memory.since, Hostile(tmp_path)
     with pytest.raises(FileError, match="something in it is not plain data and would not load again"):
         run.session.save(tmp_path / "run.pt")
-    run.session.memories[1].saved.clear()
+    memory.since = looked
     with pytest.raises(FileError, match=r"can't write a checkpoint to .*nowhere"):
         run.session.save(tmp_path / "nowhere" / "run.pt")
     with pytest.raises(FileError, match=r"path must be a str or Path, but it is 3 \(int\)"):
@@ -390,30 +392,43 @@ def test_a_pass_without_fields_can_not_be_saved(tmp_path: Path) -> None:
         session.save(tmp_path / "run.pt")
 
 
+@dataclass
+class Total:
+    count: int = 0
+    sum: Any = None
+    seen: list[int] = derived_field(list)
+
+
+@dataclass(frozen=True)
+class Counts(TrainingPass[Total]):
+    by: int = 2
+
+    def begin(self, run: Session) -> Total:
+        return Total()
+
+    def after_step(self, run: Session, memory: Total) -> None:
+        memory.count += self.by
+        memory.sum = (torch.zeros(2) if memory.sum is None else memory.sum) + 1
+        memory.seen.append(memory.count)
+
+
 @pytest.mark.parametrize("value", [lambda: None, object()])
 def test_what_is_not_plain_data_can_not_be_saved(value: Any, tmp_path: Path) -> None:
-    session, _ = begin(passes=[Thin()])
-    session.memories[0].saved["thing"] = value
+    session, _ = begin(passes=[Counts()])
+    session.memories[0].sum = value
     with pytest.raises(FileError, match="can't write a checkpoint to"):
         session.save(tmp_path / "run.pt")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_pass_remembers_comes_back(tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Counts(TrainingPass):
-        by: int = 2
-
-        def after_step(self, session: Session, memory: Memory) -> None:
-            memory.saved["count"] = memory.saved.get("count", 0) + self.by
-            memory.saved["sum"] = memory.saved.get("sum", torch.zeros(2)) + 1
-
     session, inputs = begin(passes=[Counts(3)])
     session.save(tmp_path / "run.pt")
     resumed = Session.load(tmp_path / "run.pt", *reborn(), progress=False)
     train(resumed, inputs)
-    assert resumed.memories[0].saved["count"] == 9
-    assert resumed.memories[0].saved["sum"].tolist() == [3, 3]
+    assert resumed.memories[0].count == 9
+    assert resumed.memories[0].sum.tolist() == [3, 3]
+    assert resumed.memories[0].seen == [9], "what is derived is not saved"
     assert resumed.passes == (Counts(3),)
 
 

@@ -22,6 +22,7 @@ from fxprune.errors import PlanError
 from fxprune.passes import ClickTrain
 from fxprune.passes.training.clicktrain._patterns import choose_patterns, dynamic_pool, least_patterns, static_pool
 from fxprune.training import distributed
+from fxprune.training.memory import saved_values
 
 NOW = ClickTrain(select=0, hard=1, kernels=0.5)
 CORNERS = [{(r + i, c + j) for i in (0, 1) for j in (0, 1)} for r, c in ((1, 1), (1, 0), (0, 1), (0, 0))]
@@ -36,11 +37,11 @@ def step(session: Session, inputs: Any) -> None:
 
 
 def chosen(session: Session) -> dict[str, Any]:
-    return session.memories[0].saved
+    return saved_values(session.memories[0])
 
 
 def masks(session: Session) -> dict[str, Tensor]:
-    return {mask.layer.name: mask.gone for mask in session.memories[0].derived["masks"]}
+    return {mask.layer.name: mask.gone for mask in session.memories[0].masks}
 
 
 # ---------------------------------------------------------------------------------------------- what is chosen
@@ -434,17 +435,17 @@ def test_ranks_choose_together(ranks: Ranks, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"select": -1}, r"select=-1 must be an integer of at least 0"),
-        ({"hard": 0.5}, r"hard=0.5 must be an integer"),
+        ({"hard": 0.5}, r"hard=0.5 must be a positive integer"),
         ({"select": 3, "hard": 3}, r"hard=3 must come after select=3"),
-        ({"strength": -1.0}, r"strength=-1.0 must be a number that is not negative"),
-        ({"share": "layer"}, r"share='layer' is not known; use 'none', 'input_channel', 'filter'"),
+        ({"strength": -1.0}, r"strength=-1.0 must be a number at least 0"),
+        ({"share": "layer"}, r"share='layer' is not known; use 'none', 'input_channel' or 'filter'"),
         ({"pool": "static5"}, r"pool='static5' is not known; use 'static4', .*'dynamic'"),
         ({"patterns": 127}, r"patterns=127 must be a count from 1 to 126"),
         ({"kernels": 1.0}, r"kernels=1.0 must be a fraction from 0 up to 1"),
         ({"kernels": (0.1, 0.2, 0.3)}, r"kernels=\(0.1, 0.2, 0.3\) must be"),
         ({"kernels": None}, r"kernels=None must be"),
         ({"kernels": {"a": 2}}, r"kernels=\{'a': 2\} must be"),
-        ({"batches": True}, r"batches=True must be an integer"),
+        ({"batches": True}, r"batches=True must be a positive integer"),
         ({"keep": 3}, r"keep=3 must be a list of names"),
     ],
 )

@@ -26,7 +26,8 @@ from fxprune import Plan, Session, TrainingPass
 from fxprune.errors import FileError, SessionError
 from fxprune.passes import PruneTrain
 from fxprune.training import distributed
-from fxprune.training.passes import Memory
+from fxprune.training.memory import Memory
+from fxprune.training.run import Run
 from fxprune.training.when import Decision
 from fxprune.training.wrappers import arguments_of
 
@@ -233,7 +234,7 @@ class Own(TrainingPass):
 
     plans: list[Plan | None]
 
-    def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
+    def after_epoch(self, run: Run, memory: Memory) -> Plan | None:
         return self.plans[distributed.own_rank()]
 
 

@@ -25,7 +25,8 @@ from fxprune.files.start import start_of
 from fxprune.passes import ClickTrain, DropBack, PruneTrain
 from fxprune.passes.training.dropback._largest import about_largest, select_largest
 from fxprune.training import distributed
-from fxprune.training.trainers.shared import resume_session, session_progress
+from fxprune.training.memory import saved_values
+from fxprune.training.trainers.shared import parse_progress, resume_run, run_progress
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -88,7 +89,7 @@ def size(session: Session) -> int:
 
 
 def budget(session: Session) -> int:
-    return session.memories[-1].saved["budget"]
+    return session.memories[-1].budget
 
 
 def assert_same_weights(a: Session, b: Session) -> None:
@@ -223,7 +224,7 @@ def test_the_choices_are_those_of_algorithm_1() -> None:
         chosen = top(rounded, k)
         moved += count({name: chosen[name] & ~tracked[name] for name in chosen}) if step else 0
         tracked = chosen
-        found = session.memories[0].derived["masks"]
+        found = session.memories[0].masks
         for name, mask in tracked.items():
             assert torch.equal(found[name], mask), (step, name)
             expected = torch.where(mask, after[name], begins[name])
@@ -332,7 +333,7 @@ def test_between_choices_the_tracked_weights_stay() -> None:
     seen = []
     for step in range(7):
         train(session, 1, step)
-        seen.append(session.memories[0].derived["tracked"].clone())
+        seen.append(session.memories[0].marks.clone())
     same = [torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert same == [True, True, False, True, True, False]
 
@@ -344,15 +345,15 @@ def test_frozen_weights_need_no_gradients_elsewhere(make: str) -> None:
     for each in (session, masked):
         train(each, 3)
         each.epoch_end()
-    frozen = session.memories[0].derived["tracked"].clone()
+    frozen = session.memories[0].marks.clone()
     for step in range(3, 9):
         train(session, 1, step)
         backward(masked, step)
-        for name, mask in masked.memories[0].derived["masks"].items():
+        for name, mask in masked.memories[0].masks.items():
             masked.graph.get_parameter(name).grad.mul_(mask)
         masked.optimizer.step()
         assert_same_weights(session, masked)
-        assert torch.equal(session.memories[0].derived["tracked"], frozen)
+        assert torch.equal(session.memories[0].marks, frozen)
     assert count(changed(session)) <= budget(session)
 
 
@@ -373,7 +374,7 @@ def test_the_decay_of_start_values_does_not_choose() -> None:
     slow, whole = begin(DropBack(0.1, start_decay=0.5)), begin(DropBack(0.1))
     for each in (slow, whole):
         train(each, 1)
-    assert torch.equal(slow.memories[0].derived["tracked"], whole.memories[0].derived["tracked"])
+    assert torch.equal(slow.memories[0].marks, whole.memories[0].marks)
 
 
 @pytest.mark.parametrize("make", ["momentum", "adamw", "adam fused"])
@@ -384,7 +385,7 @@ def test_start_values_made_anew_are_those_kept(make: str) -> None:
     )
     assert train(kept, 4) == train(anew, 4)
     assert_same_weights(kept, anew)
-    assert not {"start", "scores"} & anew.memories[0].derived.keys()
+    assert (anew.memories[0].start, anew.memories[0].scores) == ({}, None)
 
 
 DECAYS: dict[str, Make] = {
@@ -413,7 +414,7 @@ def test_weight_decay_does_not_choose(make: str) -> None:
     )
     for each in (spared, bare, inside):
         train(each, 1)
-    tracked = [each.memories[0].derived["tracked"] for each in (spared, bare, inside)]
+    tracked = [each.memories[0].marks for each in (spared, bare, inside)]
     assert (tracked[0] != tracked[1]).sum() <= 4  # rounding, where two scores are nearly alike
     assert (tracked[2] != tracked[1]).sum() > 10
     for name, p in spared.graph.named_parameters():
@@ -431,14 +432,14 @@ def test_weight_decay_does_not_choose_where_a_closure_makes_the_gradients() -> N
 def test_tracked_weights_decay() -> None:
     session = begin(DropBack(0.1), DECAYS["sgd"])
     train(session, 2)
-    masks = {name: mask.clone() for name, mask in session.memories[0].derived["masks"].items()}
+    masks = {name: mask.clone() for name, mask in session.memories[0].masks.items()}
     before = weights(session)
     backward(session, 2)
     for p in session.graph.parameters():
         p.grad.zero_()
     session.optimizer.step()
     for name, p in session.graph.named_parameters():
-        stays = masks[name] & session.memories[0].derived["masks"][name]
+        stays = masks[name] & session.memories[0].masks[name]
         torch.testing.assert_close(p[stays], before[name][stays] * (1 - 0.05 * 0.1), rtol=1e-5, atol=1e-8)
     assert count(changed(session)) <= budget(session)
 
@@ -456,7 +457,7 @@ def test_state_of_tracked_weights_only(make: str, kinds: int) -> None:
     session = begin(DropBack(0.1, tracked_state=True), EVERY_OPTIMIZER[make])
     for step in range(4):
         train(session, 1, step)
-        saved = session.memories[0].saved["state"]
+        saved = session.memories[0].state
         assert sum(values.numel() for its in saved.values() for values in its.values()) == kinds * budget(session)
         assert held_bytes(session.optimizer) <= 4 * 8 * len(session.optimizer.state)
 
@@ -474,10 +475,10 @@ def test_momentum_goes_with_its_weight_and_begins_at_zero() -> None:
             {name: (before[name] - lr * m - begins[name]).abs() for name, m in momentum.items()}, budget(session)
         )
         momentum = {name: m * chosen[name] for name, m in momentum.items()}
-        differ = sum(int((chosen[name] != mask).sum()) for name, mask in session.memories[0].derived["masks"].items())
+        differ = sum(int((chosen[name] != mask).sum()) for name, mask in session.memories[0].masks.items())
         assert differ <= 2  # rounding
-        for name, its in session.memories[0].saved["state"].items():
-            mask = session.memories[0].derived["masks"][name]
+        for name, its in session.memories[0].state.items():
+            mask = session.memories[0].masks[name]
             if torch.equal(mask, chosen[name]):
                 torch.testing.assert_close(its["momentum_buffer"], momentum[name][mask])
             else:
@@ -499,8 +500,8 @@ def test_the_budget_is_kept_through_cuts(make: str, options: dict[str, Any]) -> 
             assert 0 < count(changed(session)) <= k
         kept, whole = changed(session), weights(session)
         state = {names[p]: dict(its) for p, its in session.optimizer.state.items()}
-        masks = {name: mask.clone() for name, mask in session.memories[-1].derived["masks"].items()}
-        packed = copy.deepcopy(session.memories[-1].saved.get("state", {}))
+        masks = {name: mask.clone() for name, mask in session.memories[-1].masks.items()}
+        packed = copy.deepcopy(session.memories[-1].state or {})
         plan = thinner(session.analysis, session.epoch)
         _, param_map = fxprune.rewrite(session.graph, session.analysis, plan)
         assert session.epoch_end().removed > 0
@@ -510,8 +511,8 @@ def test_the_budget_is_kept_through_cuts(make: str, options: dict[str, Any]) -> 
             for key, values in packed.get(name, {}).items():
                 dense = torch.zeros_like(whole[name]).masked_scatter_(masks[name], values)
                 expected = param_map.slice(name, dense)[param_map.slice(name, masks[name])]
-                assert torch.equal(session.memories[-1].saved["state"][name][key], expected)
-        assert session.memories[-1].derived["settled"] is False
+                assert torch.equal(session.memories[-1].state[name][key], expected)
+        assert session.memories[-1].settled is False
         assert budget(session) == k
         assert state or make == "sgd"
 
@@ -601,7 +602,7 @@ def test_a_run_goes_on_bit_equal(make: str, options: dict[str, Any], tmp_path: P
         assert resumed.epoch_end().removed == whole.epoch_end().removed
     for each in (resumed, whole):
         each.passes[-1].before_save(each, each.memories[-1])
-    assert_equal("memory", resumed.memories[-1].saved, whole.memories[-1].saved)
+    assert_equal("memory", *(saved_values(session.memories[-1]) for session in (resumed, whole)))
 
 
 def test_a_checkpoint_loads_into_a_model_that_was_not_initialised(tmp_path: Path) -> None:
@@ -620,7 +621,7 @@ def test_a_trainer_goes_on_with_its_own_checkpoint_of_the_weights(options: dict[
     second = begin(DropBack(0.2, **options), MOMENTUM)
     second.graph.load_state_dict(first.graph.state_dict())
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    resume_session(second, copy.deepcopy(session_progress(first)))
+    resume_run(second, parse_progress(copy.deepcopy(run_progress(first)), "a copy"))
     assert train(second, 3, 3) == train(first, 3, 3)
     assert_same_weights(second, first)
 
@@ -705,7 +706,7 @@ def test_ranks_choose_together(ranks: Ranks, options: dict[str, Any], tmp_path: 
         ({"rule": "fast"}, "rule='fast' is not known; use 'exact' or 'quantile'"),
         ({"select_every": 0}, "select_every=0 must be a positive integer"),
         ({"freeze": 1.5}, "freeze=1.5 must be a positive integer"),
-        ({"start_decay": 1.1}, "start_decay=1.1 must lie between 0 and 1"),
+        ({"start_decay": 1.1}, "start_decay=1.1 must be a number at least 0 and at most 1"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:

@@ -18,7 +18,8 @@ import fxprune
 from fxprune import Plan, Session
 from fxprune.errors import PlanError
 from fxprune.passes import GrowBatch
-from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.memory import Memory
+from fxprune.training.run import Run, TrainingPass
 
 
 def sgd(parameters: Any) -> Optimizer:
@@ -52,7 +53,7 @@ def test_every_rate_follows_the_batch(rule: str, power: float) -> None:
 def test_the_memory_that_is_free_is_used_and_no_more() -> None:
     session, inputs = growing()
     fixed, each = session.memory()
-    cap = session.memories[1].saved["memory"]
+    cap = session.memories[1].memory
     assert cap == fixed + 64 * each, "the momentum counts"
     for _ in range(3):
         session.epoch_end()
@@ -60,7 +61,7 @@ def test_the_memory_that_is_free_is_used_and_no_more() -> None:
         fixed, each = session.memory()
         assert fixed + each * session.batch_size <= cap
         assert fixed + each * (session.batch_size + 8) > cap
-        assert session.memories[1].saved["memory"] == cap
+        assert session.memories[1].memory == cap
 
 
 def test_the_memory_can_be_given() -> None:
@@ -197,7 +198,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         train(session, inputs)
         session.epoch_end()
         scheduler.step()
-    expected = (session.batch_size, rates(session), scheduler.base_lrs, session.memories[1].saved)
+    expected = (session.batch_size, rates(session), scheduler.base_lrs, copy.copy(session.memories[1]))
 
     model, optimizer, scheduler = start()
     session = Session.load(tmp_path / "run.pt", model, inputs, optimizer, progress=False)
@@ -208,7 +209,7 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         train(session, inputs)
         session.epoch_end()
         scheduler.step()
-    assert (session.batch_size, rates(session), scheduler.base_lrs, session.memories[1].saved) == expected
+    assert (session.batch_size, rates(session), scheduler.base_lrs, copy.copy(session.memories[1])) == expected
 
 
 def test_it_needs_to_know_the_batch_size() -> None:
@@ -218,7 +219,7 @@ def test_it_needs_to_know_the_batch_size() -> None:
 
 
 class Fails(TrainingPass):
-    def after_cut(self, session: Session, memory: Memory, param_map: fxprune.ParamMap) -> None:
+    def after_cut(self, run: Run, memory: Memory, param_map: fxprune.ParamMap) -> None:
         raise RuntimeError("no")
 
 
@@ -227,7 +228,7 @@ def test_a_cut_that_fails_later_leaves_batch_and_rates() -> None:
     with pytest.raises(RuntimeError, match="no"):
         session.reconfigure(thinner(session.analysis, 0, 0.5))
     assert (session.batch_size, rates(session)) == (64, [0.02, 0.01])
-    assert session.memories[0].saved["scaled"] == 1.0
+    assert session.memories[0].scaled == 1.0
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -251,17 +252,17 @@ def test_a_cut_that_fails_later_leaves_schedules_and_rates_that_are_tensors(kind
     ("options", "message"),
     [
         ({"rule": ["linear"]}, r"rule=\['linear'\] is not known"),
-        ({"rule": "cubic"}, "rule='cubic' is not known; use one of 'linear', 'sqrt', 'none'"),
-        ({"memory": 0}, "memory=0 must be positive"),
-        ({"memory": "8G"}, "memory='8G' must be positive: bytes"),
-        ({"memory": math.nan}, "memory=nan must be positive"),
+        ({"rule": "cubic"}, "rule='cubic' is not known; use 'linear', 'sqrt' or 'none'"),
+        ({"memory": 0}, "memory=0 must be a number above 0: bytes, or None"),
+        ({"memory": "8G"}, "memory='8G' must be a number above 0: bytes"),
+        ({"memory": math.nan}, "memory=nan must be a number above 0"),
         ({"granularity": 0}, "granularity=0 must be a positive integer"),
         ({"granularity": True}, "granularity=True must be a positive integer"),
         ({"granularity": None}, "granularity=None must be a positive integer"),
         ({"maximum": 0}, "maximum=0 must be a positive integer"),
         ({"maximum": 12.5}, r"maximum=12\.5 must be a positive integer"),
-        ({"highest_lr": 0.5}, r"highest_lr=0\.5 must be at least 1"),
-        ({"highest_lr": None}, "highest_lr=None must be at least 1"),
+        ({"highest_lr": 0.5}, r"highest_lr=0\.5 must be a number at least 1"),
+        ({"highest_lr": None}, "highest_lr=None must be a number at least 1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -20,8 +20,9 @@ import fxprune
 from fxprune import Plan, Session
 from fxprune.errors import PlanError, SessionError
 from fxprune.passes import PruneTrain
-from fxprune.passes.training.prunetrain import _Slices, at_least_float32
-from fxprune.passes.training.prunetrain import sum_norms as fast_lasso
+from fxprune.passes.training._lasso import Slices
+from fxprune.passes.training._lasso import sum_norms as fast_lasso
+from fxprune.passes.training._norms import at_least_float32
 
 TAU = 1e-4
 
@@ -104,7 +105,7 @@ def one_step(session: Session, inputs: Tensor) -> tuple[float, float]:
 
 def unscaled(session: Session) -> float:
     """P."""
-    return fast_lasso(session.memories[0].derived["lasso"]).item()
+    return fast_lasso(session.memories[0].penalized).item()
 
 
 # ------------------------------------------------------------------------------------------- the penalty
@@ -187,7 +188,7 @@ def test_the_penalty_and_its_gradient_are_the_formula(name: str) -> None:
     session = session_of(model, inputs)
     task = torch.tensor(2.0, dtype=torch.float64)
     penalty = session.penalty(task)
-    coefficient = session.memories[0].saved["lambda"]
+    coefficient = session.memories[0].lambda_
     expected = formula(model)
     assert unscaled(session) == pytest.approx(expected.item(), rel=1e-12)
     assert penalty.item() == pytest.approx(0.2 / 0.8 * 2.0, rel=1e-10)
@@ -221,13 +222,13 @@ def test_the_gradient_in_double_precision(shape: tuple[int, ...]) -> None:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 2))
     model.double()
     inputs = torch.randn((2, 3, 8, 8)[: len(shape)], dtype=torch.float64)
-    weights = session_of(model, inputs).memories[0].derived["lasso"]
+    weights = session_of(model, inputs).memories[0].penalized
     with torch.no_grad():
         model[1].weight[1].zero_()  # where only the 1e-8 keeps the norm from zero
         model[1].weight[2].fill_(1e-6)
 
     def of(*tensors: Tensor) -> Tensor:
-        given: dict[Tensor, list[_Slices]] = dict(zip(tensors, weights.values(), strict=True))
+        given: dict[Tensor, list[Slices]] = dict(zip(tensors, weights.values(), strict=True))
         return fast_lasso(given)  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(of, tuple(weights), eps=1e-8, atol=1e-3, rtol=1e-3, nondet_tol=0.0)
@@ -244,14 +245,14 @@ def test_autocast_and_a_gradient_scaler() -> None:
         task = session.model(inputs).float().square().mean()
         penalty = session.penalty(task)
     assert penalty.dtype == torch.float32
-    assert math.isfinite(session.memories[0].saved["lambda"])
+    assert math.isfinite(session.memories[0].lambda_)
     assert (penalty / (task + penalty)).item() == pytest.approx(0.2, rel=1e-6)
     assert session.penalty(task).item() == pytest.approx(penalty.item(), rel=1e-6), "autocast makes no difference"
     scaler.scale(penalty).backward()
     scaler.unscale_(session.optimizer)
     weight = model[2].conv1.weight
     (expected,) = torch.autograd.grad((norms(weight, 0) + norms(weight, 1)), weight)
-    torch.testing.assert_close(weight.grad, expected * session.memories[0].saved["lambda"], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(weight.grad, expected * session.memories[0].lambda_, rtol=1e-5, atol=1e-9)
     scaler.step(session.optimizer)
     assert session.step == 1
     session.epoch_end()
@@ -275,10 +276,10 @@ def test_a_model_in_bfloat16_is_summed_in_float32() -> None:
 def test_lambda_is_set_once(ratio: float, tmp_path: Path) -> None:
     model, inputs = small(resnet20)
     session = session_of(model, inputs, PruneTrain(ratio, interval=1))
-    assert session.memories[0].saved.get("lambda") is None
+    assert session.memories[0].lambda_ is None
     initial = unscaled(session)
     task, penalty = one_step(session, inputs)
-    coefficient = session.memories[0].saved["lambda"]
+    coefficient = session.memories[0].lambda_
     assert penalty / (task + penalty) == pytest.approx(ratio, rel=1e-6)
     assert coefficient == pytest.approx(ratio * task / ((1 - ratio) * initial), rel=1e-9)
     with torch.no_grad():
@@ -288,11 +289,11 @@ def test_lambda_is_set_once(ratio: float, tmp_path: Path) -> None:
     assert penalty / (task + penalty) != pytest.approx(ratio, rel=1e-6)
     assert session.epoch_end().removed == 3
     one_step(session, inputs)
-    assert session.memories[0].saved["lambda"] == coefficient
+    assert session.memories[0].lambda_ == coefficient
     session.save(tmp_path / "run.pt")
     another = small(resnet20)[0]
     loaded = Session.load(tmp_path / "run.pt", another, inputs, SGD(another.parameters(), lr=1e-4, momentum=0.9))
-    assert loaded.memories[0].saved["lambda"] == coefficient
+    assert loaded.memories[0].lambda_ == coefficient
     assert loaded.passes == session.passes
     assert unscaled(loaded) == unscaled(session)
     assert one_step(loaded, inputs) == one_step(session, inputs)
@@ -303,7 +304,7 @@ def test_lambda_needs_a_loss(loss: float) -> None:
     session = session_of(*small(chain))
     with pytest.raises(SessionError, match=f"must be a positive number; it is {loss!r}"):
         session.penalty(torch.tensor(loss))
-    assert "lambda" not in session.memories[0].saved
+    assert session.memories[0].lambda_ is None
     session.penalty(torch.tensor(1.0))
 
 
@@ -621,7 +622,7 @@ def test_the_proximal_step_gives_zeros_where_the_lasso_swings() -> None:
     swinging = trained(PruneTrain(ratio=0.85), lr=0.1)
     assert plan_of(swinging).keep == {}
     proximal = trained(PruneTrain(ratio=0.85, proximal=True), lr=0.1)
-    assert proximal.memories[0].saved == swinging.memories[0].saved
+    assert proximal.memories[0] == swinging.memories[0]
     plan = plan_of(proximal)
     assert sum(plan.widths.values()) < 0.7 * sum(plan.sizes.values())
     for name, kept in plan.keep.items():
@@ -639,7 +640,7 @@ def test_the_proximal_step_is_by_hand() -> None:
     model, inputs = small(chain)
     session = session_of(model, inputs, PruneTrain(ratio=0.5, proximal=True), SGD(model.parameters(), lr=0.5))
     assert session.penalty(torch.tensor(3.0)).item() == 0.0
-    coefficient = session.memories[0].saved["lambda"] = 1.0
+    coefficient = session.memories[0].lambda_ = 1.0
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     session.optimizer.zero_grad()
     for parameter in model.parameters():
@@ -690,7 +691,7 @@ def test_the_penalty_alone_swings_above_the_limit_and_dies_below_it() -> None:
                 model, torch.randn(2, 3, dtype=torch.float64), None, SGD(model.parameters(), lr=1e-4, momentum=0.9)
             )
             session.penalty(torch.tensor(1.0))
-            session.optimizer.param_groups[0]["lr"] = factor * TAU * 1.9 / session.memories[0].saved["lambda"]
+            session.optimizer.param_groups[0]["lr"] = factor * TAU * 1.9 / session.memories[0].lambda_
             path = []
             for _ in range(300):
                 session.optimizer.zero_grad()
@@ -719,7 +720,7 @@ def warned(make: Callable[[Iterator[nn.Parameter]], Optimizer], **options: Any) 
 def test_the_warning_comes_exactly_above_the_limit(momentum: float) -> None:
     session = session_of(*small(chain))
     session.penalty(torch.tensor(1.0))
-    limit = TAU * (1 + momentum) / session.memories[0].saved["lambda"]
+    limit = TAU * (1 + momentum) / session.memories[0].lambda_
     assert not warned(lambda p: SGD(p, lr=0.999 * limit, momentum=momentum))
     assert warned(lambda p: SGD(p, lr=1.001 * limit, momentum=momentum))
     assert not warned(lambda p: SGD(p, lr=100 * limit, momentum=momentum), proximal=True)
@@ -791,23 +792,23 @@ def test_a_run_that_has_nothing_left_goes_on(tmp_path: Path) -> None:
     session.save(tmp_path / "run.pt")
     another = small(Plus)[0]
     loaded = Session.load(tmp_path / "run.pt", another, inputs, SGD(another.parameters(), lr=1e-4, momentum=0.9))
-    assert loaded.memories[0].saved == session.memories[0].saved
+    assert loaded.memories[0] == session.memories[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.0}, r"ratio=0\.0 must lie between 0 and 1"),
-        ({"ratio": 1.0}, r"ratio=1\.0 must lie between 0 and 1"),
-        ({"ratio": math.nan}, "ratio=nan must lie between 0 and 1"),
+        ({"ratio": 0.0}, r"ratio=0\.0 must be a number above 0 and below 1"),
+        ({"ratio": 1.0}, r"ratio=1\.0 must be a number above 0 and below 1"),
+        ({"ratio": math.nan}, "ratio=nan must be a number above 0"),
         ({"ratio": "0.2"}, r"ratio='0\.2' must be a number"),
         ({"interval": 0}, "interval=0 must be a positive integer"),
         ({"interval": 2.5}, r"interval=2\.5 must be a positive integer"),
         ({"interval": True}, "interval=True must be a positive integer"),
         ({"minimum": 0}, "minimum=0 must be a positive integer"),
         ({"round_to": -8}, "round_to=-8 must be a positive integer"),
-        ({"threshold": -1e-4}, r"threshold=-0\.0001 must not be negative"),
-        ({"threshold": math.nan}, "threshold=nan must not be negative"),
+        ({"threshold": -1e-4}, r"threshold=-0\.0001 must be a number at least 0"),
+        ({"threshold": math.nan}, "threshold=nan must be a number at least 0"),
         ({"threshold": None}, "threshold=None must be a number"),
         ({"branches": "cut"}, "branches='cut' is not known; use 'remove', 'fold' or 'keep'"),
     ],

@@ -4,6 +4,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ import fxprune
 from fxprune import Analysis, Plan, Session
 from fxprune.errors import FxpruneError, MigrationError, PlanError, SessionError, VerificationError
 from fxprune.rewrite.branches import emptied_groups
-from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.memory import derived_field
+from fxprune.training.run import Run, TrainingPass
 
 RECONFIGURE, REWRITE = (sys.modules[f"fxprune.{name}"] for name in ("training.cut", "rewrite.rewrite"))
 PRUNABLE = [name for name, case in MODELS.items() if case.prunable]
@@ -446,7 +448,13 @@ def test_a_cut_inside_autocast_drops_the_casts_it_keeps() -> None:
 # -------------------------------------------------------------------------------------- all or nothing
 
 
-class Unlucky(TrainingPass):
+@dataclass
+class Tally:
+    cuts: int = 0
+    widths: dict[str, int] = derived_field()
+
+
+class Unlucky(TrainingPass[Tally]):
     """A pass whose hook of this name raises, but for the first time."""
 
     def __init__(self, hook: str) -> None:
@@ -457,19 +465,23 @@ class Unlucky(TrainingPass):
         if hook == self.hook and self.calls > (hook == "prepare"):
             raise RuntimeError(f"{hook} failed")
 
-    def prepare(self, session: Session, memory: Memory) -> None:
+    def begin(self, run: Run) -> Tally:
+        return Tally()
+
+    def prepare(self, run: Run, memory: Tally) -> None:
         self._call("prepare")
-        memory.derived["widths"] = session.analysis.sizes
+        assert not hasattr(memory, "widths")
+        memory.widths = run.analysis.sizes
 
-    def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
+    def after_epoch(self, run: Run, memory: Tally) -> Plan | None:
         self._call("after_epoch")
-        return thinner(session.analysis, 0)
+        return thinner(run.analysis, 0)
 
-    def after_cut(self, session: Session, memory: Memory, param_map: fxprune.ParamMap) -> None:
-        memory.saved["cuts"] = memory.saved.get("cuts", 0) + 1
+    def after_cut(self, run: Run, memory: Tally, param_map: fxprune.ParamMap) -> None:
+        memory.cuts += 1
         self._call("after_cut")
 
-    def report(self, session: Session, memory: Memory) -> dict[str, float]:
+    def report(self, run: Run, memory: Tally) -> dict[str, float]:
         self._call("report")
         return {}
 

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxprune
 from fxprune import Plan, Session, passes
 from fxprune.errors import AnalysisError, FxpruneError, MigrationError, PlanError, SessionError
-from fxprune.training.passes import Memory, TrainingPass
+from fxprune.training.memory import Memory, derived_field
+from fxprune.training.run import Run, TrainingPass
 from fxprune.training.when import Decision
 
 
@@ -274,39 +276,49 @@ def test_gradients_of_a_parameter_that_is_not_the_last_wait_too() -> None:
 # --------------------------------------------------------------------------------------------- passes
 
 
-class Recorder(TrainingPass):
+@dataclass
+class Recorded:
+    rows: int = 0
+    made: bool = derived_field()
+
+
+class Recorder(TrainingPass[Recorded]):
     """Writes down which hooks were called, and whether gradients were there."""
 
-    def __init__(self, plan: Callable[[Session], Plan | None] = lambda session: None) -> None:
+    def __init__(self, plan: Callable[[Run], Plan | None] = lambda run: None) -> None:
         self.calls: list[str] = []
         self.plan = plan
 
-    def prepare(self, session: Session, memory: Memory) -> None:
-        self.calls.append("prepare")
-        assert not memory.derived
-        memory.derived["made"] = True
+    def begin(self, run: Run) -> Recorded:
+        self.calls.append("begin")
+        return Recorded()
 
-    def penalty(self, session: Session, memory: Memory, task: Tensor) -> Tensor | None:
+    def prepare(self, run: Run, memory: Recorded) -> None:
+        self.calls.append("prepare")
+        assert not hasattr(memory, "made")
+        memory.made = True
+
+    def penalty(self, run: Run, memory: Recorded, task: Tensor) -> Tensor | None:
         self.calls.append("penalty")
         return 2 * task
 
-    def after_backward(self, session: Session, memory: Memory) -> None:
+    def after_backward(self, run: Run, memory: Recorded) -> None:
         self.calls.append("backward")
-        assert any(p.grad is not None for p in session.graph.parameters())
+        assert any(p.grad is not None for p in run.graph.parameters())
 
-    def after_step(self, session: Session, memory: Memory) -> None:
+    def after_step(self, run: Run, memory: Recorded) -> None:
         self.calls.append("step")
 
-    def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
+    def after_epoch(self, run: Run, memory: Recorded) -> Plan | None:
         self.calls.append("epoch")
-        return self.plan(session)
+        return self.plan(run)
 
-    def after_cut(self, session: Session, memory: Memory, param_map: fxprune.ParamMap) -> None:
+    def after_cut(self, run: Run, memory: Recorded, param_map: fxprune.ParamMap) -> None:
         self.calls.append("cut")
         kept = [index for axes in param_map.values() for index in axes if index is not None]
-        memory.saved["rows"] = sum(map(len, kept))
+        memory.rows = sum(map(len, kept))
 
-    def report(self, session: Session, memory: Memory) -> dict[str, float]:
+    def report(self, run: Run, memory: Recorded) -> dict[str, float]:
         return {"calls": float(len(self.calls))}
 
 
@@ -319,9 +331,9 @@ def test_hooks_of_a_pass_are_called_in_turn() -> None:
         (task + session.penalty(task)).backward()
         session.optimizer.step()
     record = session.epoch_end(accuracy=0.5)
-    assert recorder.calls == ["prepare", *["penalty", "backward", "step"] * 2, "epoch", "cut", "prepare"]
-    assert record.values == {"calls": 8.0, "accuracy": 0.5}
-    assert session.memories[0].saved["rows"] > 0
+    assert recorder.calls == ["begin", "prepare", *["penalty", "backward", "step"] * 2, "epoch", "cut", "prepare"]
+    assert record.values == {"calls": 9.0, "accuracy": 0.5}
+    assert session.memories[0].rows > 0
     assert (session.epoch, session.step) == (1, 2)
 
 
@@ -339,7 +351,7 @@ def test_where_a_closure_makes_the_gradients_the_passes_see_them(named: bool) ->
     for _ in range(2):
         loss = session.optimizer.step(closure=closure) if named else session.optimizer.step(closure)
         assert isinstance(loss, Tensor)
-    assert recorder.calls == ["prepare", *["penalty", "backward", "step"] * 2]
+    assert recorder.calls == ["begin", "prepare", *["penalty", "backward", "step"] * 2]
 
 
 def test_penalties_add_up() -> None:
@@ -483,7 +495,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[FxpruneError], str]] = {
     "a part of a sample": (
         lambda: session_of(batch_size=128.0),
         SessionError,
-        r"batch_size=128\.0 must be an integer",
+        r"batch_size=128\.0 must be a positive integer: samples a step",
     ),
     "no model": (
         lambda: session_of(model=lambda x: x, optimizer=SGD(nn.Linear(7, 5).parameters(), lr=1.0)),
@@ -512,17 +524,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[FxpruneError], str]] = {
         SessionError,
         r"teacher is no copy of the model as it is now: its [\w.]+ has shape",
     ),
-    "ratio": (lambda: passes.PruneTrain(ratio=1.5), PlanError, r"ratio=1\.5 must lie between 0 and 1"),
-    "no ratio": (lambda: passes.PruneTrain(ratio=0), PlanError, "ratio=0 must lie between 0 and 1"),
+    "ratio": (lambda: passes.PruneTrain(ratio=1.5), PlanError, r"ratio=1\.5 must be a number above 0 and below 1"),
+    "no ratio": (lambda: passes.PruneTrain(ratio=0), PlanError, "ratio=0 must be a number above 0 and below 1"),
     "interval": (lambda: passes.PruneTrain(interval=0), PlanError, "interval=0 must be a positive integer"),
     "a broken interval": (lambda: passes.PruneTrain(interval=2.5), PlanError, r"interval=2\.5 must be a positive"),  # type: ignore[arg-type]
     "minimum": (lambda: passes.PruneTrain(minimum=-1), PlanError, "minimum=-1 must be a positive integer"),
     "round_to": (lambda: passes.PruneTrain(round_to=True), PlanError, "round_to=True must be a positive integer"),
-    "threshold": (lambda: passes.PruneTrain(threshold=-1.0), PlanError, r"threshold=-1\.0 must not be negative"),
+    "threshold": (lambda: passes.PruneTrain(threshold=-1.0), PlanError, r"threshold=-1\.0 must be a number at least 0"),
     "a threshold that is none": (
         lambda: passes.PruneTrain(threshold=float("nan")),
         PlanError,
-        "threshold=nan must not be negative",
+        "threshold=nan must be a number at least 0",
     ),
 }
 
@@ -540,10 +552,10 @@ def test_a_session_that_is_refused_leaves_no_hooks() -> None:
     optimizer = SGD(model.parameters(), lr=1e-2)
 
     class Failing(TrainingPass):
-        def prepare(self, session: Session, memory: Memory) -> None:
+        def prepare(self, run: Run, memory: Memory) -> None:
             raise RuntimeError("no")
 
-        def after_step(self, session: Session, memory: Memory) -> None:
+        def after_step(self, run: Run, memory: Memory) -> None:
             raise RuntimeError("still here")
 
     with pytest.raises(RuntimeError, match="no"):

@@ -166,14 +166,14 @@ def test_the_log_has_prediction_and_outcome() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs=0 must be the number of epochs"),
-        ({"epochs": 2.5}, r"epochs=2\.5 must be the number of epochs"),
-        ({"epochs": True}, "epochs=True must be the number of epochs"),
-        ({"epochs": 9, "margin": 0}, "margin=0 must be a positive number"),
-        ({"epochs": 9, "margin": "1"}, "margin='1' must be a positive number"),
-        ({"epochs": 9, "efficiency": -0.5}, r"efficiency=-0\.5 must be a positive number"),
-        ({"epochs": 9, "efficiency": math.nan}, "efficiency=nan must be a positive number"),
-        ({"epochs": 9, "cost": -1.0}, r"cost=-1\.0 must be a positive number"),
+        ({"epochs": 0}, "epochs=0 must be a positive integer: the epochs of the run"),
+        ({"epochs": 2.5}, r"epochs=2\.5 must be a positive integer"),
+        ({"epochs": True}, "epochs=True must be a positive integer"),
+        ({"epochs": 9, "margin": 0}, "margin=0 must be a number above 0"),
+        ({"epochs": 9, "margin": "1"}, "margin='1' must be a number above 0"),
+        ({"epochs": 9, "efficiency": -0.5}, r"efficiency=-0\.5 must be a number above 0"),
+        ({"epochs": 9, "efficiency": math.nan}, "efficiency=nan must be a number above 0"),
+        ({"epochs": 9, "cost": -1.0}, r"cost=-1\.0 must be a number at least 0, or None"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

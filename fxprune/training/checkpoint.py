@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,28 +19,13 @@ from fxprune.files.model import check_state, without_aliases
 from fxprune.files.sparse import pack_sparse, start_in, unpack_sparse
 from fxprune.files.start import Start, start_of
 from fxprune.graph.trace import trace
-from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap, check_owned
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.training import distributed
-from fxprune.training.log import Log
-from fxprune.training.passes import TrainingPass
-
-if TYPE_CHECKING:
-    from fxprune.training.session import Session
+from fxprune.training.run import Run, TrainingPass
+from fxprune.training.state import RunState, cut_as_saved, state_of, take_over_state
 
 FORMAT = "fxprune session 1"
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What can be saved beside the model: schedulers, scalers, averaged models."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Take over what ``state_dict`` returned."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +33,13 @@ class Saved:
     """A checkpoint that was read and found sound."""
 
     data: dict[str, Any]
-    plan: Plan
-    passes: tuple[TrainingPass, ...]
+    state: RunState
+    passes: tuple[TrainingPass[Any], ...]
     options: dict[str, Any]
     start: Start | None  # of the model before any cut
 
 
-def write_checkpoint(session: "Session", path: str | Path) -> None:
+def write_checkpoint(run: Run, path: str | Path) -> None:
     """Write a checkpoint: on the first rank; the others wait, and all have the same outcome.
 
     Raises:
@@ -65,7 +50,7 @@ def write_checkpoint(session: "Session", path: str | Path) -> None:
     failed = ""
     if distributed.own_rank() == 0:
         try:
-            save_atomically(checkpoint_contents(session, states), Path(path))
+            save_atomically(checkpoint_contents(run, states), Path(path))
         except Exception as error:  # what can't be pickled fails in as many ways; the other ranks wait for the outcome
             failed = f"can't write a checkpoint to {path}: {error}"
     failed = distributed.gather_values(failed)[0]
@@ -73,35 +58,25 @@ def write_checkpoint(session: "Session", path: str | Path) -> None:
         raise FileError(failed)
 
 
-def checkpoint_contents(session: "Session", random_states: list[Any]) -> dict[str, Any]:
+def checkpoint_contents(run: Run, random_states: list[Any]) -> dict[str, Any]:
     """Everything that goes into the file."""
-    for training_pass, memory in session._pairs():
-        training_pass.before_save(session, memory)
-    state, aliases = without_aliases(dict(session.graph.state_dict()))
-    state, sparse = pack_sparse(state, start_of(session.graph))
-    record = session.graph.meta.get("fxprune")
-    plan = Plan.from_json(record["plan"]) if record else Plan({}, session.analysis.sizes, session.analysis.options)
-    return {
+    data = state_of(run).to_plain()
+    for part, training_pass in zip(data["passes"], run.passes, strict=True):
+        part["options"] = options_of(training_pass)
+    weights, aliases = without_aliases(dict(run.graph.state_dict()))
+    weights, sparse = pack_sparse(weights, start_of(run.graph))
+    return data | {
         "format": FORMAT,
-        "plan": plan.to_json(),
-        "model": state,
+        "model": weights,
         "aliases": aliases,
         "start": sparse,
-        "optimizer": {"kind": type(session.optimizer).__name__, **session.optimizer.state_dict()},
-        "passes": [
-            {"name": type(each).__name__, "options": options_of(each), "saved": memory.saved}
-            for each, memory in zip(session.passes, session.memories, strict=True)
-        ],
-        "registered": {name: thing.state_dict() for name, thing in session.registered.items()},
-        "epoch": session.epoch,
-        "step": session.step,
-        "batch_size": session.batch_size,
-        "log": session.log.to_json(),
+        "optimizer": {"kind": type(run.optimizer).__name__, **run.optimizer.state_dict()},
+        "registered": {name: thing.state_dict() for name, thing in run.registered.items()},
         "random": random_states,
     }
 
 
-def options_of(training_pass: TrainingPass) -> dict[str, Any]:
+def options_of(training_pass: TrainingPass[Any]) -> dict[str, Any]:
     """The fields of a pass."""
     if not is_dataclass(training_pass):
         raise FileError(f"{type(training_pass).__name__} is no dataclass, so its options can't be saved")
@@ -130,7 +105,7 @@ def read_checkpoint(
     model: nn.Module,
     example_inputs: Any,
     optimizer: Optimizer,
-    passes: Sequence[TrainingPass] | None,
+    passes: Sequence[TrainingPass[Any]] | None,
 ) -> Saved:
     """Read a checkpoint and see that it fits ``model`` and ``optimizer``. Neither is changed.
 
@@ -153,10 +128,10 @@ def read_checkpoint(
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FileError(f"{path} is not a checkpoint that Session.save wrote ({FORMAT!r})")
     try:
-        plan = Plan.from_json(data["plan"])
-        options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
+        state = RunState.from_plain(data)
+        options = {key: value for key, value in state.plan.options.items() if key in ("heads", "groups")}
         graph = trace(model, example_inputs)
-        compact, param_map = rewrite(graph, analyze(graph, example_inputs, **options), plan)
+        compact, param_map = rewrite(graph, analyze(graph, example_inputs, **options), state.plan)
         start = start_in(data["start"], graph) if data["start"] is not None else None
         if start is not None:
             data["model"] = unpack_sparse(data["model"], data["start"], start.after(param_map))
@@ -165,14 +140,14 @@ def read_checkpoint(
         check_owned(optimizer, set(graph.parameters()))
         check_optimizer(optimizer, data["optimizer"], param_map)
         check_rest(data)
-        found = tuple(passes) if passes is not None else tuple(map(pass_of, data["passes"]))
-        names = [each["name"] for each in data["passes"]]
-        if [type(each).__name__ for each in found] != names:
+        chosen = tuple(passes) if passes is not None else tuple(map(pass_of, data["passes"]))
+        names = [part.name for part in state.passes]
+        if [type(training_pass).__name__ for training_pass in chosen] != names:
             raise FileError(f"it has the passes {names}, not those that were given")
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
         raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
-    return Saved(data, plan, found, options | {"batch_size": data["batch_size"]}, start)
+    return Saved(data, state, chosen, options | {"batch_size": state.batch_size}, start)
 
 
 def check_optimizer(optimizer: Optimizer, state: dict[str, Any], param_map: ParamMap) -> None:
@@ -189,16 +164,10 @@ def check_optimizer(optimizer: Optimizer, state: dict[str, Any], param_map: Para
 
 
 def check_rest(data: dict[str, Any]) -> None:
-    """Raise an error unless log, counters, random states and what was registered can be taken over."""
-    Log.from_json(data["log"])
-    numbers = [data["epoch"], data["step"], *[data["batch_size"]] * (data["batch_size"] is not None)]
-    kinds = [(numbers, int), (data["passes"], dict), (data["registered"].values(), dict), (data["random"], dict)]
-    for values, kind in kinds:
-        for value in values:
-            if not isinstance(value, kind):
-                raise FileError(f"it is damaged: {value!r:.60} stands where a {kind.__name__} should be")
-    if not all(isinstance(each["saved"], dict) for each in data["passes"]):
-        raise FileError("it is damaged: what a pass remembers is no dictionary")
+    """Raise an error unless random states and what was registered can be taken over."""
+    for value in (*data["registered"].values(), *data["random"]):
+        if not isinstance(value, dict):
+            raise FileError(f"it is damaged: {value!r:.60} stands where a dict should be")
     before = random_state()
     try:
         for state in data["random"]:
@@ -207,7 +176,7 @@ def check_rest(data: dict[str, Any]) -> None:
         set_random_state(before)
 
 
-def pass_of(saved: dict[str, Any]) -> TrainingPass:
+def pass_of(saved: dict[str, Any]) -> TrainingPass[Any]:
     """The pass that a checkpoint describes."""
     kind = TrainingPass.known.get(saved["name"])
     if kind is None:
@@ -215,19 +184,21 @@ def pass_of(saved: dict[str, Any]) -> TrainingPass:
     return kind(**saved["options"])
 
 
-def restore_session(session: "Session", saved: Saved) -> None:
-    """Put a checkpoint that ``read`` found sound into a new session."""
+def restore_run(run: Run, saved: Saved, path: str | Path) -> None:
+    """Put a checkpoint that ``read_checkpoint`` found sound into a new run.
+
+    Raises:
+        FileError: a pass can't take over what it remembered. Nothing is changed.
+    """
     data = saved.data
-    if saved.plan.keep:
-        session._reconfigure(saved.plan)
-    session.graph.load_state_dict(data["model"])
-    load_optimizer(session.optimizer, data["optimizer"])
-    for training_pass, memory, its in zip(session.passes, session.memories, data["passes"], strict=True):
-        memory.saved = its["saved"]
-        training_pass.prepare(session, memory)
-    session.epoch, session.step, session.batch_size = data["epoch"], data["step"], data["batch_size"]
-    session.log = Log.from_json(data["log"])
-    session._unclaimed = data["registered"]
+    try:
+        cut_as_saved(run, saved.state)
+    except FileError as error:
+        raise FileError(f"{path} does not fit the passes: {error}") from error
+    run.graph.load_state_dict(data["model"])
+    load_optimizer(run.optimizer, data["optimizer"])
+    take_over_state(run, saved.state)
+    run.unclaimed = data["registered"]
     if distributed.own_rank() < len(data["random"]):  # of more ranks than before, the new ones keep their own
         set_random_state(data["random"][distributed.own_rank()])
 

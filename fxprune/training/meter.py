@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from fxprune.budget.sums import median_norms
 from fxprune.graph.inputs import bind_inputs, tensors_in
 from fxprune.training import distributed
 from fxprune.training.log import Epoch, Log
-
-if TYPE_CHECKING:
-    from fxprune.training.session import Session
+from fxprune.training.run import Run
 
 
 class Meter:
@@ -34,11 +32,11 @@ class Meter:
         """The optimizer has made a step."""
         self._ends.append(time.perf_counter())
 
-    def record(self, session: "Session", step_time: float | None, values: Mapping[str, float]) -> Epoch:
+    def record(self, run: Run, step_time: float | None, values: Mapping[str, float]) -> Epoch:
         """The record of the epoch that ends now.
 
         Args:
-            session: of the run.
+            run: whose epoch it is.
             step_time: seconds, instead of the median time from step to step.
             values: the caller's numbers.
         """
@@ -46,26 +44,26 @@ class Meter:
             between = np.diff(self._ends).tolist()
             step_time = median(between) if between else 0.0
         step_time = distributed.largest_over_ranks(step_time)
-        flops, _ = count_per_sample(session, "flops")
+        flops, _ = count_per_sample(run, "flops")
         steps, ranks = len(self._ends), distributed.count_ranks()
-        trained = [parameter for parameter in session.graph.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in run.graph.parameters() if parameter.requires_grad]
         reports: dict[str, float] = {}
-        for training_pass, memory in zip(session.passes, session.memories, strict=True):
-            reports |= training_pass.report(session, memory)
+        for training_pass, memory in run.pairs():
+            reports |= training_pass.report(run, memory)
         return Epoch(
-            epoch=session.epoch + 1,
+            epoch=run.epoch + 1,
             steps=steps,
             step_time=step_time,
             first_step=self._ends[0] - self._start if self._ends else 0.0,
-            samples=session.batch_size,
+            samples=run.batch_size,
             flops=flops,
-            params=params(session.graph),
-            memory=peak_memory(session),
-            widths=session.analysis.sizes,
-            lr=float(session.optimizer.param_groups[0]["lr"]),
+            params=params(run.graph),
+            memory=peak_memory(run),
+            widths=run.analysis.sizes,
+            lr=float(run.optimizer.param_groups[0]["lr"]),
             sent=2 * (ranks - 1) / ranks * sum(map(size_of, trained)) * steps,  # of a ring
-            saved=seconds_saved(session.log, step_time, session.batch_size, steps),
-            norms=median_norms(session.analysis),
+            saved=seconds_saved(run.log, step_time, run.batch_size, steps),
+            norms=median_norms(run.analysis),
             values={**reports, **{name: float(value) for name, value in values.items()}},
         )
 
@@ -79,31 +77,31 @@ def seconds_saved(log: Log, step_time: float, samples: int | None, steps: int) -
     return log[-1].saved - log[-1].cut_time + (before * (samples or 1) - step_time) * steps
 
 
-def step_memory(session: "Session") -> tuple[float, float]:
+def step_memory(run: Run) -> tuple[float, float]:
     """Estimated bytes that a step takes on this rank: fixed, and for each sample."""
-    each, held = count_per_sample(session, "memory")
-    gradients = sum(size_of(parameter) for parameter in session.graph.parameters() if parameter.requires_grad)
-    states = sum(size_of(tensor) for state in session.optimizer.state.values() for tensor in tensors_in(state))
+    each, held = count_per_sample(run, "memory")
+    gradients = sum(size_of(parameter) for parameter in run.graph.parameters() if parameter.requires_grad)
+    states = sum(size_of(tensor) for state in run.optimizer.state.values() for tensor in tensors_in(state))
     return float(held + gradients + states), each
 
 
-def count_per_sample(session: "Session", kind: str) -> tuple[float, float]:
+def count_per_sample(run: Run, kind: str) -> tuple[float, float]:
     """A cost of a forward pass for each sample, and the bytes of weights and buffers (which "memory" leaves out)."""
-    held = sum(map(size_of, (*session.graph.parameters(), *session.graph.buffers())))
-    channels = Channels.of(session.analysis)
-    cost = cost_of(session.analysis, kind, channels)(np.ones(len(channels.group), dtype=bool))
-    return (cost - (held if kind == "memory" else 0)) / count_examples(session.example_inputs), held
+    held = sum(map(size_of, (*run.graph.parameters(), *run.graph.buffers())))
+    channels = Channels.of(run.analysis)
+    cost = cost_of(run.analysis, kind, channels)(np.ones(len(channels.group), dtype=bool))
+    return (cost - (held if kind == "memory" else 0)) / count_examples(run.example_inputs), held
 
 
-def peak_memory(session: "Session") -> float:
+def peak_memory(run: Run) -> float:
     """Bytes: the peak of the epoch on a GPU, else an estimate."""
-    device = next((parameter.device for parameter in session.graph.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in run.graph.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         highest = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return float(highest)
-    fixed, each = step_memory(session)
-    return fixed + each * (session.batch_size or count_examples(session.example_inputs))
+    fixed, each = step_memory(run)
+    return fixed + each * (run.batch_size or count_examples(run.example_inputs))
 
 
 def size_of(tensor: Tensor) -> int:

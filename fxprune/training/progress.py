@@ -2,13 +2,10 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fxprune.training import distributed
 from fxprune.training.log import Epoch
-
-if TYPE_CHECKING:
-    from fxprune.training.session import Session
 
 T = TypeVar("T")
 
@@ -41,8 +38,8 @@ class Progress:
         self._task: Any = None
         self._steps: int | None = None
 
-    def advance(self, session: "Session") -> None:
-        """One step was made."""
+    def advance(self, epoch: int) -> None:
+        """One step was made, after so many epochs."""
         if not self._shown:
             return
         if self._bar is None:
@@ -52,7 +49,7 @@ class Progress:
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(f"epoch {session.epoch + 1}", total=self._steps)
+            self._task = self._bar.add_task(f"epoch {epoch + 1}", total=self._steps)
             self._bar.start()
         self._bar.advance(self._task)
 

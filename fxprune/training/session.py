@@ -11,45 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxprune.channels.analysis import Analysis, analyze
+from fxprune.channels.analysis import analyze
 from fxprune.errors import SessionError, require_type
 from fxprune.files.start import remember_start
 from fxprune.graph.trace import trace, unwrap_model
-from fxprune.graph.traced import Model, is_traced, regions_of
+from fxprune.options import FLAG, Rule, allow_count, allow_kind, check_options
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap, check_owned
 from fxprune.rewrite.rewrite import record_cut
 from fxprune.training import distributed
-from fxprune.training.checkpoint import Stateful, read_checkpoint, restore_session, write_checkpoint
-from fxprune.training.cut import reconfigure
-from fxprune.training.log import Epoch, Log, Writer
+from fxprune.training.checkpoint import read_checkpoint, restore_run, write_checkpoint
+from fxprune.training.log import Epoch, Writer
+from fxprune.training.memory import check_memory
 from fxprune.training.meter import Meter, step_memory
-from fxprune.training.passes import Memory, TrainingPass
 from fxprune.training.progress import Progress
-from fxprune.training.undo import Undo
+from fxprune.training.reconfigure import check_copies, cut_run
+from fxprune.training.run import Run, Stateful, TrainingPass
+from fxprune.training.state import plan_of
 from fxprune.training.when import Decision
-from fxprune.training.wrappers import check_whole, wrap_again, wrappers_of
+from fxprune.training.wrappers import wrap_again, wrappers_of
 
 Policy = Callable[["Session", Plan, float, int], Decision]
 HOOKED: WeakSet[Optimizer] = WeakSet()  # the optimizers of the sessions that are open
 
 
-class Session:
-    """A training run in which passes prune the model.
+class Session(Run):
+    """A training run in which passes prune the model: the state of the run, and what drives it.
 
     The loop calls ``model``, adds ``penalty(task)`` to its loss, steps its optimizer as always, and calls ``epoch_end``
     after each epoch, which may cut channels. The model and the optimizer stay the same objects for the whole run.
-
-    Attributes:
-        model: what the loop calls. The traced model, inside the DistributedDataParallel or torch.compile wrappers of
-            the model that was given.
-        graph: the traced model itself; its state_dict has the keys of the original.
-        analysis: of the model as it is now.
-        optimizer: the one that was given.
-        epoch: how many epochs have ended.
-        step: how many steps the optimizer has made.
-        batch_size: samples a step on this rank, or None where nobody said; a pass may raise it.
-        log: one record an epoch. Print it, or ``log.plot(path)``.
     """
 
     def __init__(
@@ -57,7 +47,7 @@ class Session:
         model: nn.Module,
         example_inputs: Any,
         optimizer: Optimizer,
-        passes: Sequence[TrainingPass] = (),
+        passes: Sequence[TrainingPass[Any]] = (),
         *,
         batch_size: int | None = None,
         when: Policy | None = None,
@@ -96,14 +86,32 @@ class Session:
         require_type(model, nn.Module, "model", SessionError)
         require_type(optimizer, Optimizer, "optimizer", SessionError)
         require_type(passes, Sequence, "passes", SessionError)
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
-            raise SessionError(f"batch_size={batch_size!r} must be an integer: samples a step on this rank")
-        for each in passes:
-            if not isinstance(each, TrainingPass):
+        for training_pass in passes:
+            if not isinstance(training_pass, TrainingPass):
                 raise SessionError(
-                    f"{each!r:.80} can't stand in a session: it needs training passes such as passes.PruneTrain(). "
-                    "Criteria make plans: use fxprune.prune, or session.reconfigure(criterion.plan(...))."
+                    f"{training_pass!r:.80} can't stand in a session: it needs training passes such as "
+                    "passes.PruneTrain(). Criteria make plans: use fxprune.prune, or "
+                    "session.reconfigure(criterion.plan(...))."
                 )
+        check_options(
+            {
+                "batch_size": batch_size,
+                "when": when,
+                "writer": writer,
+                "reset_state": reset_state,
+                "verify": verify,
+                "progress": progress,
+                "around": around,
+            },
+            SessionError,
+            batch_size=allow_count(why=": samples a step on this rank").or_none(),
+            when=Rule(callable, "must be a function such as fxprune.WhenItPays(epochs)").or_none(),
+            writer=Rule(lambda it: hasattr(it, "add_scalar"), "must have add_scalar, as SummaryWriter has").or_none(),
+            reset_state=FLAG,
+            verify=FLAG,
+            progress=FLAG.or_none(),
+            around=allow_kind(nn.Module, "the module that has the model as a part").or_none(),
+        )
         if optimizer in HOOKED:
             raise SessionError("another session has this optimizer: close() that one first, or give one all passes")
         wrappers = wrappers_of(model)
@@ -113,43 +121,47 @@ class Session:
         if around is not None and not set(graph.parameters()) <= set(around.parameters()):
             raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
         analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
-        if "fxprune" not in graph.meta:  # so that it can be saved before any cut
+        if plan_of(graph) is None:  # so that it can be saved before any cut
             record_cut(graph, analysis, Plan({}, analysis.sizes, analysis.options))
-
-        self.graph: Model = graph
-        self.analysis: Analysis = analysis
-        self.optimizer = optimizer
-        self.example_inputs = example_inputs
-        self.passes = tuple(passes)
-        self.memories = [Memory() for _ in passes]
-        self.batch_size = batch_size
-        self.epoch = self.step = 0
-        self.log = Log()
-        self.registered: dict[str, Stateful] = {}
-        self._unclaimed: dict[str, Any] = {}
+        super().__init__(
+            model=wrap_again(wrappers, graph),
+            graph=graph,
+            analysis=analysis,
+            optimizer=optimizer,
+            example_inputs=example_inputs,
+            passes=tuple(passes),
+            batch_size=batch_size,
+            wrappers=wrappers,
+            around=outer,
+            reset_state=reset_state,
+            verify=verify,
+        )
         self._when, self._writer = when, writer
-        self._reset_state, self._verify = reset_state, verify
-        self._progress = Progress(progress)
-        self._wrappers, self._around = wrappers, outer
-        self.model = wrap_again(wrappers, graph)
+        self._meter, self._progress = Meter(), Progress(progress)
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
-        self._meter = Meter()
-        HOOKED.add(optimizer)
+        for training_pass in passes:
+            self.memories.append(training_pass.begin(self))
+            check_memory(training_pass, self.memories[-1])
+        self._hook()
+        try:
+            for training_pass, memory in self.pairs():
+                self.prepare_pass(training_pass, memory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _hook(self) -> None:
+        """Have the optimizer and the gradients call this session."""
+        HOOKED.add(self.optimizer)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
         ]
         for parameter in self._held():
             if parameter.requires_grad:
                 handle = parameter.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        try:
-            for training_pass, memory in self._pairs():
-                training_pass.prepare(self, memory)
-        except BaseException:
-            self.close()
-            raise
 
     # -------------------------------------------------------------------------------------- in the loop
 
@@ -161,7 +173,7 @@ class Session:
         """
         if not isinstance(task, Tensor) or task.numel() != 1:
             raise SessionError(f"penalty(task) takes the task loss, a tensor with one element; got {task!r:.60}")
-        terms = [training_pass.penalty(self, memory, task) for training_pass, memory in self._pairs()]
+        terms = [training_pass.penalty(self, memory, task) for training_pass, memory in self.pairs()]
         return sum((term for term in terms if term is not None), start=torch.zeros((), device=task.device))
 
     def epoch_end(self, *, step_time: float | None = None, **values: float) -> Epoch:
@@ -182,7 +194,7 @@ class Session:
             FxpruneError: a cut was refused. Model, optimizer and log are as they were.
         """
         self._check_open()
-        plan = merge_plans([training_pass.after_epoch(self, memory) for training_pass, memory in self._pairs()])
+        plan = merge_plans([training_pass.after_epoch(self, memory) for training_pass, memory in self.pairs()])
         distributed.require_agreement("the plan", str(plan))
         record = self._meter.record(self, step_time, values)
         notes = self._outcome(record)
@@ -196,7 +208,7 @@ class Session:
                 self._waiting = plan
                 notes += ("gradients wait for a step: the cut follows it",)
             else:
-                record = self._cut(plan, record)
+                record = self._cut_in(plan, record)
         self.epoch += 1
         self.log.epochs.append(replace(record, notes=notes))
         self._meter.start_epoch()
@@ -222,7 +234,7 @@ class Session:
             )
         distributed.require_agreement("the plan", str(plan))
         plan.check(self.analysis.sizes)
-        return self._reconfigure(plan)
+        return self._cut(plan)
 
     def register(self, **things: Stateful) -> None:
         """Take along what belongs to the run: ``session.register(ema=ema, scheduler=scheduler, scaler=scaler)``.
@@ -237,11 +249,11 @@ class Session:
         for name, thing in things.items():
             if not isinstance(thing, Stateful):
                 raise SessionError(f"{name}={thing!r:.60} has no state_dict and load_state_dict")
-            self._copies(name, thing)
+            check_copies(self, name, thing)
         for name, thing in things.items():
-            if name in self._unclaimed:
-                thing.load_state_dict(self._unclaimed[name])
-                del self._unclaimed[name]
+            if name in self.unclaimed:
+                thing.load_state_dict(self.unclaimed[name])
+                del self.unclaimed[name]
             self.registered[name] = thing
 
     def memory(self) -> tuple[float, float]:
@@ -258,7 +270,7 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for training_pass, memory in self._pairs():
+        for training_pass, memory in self.pairs():
             training_pass.close(self, memory)
         self._progress.close()
 
@@ -283,7 +295,7 @@ class Session:
         self._check_open()
         if self._waits() or self._waiting is not None:
             raise SessionError("gradients wait for the optimizer's step and are not saved: save after optimizer.step()")
-        if not set(self._around[1].parameters()) <= set(self.graph.parameters()):
+        if not set(self.around[1].parameters()) <= set(self.graph.parameters()):
             raise SessionError(
                 "the session has a part of what is trained (around=), so its checkpoint would lack the rest: save with "
                 "what trains the whole, such as the Trainer of fxprune.lightning or fxprune.transformers"
@@ -297,7 +309,7 @@ class Session:
         model: nn.Module,
         example_inputs: Any,
         optimizer: Optimizer,
-        passes: Sequence[TrainingPass] | None = None,
+        passes: Sequence[TrainingPass[Any]] | None = None,
         **options: Any,
     ) -> Self:
         """Go on with a run that ``save`` wrote.
@@ -318,13 +330,14 @@ class Session:
         if saved.start is not None:
             remember_start(model, saved.start)
         session = cls(model, example_inputs, optimizer, saved.passes, **{**saved.options, **options})
-        restore_session(session, saved)
+        try:
+            restore_run(session, saved, path)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     # ----------------------------------------------------------------------------------------- within
-
-    def _pairs(self) -> list[tuple[TrainingPass, Memory]]:
-        return list(zip(self.passes, self.memories, strict=True))
 
     def _check_open(self) -> None:
         if not self._handles:
@@ -361,19 +374,19 @@ class Session:
         return (optimizer, *args[2:]), {**kwargs, "closure": whole}
 
     def _after_backward(self) -> None:
-        for training_pass, memory in self._pairs():
+        for training_pass, memory in self.pairs():
             training_pass.after_backward(self, memory)
 
     def _after_step(self, *_: Any) -> None:
         self.step += 1
         self._pending = False
-        for training_pass, memory in self._pairs():
+        for training_pass, memory in self.pairs():
             training_pass.after_step(self, memory)
         if self._waiting is not None:
             plan, self._waiting = self._waiting, None
-            self.log.epochs[-1] = self._cut(plan, self.log[-1])
+            self.log.epochs[-1] = self._cut_in(plan, self.log[-1])
         self._meter.stepped()
-        self._progress.advance(self)
+        self._progress.advance(self.epoch)
 
     def _outcome(self, record: Epoch) -> tuple[str, ...]:
         """What became of the prediction for the last cut."""
@@ -383,83 +396,18 @@ class Session:
         expected, found = last.predicted * 1e3, record.step_time * 1e3
         return (f"the last cut: a step was expected to take {expected:.1f} ms, it takes {found:.1f} ms",)
 
-    def _cut(self, plan: Plan, record: Epoch) -> Epoch:
-        """Reconfigure, and the record of it."""
+    def _cut_in(self, plan: Plan, record: Epoch) -> Epoch:
+        """Carry out ``plan`` at the end of an epoch, and the record of it."""
         start = time.perf_counter()
         before = sum(self.analysis.sizes.values())
-        self._reconfigure(plan)
+        self._cut(plan)
         removed = before - sum(self.analysis.sizes.values())
         return replace(record, removed=removed, cut_time=time.perf_counter() - start)
 
-    def _reconfigure(self, plan: Plan) -> ParamMap:
-        check_whole(self.graph)
-        copies = [copied for name, thing in self.registered.items() for copied in self._copies(name, thing)]
-        optimizers = self._optimizers()
-        analysis, remembered = self.analysis, [(dict(each.saved), dict(each.derived)) for each in self.memories]
-        batch_size = self.batch_size
-        undo = Undo((self.graph, *copies), optimizers, self.registered.values())
-        wrapped = False
-        try:
-            with distributed.all_or_none():
-                self.analysis, param_map = reconfigure(
-                    self.graph,
-                    self.analysis,
-                    plan,
-                    optimizers,
-                    copies,
-                    others=set(self._around[1].parameters()),
-                    reset_state=self._reset_state,
-                    verify_with=self.example_inputs if self._verify else None,
-                )
-                torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
-                wrapped = True
-                self._wrap()
-                for training_pass, memory in self._pairs():
-                    training_pass.after_cut(self, memory, param_map)
-                    memory.derived.clear()
-                    training_pass.prepare(self, memory)
-        except BaseException:  # a pass that fails, memory that runs out, control-C
-            undo()
-            self.analysis, self.batch_size = analysis, batch_size
-            for memory, (saved, derived) in zip(self.memories, remembered, strict=True):
-                memory.saved, memory.derived = saved, derived
-            if wrapped:
-                self._wrap()
-            raise
+    def _cut(self, plan: Plan) -> ParamMap:
+        param_map = cut_run(self, plan)
         self._waiting = None  # a plan that waited was for the model before
         return param_map
-
-    def _wrap(self) -> None:
-        wrap_again(self._wrappers, self.graph)
-        wrap_again(*self._around)
-
-    def _copies(self, name: str, thing: object) -> list[Model]:
-        """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""
-        expected = {key: tuple(tensor.shape) for key, tensor in self.graph.state_dict().items()}
-        copies = copies_in(thing)
-        for copied in copies:
-            found = {key: tuple(tensor.shape) for key, tensor in copied.state_dict().items()}
-            for key in dict.fromkeys((*expected, *found)):
-                if found.get(key) != expected.get(key):
-                    raise SessionError(
-                        f"{name} is no copy of the model as it is now: its {key} has shape {found.get(key)}, the "
-                        f"model's {expected.get(key)}. Make it from session.model, and register it before the next cut."
-                    )
-        return copies
-
-    def _optimizers(self) -> list[Optimizer]:
-        """The optimizer, and the registered ones of parameters of this model."""
-        own = set(self.graph.parameters())
-        others = [thing for thing in self.registered.values() if isinstance(thing, Optimizer)]
-        held = [each for each in others if any(p in own for group in each.param_groups for p in group["params"])]
-        return [self.optimizer, *held]
-
-
-def copies_in(thing: object) -> list[Model]:
-    """The traced models in a module."""
-    found = [part for part in thing.modules() if is_traced(part)] if isinstance(thing, nn.Module) else []
-    parts = {region for each in found for region in regions_of(each).values() if region is not each}
-    return [each for each in found if each not in parts]
 
 
 def merge_plans(plans: Sequence[Plan | None]) -> Plan | None:

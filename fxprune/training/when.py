@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fxprune.budget.cost import Channels, cost_of
 from fxprune.errors import SessionError
+from fxprune.options import allow_count, allow_number, check_options
 from fxprune.plan import Plan
 from fxprune.training.log import Log
-
-if TYPE_CHECKING:
-    from fxprune.training.session import Session
+from fxprune.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,21 @@ class WhenItPays:
     cost: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise SessionError(f"epochs={self.epochs!r} must be the number of epochs of the run")
-        for name, value in (("margin", self.margin), ("efficiency", self.efficiency), ("cost", self.cost)):
-            if name == "cost" and value is None:
-                continue
-            if not isinstance(value, (int, float)) or not (value > 0 or (value == 0 and name == "cost")):
-                raise SessionError(f"{name}={value!r} must be a positive number")
+        check_options(
+            self,
+            SessionError,
+            epochs=allow_count(why=": the epochs of the run"),
+            margin=allow_number(above=0),
+            efficiency=allow_number(above=0),
+            cost=allow_number(least=0).or_none(),
+        )
 
-    def __call__(self, session: "Session", plan: Plan, step_time: float, steps: int) -> Decision:
+    def __call__(self, run: Run, plan: Plan, step_time: float, steps: int) -> Decision:
         """Decide on ``plan`` at the end of an epoch of ``steps`` steps of ``step_time`` seconds."""
-        remaining = max(self.epochs - session.epoch - 1, 0) * steps
-        gone = 1 - remaining_flops(session, plan)
-        efficiency = observed_efficiency(session.log, self.efficiency)
-        cost = observed_cost(session.log, 2 * step_time if self.cost is None else self.cost)
+        remaining = max(self.epochs - run.epoch - 1, 0) * steps
+        gone = 1 - remaining_flops(run, plan)
+        efficiency = observed_efficiency(run.log, self.efficiency)
+        cost = observed_cost(run.log, 2 * step_time if self.cost is None else self.cost)
         after = step_time * max(1 - efficiency * gone, 0.0)
         saved = (step_time - after) * remaining
         go = saved > self.margin * cost
@@ -70,13 +69,13 @@ class WhenItPays:
         )
 
 
-def remaining_flops(session: "Session", plan: Plan) -> float:
+def remaining_flops(run: Run, plan: Plan) -> float:
     """The share of the FLOPs that ``plan`` leaves."""
-    channels = Channels.of(session.analysis)
-    cost = cost_of(session.analysis, "flops", channels)
+    channels = Channels.of(run.analysis)
+    cost = cost_of(run.analysis, "flops", channels)
     kept = np.ones(len(channels.group), dtype=bool)
     start = 0
-    for name, size in session.analysis.sizes.items():
+    for name, size in run.analysis.sizes.items():
         if name in plan.keep:
             kept[start : start + size] = np.isin(np.arange(size), plan.keep[name])
         start += size
@@ -86,22 +85,22 @@ def remaining_flops(session: "Session", plan: Plan) -> float:
 
 def observed_efficiency(log: Log, assumed: float) -> float:
     """The median share of the step time that went for each share of the FLOPs, over the cuts in the log."""
-    found = []
+    shares = []
     for before, after in zip(log.epochs, log.epochs[1:], strict=False):
         flops = 1 - after.flops / before.flops if before.flops else 0.0
         same = before.samples == after.samples
         if before.removed and same and flops > 0.01 and before.step_time and after.step_time:
-            found.append((1 - after.step_time / before.step_time) / flops)
-    return max(median(found), 0.0) if found else assumed
+            shares.append((1 - after.step_time / before.step_time) / flops)
+    return max(median(shares), 0.0) if shares else assumed
 
 
 def observed_cost(log: Log, assumed: float) -> float:
     """The median seconds that the cuts in the log cost: the rewrite, and what the first step after it took longer."""
     pairs = list(zip(log.epochs, log.epochs[1:], strict=False))
     usual = [after.first_step for before, after in pairs if not before.removed]
-    found = [
+    costs = [
         before.cut_time + max(after.first_step - median(usual), 0.0) if usual else before.cut_time
         for before, after in pairs
         if before.removed
     ]
-    return median(found) if found else assumed
+    return median(costs) if costs else assumed

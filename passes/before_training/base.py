@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from fxprune.errors import PlanError
+from fxprune.options import allow_words, check_options
 from fxprune.rewrite.param_map import ParamMap
 
+from .._fresh import check_fresh, draw_weights
 from ..base import Criterion, input_axis
-from ..training.activation_density import check_fresh, draw_weights
-
-WEIGHTS = ("keep", "reinit", "rescale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,7 @@ class BeforeTraining(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights not in WEIGHTS:
-            raise PlanError(f"weights={self.weights!r} is not known; use one of {', '.join(map(repr, WEIGHTS))}")
+        check_options(self, PlanError, weights=allow_words("keep", "reinit", "rescale"))
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
         """Give ``compact``, cut from ``graph``, its initial weights. ``fxprune.prune`` calls this after the cut.

@@ -9,10 +9,10 @@ import numpy as np
 from fxprune.budget.cost import Channels, Floats, cost_of
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
+from fxprune.options import allow_words, check_options
 
 from .allocator import Allocator
 
-COSTS = ("flops", "params", "memory")
 STEPS = 128  # in which a group goes
 
 
@@ -35,8 +35,7 @@ class PreCrop(Allocator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cost not in COSTS:
-            raise PlanError(f"cost={self.cost!r} is not known; use one of {', '.join(map(repr, COSTS))}")
+        check_options(self, PlanError, cost=allow_words("flops", "params", "memory"))
 
     def worth(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group: the step at which a channel goes, the last first."""

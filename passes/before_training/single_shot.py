@@ -26,7 +26,8 @@ class SingleShot(BeforeTraining):
     The gate z_c = 1 stands where the layers that read the channel read it, behind norm and activation: a train-mode
     batch norm would cancel a gate in front of it. |dL/dz_c| = |sum of w * dL/dw| over the weights that read channel c,
     summed over all readers of the group; where no weight reads it, over those that write it. One forward and one
-    backward pass over one batch. After van Amersfoort et al., "Single Shot Structured Pruning Before Training" (2020).
+    backward pass over one batch, in train mode, whatever the mode of the model. After van Amersfoort et al., "Single
+    Shot Structured Pruning Before Training" (2020).
 
     Give it the untrained model, and train what the plan leaves. ``minimum`` caps what goes from one group. The model,
     its statistics and torch's random numbers stay as they are; autocast and distributed runs are as for ``Taylor``.
@@ -45,7 +46,7 @@ class SingleShot(BeforeTraining):
         """float64[channels] for each group."""
 
         def signed(model: nn.Module, batch: Batch) -> dict[str, Floats]:
-            sums = Sums(analysis, weights_times_gradients(model, batch, self.loss))
+            sums = Sums(analysis, weights_times_gradients(model.train(), batch, self.loss))
             return {name: sums(only_readers(analysis, group)) for name, group in analysis.groups.items()}
 
         first = itertools.islice(read_batches(self.data, "SingleShot"), 1)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,20 +19,49 @@ from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
 from fxprune.graph.traced import of_region, regions_of
+from fxprune.options import allow_count, allow_number, allow_words, check_options
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
-from fxprune.training.distributed import gather_values, mean_over_ranks
+from fxprune.training.distributed import mean_over_ranks
+from fxprune.training.memory import derived_field
 from fxprune.training.meter import count_per_sample
-from fxprune.training.passes import Memory, TrainingPass
-from fxprune.training.session import Session, copies_in
+from fxprune.training.run import Run, TrainingPass
+
+from .._fresh import check_fresh, draw_weights
+from ._widths import keep_highest
 
 # What gives exact zeros.
 LAYERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu6, F.hardswish, "relu", "relu_")
 
 
+@dataclass
+class Densities:
+    """What ActivationDensity remembers.
+
+    Attributes:
+        left: the groups that stay whole.
+        settled: how many times in a row the densities did not move.
+        since: epochs since the last cut.
+        cuts: how many were made.
+        planned: whether the last epoch ended with a plan of this pass.
+        densities: of each group, as it was at the end of the last epoch.
+        counts: for each activation the non-zero values of each channel, int64[names], and all values of one, int64[].
+        measured: the activations, with the names of the channels there.
+    """
+
+    left: list[str]
+    settled: int = 0
+    since: int = 0
+    cuts: int = 0
+    planned: bool = False
+    densities: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, list[Tensor]] = field(default_factory=dict)
+    measured: list[tuple[str, Label]] = derived_field(list)
+
+
 @dataclass(frozen=True)
-class ActivationDensity(TrainingPass):
+class ActivationDensity(TrainingPass[Densities]):
     """Foldy-Porto et al., "Activation Density driven Efficient Pruning in Training" (2020).
 
     The density of a layer is the share of its activations (after ReLU, ReLU6 or hardswish) that are not zero, over an
@@ -70,106 +99,103 @@ class ActivationDensity(TrainingPass):
     keep: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("saturation", "stop"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise PlanError(f"{name}={value!r} must be a number above 0 and at most 1: a share of the activations")
-        for name in ("patience", "cooldown", "cuts", "minimum", "round_to"):
-            value = getattr(self, name)
-            if name == "cuts" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PlanError(f"{name}={value!r} must be a positive integer")
-        for name, known in (("several", ("max", "mean")), ("weights", ("keep", "reinit"))):
-            if getattr(self, name) not in known:
-                raise PlanError(f"{name}={getattr(self, name)!r} is not known; use {known[0]!r} or {known[1]!r}")
+        check_options(
+            self,
+            PlanError,
+            saturation=allow_number(above=0, most=1, why=": a share of the activations"),
+            patience=allow_count(),
+            cooldown=allow_count(),
+            stop=allow_number(above=0, most=1, why=": a share of the activations"),
+            cuts=allow_count().or_none(),
+            several=allow_words("max", "mean"),
+            weights=allow_words("keep", "reinit"),
+            minimum=allow_count(),
+            round_to=allow_count(),
+        )
         object.__setattr__(self, "keep", tuple(patterns_of(self.keep)))
 
-    def prepare(self, session: Session, memory: Memory) -> None:
-        """Count, in train mode, the values and the non-zero values of each channel at each activation.
+    def begin(self, run: Run) -> Densities:
+        """Find the groups that stay whole.
 
         Raises:
-            PlanError: at the start, where there is nothing to resize, or to start again from new weights.
+            PlanError: there is nothing to resize, or to start again from new weights.
         """
-        measured = list(find_activations(session.analysis))
-        if not memory.saved:
-            memory.saved |= {"settled": 0, "since": 0, "cuts": 0, "densities": {}, "counts": {}}
-            memory.saved["left"] = self._left(session, measured)
-        counts = memory.saved["counts"]
-        device = next(session.graph.parameters()).device
-        for name, label in measured:
-            fresh = torch.zeros(label.size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-            counts[name] = [tensor.to(device) for tensor in counts.get(name, fresh)]
-        memory.derived["measured"] = measured
-        counters = {name: make_counter(label, *counts[name]) for name, label in measured}
-        for path, region in regions_of(session.graph).items():
+        return Densities(left=self._left(run, list(find_activations(run.analysis))))
+
+    def prepare(self, run: Run, memory: Densities) -> None:
+        """Count, in train mode, the values and the non-zero values of each channel at each activation."""
+        memory.measured = list(find_activations(run.analysis))
+        device = next(run.graph.parameters()).device
+        for name, label in memory.measured:
+            fresh = [torch.zeros(label.size, dtype=torch.int64), torch.zeros((), dtype=torch.int64)]
+            memory.counts[name] = [tensor.to(device) for tensor in memory.counts.get(name, fresh)]
+        counters = {name: make_counter(label, *memory.counts[name]) for name, label in memory.measured}
+        for path, region in regions_of(run.graph).items():
             region.observe(of_region(counters, path))
 
-    def close(self, session: Session, memory: Memory) -> None:
+    def close(self, run: Run, memory: Densities) -> None:
         """Count no more."""
-        for region in regions_of(session.graph).values():
+        for region in regions_of(run.graph).values():
             region.observe({})
 
-    def after_epoch(self, session: Session, memory: Memory) -> Plan | None:
+    def after_epoch(self, run: Run, memory: Densities) -> Plan | None:
         """The plan, when the densities have settled and are not all near 1."""
-        channels = self.measure(session, memory)
-        for tensor in (tensor for pair in memory.saved["counts"].values() for tensor in pair):
+        channels = self.measure(run, memory)
+        for tensor in (tensor for pair in memory.counts.values() for tensor in pair):
             tensor.zero_()
-        saved = memory.saved
-        saved["planned"] = False
+        memory.planned = False
         if not channels:
             return None
-        now, before = {name: density for name, (density, _) in channels.items()}, saved["densities"]
+        now, before = {name: density for name, (density, _) in channels.items()}, memory.densities
         moved = max((abs(density - before[name]) for name, density in now.items() if name in before), default=1.0)
-        saved["settled"] = saved["settled"] + 1 if moved < self.saturation else 0
-        saved["since"] += 1
-        saved["densities"] = now
-        over = min(now.values()) >= self.stop or (self.cuts is not None and saved["cuts"] >= self.cuts)
-        if over or saved["settled"] < self.patience or saved["since"] < self.cooldown:
+        memory.settled = memory.settled + 1 if moved < self.saturation else 0
+        memory.since += 1
+        memory.densities = now
+        over = min(now.values()) >= self.stop or (self.cuts is not None and memory.cuts >= self.cuts)
+        if over or memory.settled < self.patience or memory.since < self.cooldown:
             return None
-        keep = {name: self._kept(*its) for name, its in channels.items()}
-        saved["planned"] = True
-        return Plan(keep, session.analysis.sizes, session.analysis.options)
+        keep = {
+            name: keep_highest(of_channels, int(density * len(of_channels) + 0.5), self.minimum, self.round_to)
+            for name, (density, of_channels) in channels.items()
+        }
+        memory.planned = True
+        return Plan(keep, run.analysis.sizes, run.analysis.options)
 
-    def measure(self, session: Session, memory: Memory) -> dict[str, tuple[float, Floats]]:
+    def measure(self, run: Run, memory: Densities) -> dict[str, tuple[float, Floats]]:
         """For each measured group its density, and float64[channels]: the sum of those of each channel.
 
         Over all ranks, since the last epoch ended. Empty where the model was not called.
         """
-        measured: list[tuple[str, Label]] = memory.derived["measured"]
-        counts = [tensor.flatten() for name, _ in measured for tensor in memory.saved["counts"][name]]
+        counts = [tensor.flatten() for name, _ in memory.measured for tensor in memory.counts[name]]
         flat = mean_over_ranks(torch.cat(counts).double()).cpu().numpy() if counts else np.zeros(0)
-        parts = iter(np.split(flat, np.cumsum([len(each) for each in counts])))
-        rows = Channels.of(session.analysis)
-        found: dict[str, tuple[list[float], Floats]] = {}
-        bounds = np.cumsum([0, *session.analysis.sizes.values()])
-        for _, label in measured:
+        parts = iter(np.split(flat, np.cumsum([len(tensor) for tensor in counts])))
+        rows = Channels.of(run.analysis)
+        sums: dict[str, tuple[list[float], Floats]] = {}
+        bounds = np.cumsum([0, *run.analysis.sizes.values()])
+        for _, label in memory.measured:
             nonzero, values = next(parts), next(parts)
             if not values:
                 return {}
-            channel = rows.of_root[session.analysis.names.find(label).ravel()]
+            channel = rows.of_root[run.analysis.names.find(label).ravel()]
             mine = channel >= 0
             total = np.bincount(channel[mine], minlength=len(rows.group)) * values
             share = np.bincount(channel[mine], nonzero[mine], minlength=len(rows.group))
             for number in np.unique(rows.group[channel[mine]]):
                 here = slice(bounds[number], bounds[number + 1])
-                its, each = found.setdefault(rows.names[number], ([], np.zeros(here.stop - here.start)))
-                its.append(share[here].sum() / total[here].sum())
-                each += share[here] / np.maximum(total[here], 1)
+                of_group, of_channels = sums.setdefault(rows.names[number], ([], np.zeros(here.stop - here.start)))
+                of_group.append(share[here].sum() / total[here].sum())
+                of_channels += share[here] / np.maximum(total[here], 1)
         combine: Callable[[list[float]], Any] = np.max if self.several == "max" else np.mean
-        left = set(memory.saved["left"])
-        return {name: (float(combine(its)), each) for name, (its, each) in found.items() if name not in left}
+        left = set(memory.left)
+        return {
+            name: (float(combine(of_group)), of_channels)
+            for name, (of_group, of_channels) in sums.items()
+            if name not in left
+        }
 
-    def _kept(self, density: float, channels: Floats) -> tuple[int, ...]:
-        """round(density * C) channels of one group, those of the highest density."""
-        size = len(channels)
-        count = max(int(density * size + 0.5), min(self.minimum, size))
-        count = min(-(-count // self.round_to) * self.round_to, size)
-        return tuple(sorted(np.argsort(-channels, kind="stable")[:count].tolist()))
-
-    def _left(self, session: Session, measured: list[tuple[str, Label]]) -> list[str]:
+    def _left(self, run: Run, measured: list[tuple[str, Label]]) -> list[str]:
         """The groups that stay whole, because an option says so or because they can't be measured; the latter named."""
-        analysis = session.analysis
+        analysis = run.analysis
         rows = Channels.of(analysis)
         seen = np.zeros(len(rows.group) + 1, dtype=bool)  # the last place is for what is frozen
         for _, label in measured:
@@ -182,7 +208,7 @@ class ActivationDensity(TrainingPass):
                 f"activation that gives zeros (ReLU, ReLU6, hardswish), and keep= holds {len(chosen)}"
             )
         if self.weights == "reinit":
-            check_fresh(session.graph)
+            check_fresh(run.graph)
         if blind - chosen:
             warnings.warn(
                 f"ActivationDensity leaves {len(blind - chosen)} of {len(analysis.groups)} groups whole, where no "
@@ -191,24 +217,21 @@ class ActivationDensity(TrainingPass):
             )
         return sorted(blind | chosen)
 
-    def after_cut(self, session: Session, memory: Memory, param_map: ParamMap) -> None:
+    def after_cut(self, run: Run, memory: Densities, param_map: ParamMap) -> None:
         """Begin to count anew; with "reinit", to train anew where the cut was this pass's own."""
-        if not memory.saved:  # a checkpoint is being loaded
-            return
-        own = memory.saved.get("planned", False)
-        cuts = memory.saved["cuts"] + own
-        memory.saved |= {"settled": 0, "since": 0, "cuts": cuts, "planned": False, "densities": {}, "counts": {}}
+        own, memory.planned = memory.planned, False
+        memory.settled, memory.since, memory.cuts = 0, 0, memory.cuts + own
+        memory.densities, memory.counts = {}, {}
         if own and self.weights == "reinit":
-            start_again(session)
+            start_again(run)
 
-    def report(self, session: Session, memory: Memory) -> Mapping[str, float]:
+    def report(self, run: Run, memory: Densities) -> Mapping[str, float]:
         """The lowest density, and the paper's training complexity until now.
 
         That is the sum of epochs x MACs of a sample, over what it would be had each epoch cost as much as the first.
         """
-        epochs = [each.flops / 2 for each in session.log] + [count_per_sample(session, "macs")[0]]
-        densities = memory.saved["densities"].values()
-        lowest = {"density": min(densities)} if densities else {}
+        epochs = [epoch.flops / 2 for epoch in run.log] + [count_per_sample(run, "macs")[0]]
+        lowest = {"density": min(memory.densities.values())} if memory.densities else {}
         return lowest | {"complexity": sum(epochs) / (len(epochs) * epochs[0] or 1)}
 
 
@@ -239,6 +262,8 @@ def make_counter(label: Label, nonzero: Tensor, values: Tensor) -> Callable[[Ten
     others = [axis for axis, size in enumerate(label.shape) if size == 1]
 
     def count_nonzero(value: Tensor) -> None:
+        if value.is_meta:  # the model runs on shapes, as where its FLOPs are counted: there is nothing to count
+            return
         # As float32, which is exact up to 16 million and is summed ten times as fast as bool on a CPU.
         ones = torch.ne(value.detach(), 0, out=torch.empty_like(value, dtype=torch.float32, requires_grad=False))
         nonzero.add_(ones.sum(others).flatten().to(nonzero))
@@ -247,31 +272,11 @@ def make_counter(label: Label, nonzero: Tensor, values: Tensor) -> Callable[[Ten
     return count_nonzero
 
 
-def check_fresh(model: nn.Module) -> None:
-    """Raise PlanError where parameters belong to a module that can't give them new values."""
-    for name, module in model.named_modules():
-        own = [parameter for parameter, its in module._parameters.items() if its is not None]
-        if own and not hasattr(module, "reset_parameters"):
-            where = f"{name}.{own[0]}".removeprefix(".")
-            raise PlanError(
-                f'weights="reinit" can\'t start {where} again: its module has no reset_parameters(). Use weights="keep"'
-            )
-
-
-def start_again(session: Session) -> None:
+def start_again(run: Run) -> None:
     """New weights for all layers, the same in every copy, and optimizers without state."""
-    draw_weights(session.graph)
-    for optimizer in session._optimizers():
-        for parameter in session.graph.parameters():
+    draw_weights(run.graph)
+    for optimizer in run.optimizers():
+        for parameter in run.graph.parameters():
             optimizer.state.pop(parameter, None)
-    for copied in (copied for thing in session.registered.values() for copied in copies_in(thing)):
-        copied.load_state_dict(session.graph.state_dict())
-
-
-def draw_weights(model: nn.Module) -> None:
-    """New weights for all layers, the same on every rank: torch's random numbers give the seed."""
-    seed = gather_values(int(torch.randint(2**62, ())))[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in model.modules():
-            getattr(module, "reset_parameters", lambda: None)()
+    for copied in run.copies():
+        copied.load_state_dict(run.graph.state_dict())

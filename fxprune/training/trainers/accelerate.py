@@ -23,7 +23,7 @@ from torch import nn
 from fxprune.errors import SessionError, require_type
 from fxprune.graph.trace import unwrap_model
 from fxprune.training.session import Session
-from fxprune.training.trainers.shared import read_progress, resume_session, write_progress
+from fxprune.training.trainers.shared import read_progress, resume_run, write_progress
 from fxprune.training.wrappers import wrappers_of
 
 
@@ -62,14 +62,14 @@ def prepare(accelerator: Accelerator, session: Session, *others: Any) -> tuple[A
     wrappers = wrappers_of(prepared[0])
     if unwrap_model(prepared[0]) is not graph:
         raise SessionError(f"Accelerate put a {type(prepared[0]).__name__} around the model, which can't be cut")
-    session.model, session._wrappers = prepared[0], wrappers
+    session.model, session.wrappers = prepared[0], wrappers
 
     def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if accelerator.is_main_process:
             write_progress(session, folder)
 
     def load(models: list[nn.Module], folder: str) -> None:
-        resume_session(session, read_progress(folder))
+        resume_run(session, read_progress(folder))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

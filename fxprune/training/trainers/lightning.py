@@ -15,10 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fxprune.errors import SessionError
-from fxprune.plan import Plan
-from fxprune.training.passes import TrainingPass
+from fxprune.training.run import TrainingPass
 from fxprune.training.session import Session
-from fxprune.training.trainers.shared import check_progress, put_session, resume_session, session_progress
+from fxprune.training.state import RunState, state_of
+from fxprune.training.trainers.shared import parse_progress, put_session, resume_run, run_progress
 
 
 class Pruning(Callback):
@@ -33,7 +33,7 @@ class Pruning(Callback):
 
     session: Session
 
-    def __init__(self, part: str, example_inputs: Any, passes: Sequence[TrainingPass], **options: Any) -> None:
+    def __init__(self, part: str, example_inputs: Any, passes: Sequence[TrainingPass[Any]], **options: Any) -> None:
         """Say what to prune.
 
         Args:
@@ -45,7 +45,7 @@ class Pruning(Callback):
         """
         self.part, self.example_inputs, self.passes = part, example_inputs, passes
         self.options = {"progress": False, **options}
-        self._progress: dict[str, Any] | None = None
+        self._progress: RunState | None = None
         self._wrapped: list[str] = []
 
     @property
@@ -59,12 +59,8 @@ class Pruning(Callback):
         def load(checkpoint: dict[str, Any]) -> None:
             data = checkpoint.get("callbacks", {}).get(self.state_key)
             if data is not None:
-                put_session(
-                    pl_module,
-                    self.part,
-                    self.example_inputs,
-                    Plan.from_json(check_progress(data, "the checkpoint")["plan"]),
-                )
+                plan = parse_progress(data, "the checkpoint").plan
+                put_session(pl_module, self.part, self.example_inputs, plan)
             of_module(checkpoint)
 
         of_module = self._replace(pl_module, "on_load_checkpoint", load)
@@ -86,7 +82,7 @@ class Pruning(Callback):
         options = {"around": trainer.strategy.model, **self.options}
         self.session = Session(graph, self.example_inputs, trainer.optimizers[0], self.passes, **options)
         if self._progress is not None:
-            resume_session(self.session, self._progress)
+            resume_run(self.session, self._progress)
 
         @wraps(pl_module.training_step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -108,11 +104,11 @@ class Pruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the session."""
-        return session_progress(self.session) if hasattr(self, "session") else {}
+        return run_progress(self.session) if hasattr(self, "session") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it for the session to come."""
-        self._progress = check_progress(state_dict, "the checkpoint")
+        self._progress = parse_progress(state_dict, "the checkpoint")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the module and the optimizer."""
@@ -120,7 +116,7 @@ class Pruning(Callback):
             delattr(pl_module, name)
         self._wrapped = []
         if stage == "fit":
-            self._progress = session_progress(self.session)
+            self._progress = state_of(self.session)
             self.session.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -15,54 +15,36 @@ from fxprune.graph.traced import Model
 from fxprune.plan import Plan
 from fxprune.training.checkpoint import save_atomically
 from fxprune.training.cut import reconfigure
-from fxprune.training.log import Log
-from fxprune.training.session import Session
+from fxprune.training.run import Run
+from fxprune.training.state import RunState, cut_as_saved, lacks_plan, state_of, take_over_state
 
-FORMAT = "fxprune progress 1"
-
-
-def session_progress(session: Session) -> dict[str, Any]:
-    """What a session adds to the checkpoints of the trainer: plain data, and the tensors that passes remember."""
-    for training_pass, memory in session._pairs():
-        training_pass.before_save(session, memory)
-    return {
-        "format": FORMAT,
-        "plan": (plan_of(session.graph) or Plan({}, session.analysis.sizes, session.analysis.options)).to_json(),
-        "passes": [type(each).__name__ for each in session.passes],
-        "saved": [memory.saved for memory in session.memories],
-        "epoch": session.epoch,
-        "step": session.step,
-        "batch_size": session.batch_size,
-        "log": session.log.to_json(),
-    }
+FORMAT = "fxprune progress 2"
+FIRST = "fxprune progress 1"  # had the names of the passes, and beside them what they remember
 
 
-def resume_session(session: Session, data: dict[str, Any]) -> None:
-    """Bring a new session to where ``progress`` was called: cut the model, and give the passes what they remembered.
+def run_progress(run: Run) -> dict[str, Any]:
+    """What a run adds to the checkpoints of the trainer: plain data, and the tensors that passes remember."""
+    return {"format": FORMAT, **state_of(run).to_plain()}
+
+
+def resume_run(run: Run, state: RunState) -> None:
+    """Bring a new run to where ``run_progress`` was called: cut the model, and give the passes what they remembered.
 
     Raises:
-        SessionError: the session has other passes, or the model was cut otherwise.
+        SessionError: the run has other passes, or the model was cut otherwise.
+        FileError: a pass can't take over what it remembered.
     """
-    passes = [type(each).__name__ for each in session.passes]
-    if data["passes"] != passes:
-        raise SessionError(f"the checkpoint is of a session with the passes {data['passes']}, this one has {passes}")
-    plan = Plan.from_json(data["plan"])
-    if lacks_plan(session.graph, plan):
-        session._reconfigure(plan)
-    for training_pass, memory, saved in zip(session.passes, session.memories, data["saved"], strict=True):
-        memory.saved = saved
-        training_pass.prepare(session, memory)
-    session.epoch, session.step, session.batch_size = data["epoch"], data["step"], data["batch_size"]
-    session.log = Log.from_json(data["log"])
+    cut_as_saved(run, state)
+    take_over_state(run, state)
 
 
-def write_progress(session: Session, folder: str | Path) -> None:
-    """Put ``progress`` into a folder of the trainer, as ``fxprune.pt``. One rank calls this."""
-    save_atomically(session_progress(session), Path(folder) / "fxprune.pt")
+def write_progress(run: Run, folder: str | Path) -> None:
+    """Put ``run_progress`` into a folder of the trainer, as ``fxprune.pt``. One rank calls this."""
+    save_atomically(run_progress(run), Path(folder) / "fxprune.pt")
 
 
-def read_progress(folder: str | Path) -> dict[str, Any]:
-    """What ``write`` wrote.
+def read_progress(folder: str | Path) -> RunState:
+    """What ``write_progress`` wrote.
 
     Raises:
         FileError: it is not there, truncated, or another kind of file.
@@ -75,14 +57,20 @@ def read_progress(folder: str | Path) -> dict[str, Any]:
             f"can't read what a session wrote from {path}: {type(error).__name__}: {error}. Was the checkpoint saved "
             "without fxprune?"
         ) from error
-    return check_progress(data, path)
+    return parse_progress(data, path)
 
 
-def check_progress(data: Any, where: object) -> dict[str, Any]:
-    """``data``, or FileError unless it came from ``progress``."""
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+def parse_progress(data: Any, where: object) -> RunState:
+    """The state in ``data``, or FileError unless it came from ``run_progress``."""
+    if not isinstance(data, dict) or data.get("format") not in (FIRST, FORMAT):
         raise FileError(f"{where} does not hold what a session wrote ({FORMAT!r}); is it of another version?")
-    return data
+    try:
+        if data["format"] == FIRST:
+            pairs = zip(data["passes"], data["saved"], strict=True)
+            data = data | {"passes": [{"name": name, "saved": saved} for name, saved in pairs]}
+        return RunState.from_plain(data)
+    except (FileError, LookupError, TypeError, ValueError) as error:
+        raise FileError(f"{where} holds what a session wrote, but it is damaged: {error}") from error
 
 
 def put_session(
@@ -100,23 +88,3 @@ def put_session(
         reconfigure(graph, analysis, plan, optimizers, others=set(owner.parameters()))
     owner.set_submodule(part, graph)
     return graph
-
-
-def lacks_plan(graph: Model, plan: Plan) -> bool:
-    """Whether ``plan`` has still to be carried out on ``graph``.
-
-    Raises:
-        SessionError: another one was.
-    """
-    own = plan_of(graph)
-    if own is not None and own.keep and own != plan:
-        raise SessionError(
-            "the checkpoint is of a wider or otherwise cut model than this one is now. Load it into a new, dense model."
-        )
-    return bool(plan.keep) and own != plan
-
-
-def plan_of(graph: Model) -> Plan | None:
-    """What was cut from a traced model so far."""
-    record = graph.meta.get("fxprune")
-    return Plan.from_json(record["plan"]) if record else None

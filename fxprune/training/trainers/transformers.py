@@ -17,16 +17,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from fxprune.errors import SessionError
-from fxprune.plan import Plan
-from fxprune.training.passes import TrainingPass
+from fxprune.training.run import TrainingPass
 from fxprune.training.session import Session
-from fxprune.training.trainers.shared import (
-    put_session,
-    read_progress,
-    resume_session,
-    session_progress,
-    write_progress,
-)
+from fxprune.training.state import RunState, state_of
+from fxprune.training.trainers.shared import put_session, read_progress, resume_run, write_progress
 
 
 class Pruning(TrainerCallback):
@@ -42,7 +36,7 @@ class Pruning(TrainerCallback):
     session: Session
 
     def __init__(
-        self, trainer: Trainer, part: str, example_inputs: Any, passes: Sequence[TrainingPass], **options: Any
+        self, trainer: Trainer, part: str, example_inputs: Any, passes: Sequence[TrainingPass[Any]], **options: Any
     ) -> None:
         """Hook onto ``trainer``.
 
@@ -66,7 +60,7 @@ class Pruning(TrainerCallback):
         self.trainer = cast(Any, trainer)
         self.part, self.example_inputs, self.passes = part, example_inputs, passes
         self.options = {"progress": False, **options}
-        self._progress: dict[str, Any] | None = None
+        self._progress: RunState | None = None
         put_session(self.trainer.model, part, example_inputs, None)
         self._train, self._compute_loss = trainer.train, trainer.compute_loss
         self.trainer.train, self.trainer.compute_loss = self.train, self.compute_loss
@@ -79,9 +73,8 @@ class Pruning(TrainerCallback):
             folder = get_last_checkpoint(self.trainer.args.output_dir)  # type: ignore[no-untyped-call]
         if folder:
             self._progress = read_progress(folder)
-            plan = Plan.from_json(self._progress["plan"])
             made = [inner_optimizer(self.trainer.optimizer)] if self.trainer.optimizer is not None else []
-            put_session(self.trainer.model, self.part, self.example_inputs, plan, made)
+            put_session(self.trainer.model, self.part, self.example_inputs, self._progress.plan, made)
         return self._train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -112,7 +105,7 @@ class Pruning(TrainerCallback):
             graph, self.example_inputs, optimizer, self.passes, around=trainer.model_wrapped, **self.options
         )
         if self._progress is not None:
-            resume_session(self.session, self._progress)
+            resume_run(self.session, self._progress)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the session's epoch; this may cut. Checkpoints of the epoch's end are written after it."""
@@ -126,7 +119,7 @@ class Pruning(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the optimizer."""
-        self._progress = session_progress(self.session)
+        self._progress = state_of(self.session)
         self.session.close()
 
 

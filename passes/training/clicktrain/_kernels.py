@@ -11,7 +11,7 @@ from fxprune.graph.traced import Model, regions_of
 from fxprune.rewrite.branches import NORMS, is_sum
 from fxprune.rewrite.param_map import ParamMap
 
-from ..prunetrain import EPSILON, at_least_float32
+from .._norms import EPSILON, at_least_float32
 
 
 @dataclass(frozen=True, eq=False)

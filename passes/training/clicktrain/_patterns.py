@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from fxprune.errors import PlanError
-
 # The pools of the authors' code, row by row. The first four are the 2×2 corners of the kernel.
 CORNERS = "000011011 000110110 011011000 110110000"
 EIGHT = f"{CORNERS} 000001111 000111010 010011010 010110010"
@@ -60,11 +58,3 @@ def least_patterns(importance: Tensor, fraction: float) -> Tensor:
     gone = torch.zeros(kernels.numel(), dtype=torch.bool, device=kernels.device)
     gone[kernels.flatten().argsort(stable=True)[:count]] = True
     return gone.reshape(kernels.shape)
-
-
-def check_pool(pool: str, patterns: int) -> None:
-    """Raise PlanError unless there is such a pool."""
-    if pool not in (*POOLS, "dynamic"):
-        raise PlanError(f"pool={pool!r} is not known; use {', '.join(map(repr, POOLS))} or 'dynamic'")
-    if isinstance(patterns, bool) or not isinstance(patterns, int) or not 1 <= patterns <= 126:
-        raise PlanError(f"patterns={patterns!r} must be a count from 1 to 126: there are so many of four taps")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from fxprune.budget.budget import patterns_of
 from fxprune.budget.solver import matches_pattern
 from fxprune.errors import PlanError
 from fxprune.graph.traced import Model
+from fxprune.options import Rule, allow_count, allow_number, allow_words, check_options, is_integer, is_number
 from fxprune.rewrite.param_map import ParamMap
-from fxprune.training.passes import Memory, TrainingPass
-from fxprune.training.session import Session
+from fxprune.training.memory import derived_field
+from fxprune.training.run import Run, TrainingPass
 
-from ..prunetrain import at_least_float32, optimizers_of
+from .._norms import at_least_float32
 from ._kernels import (
     Layer,
     Mask,
@@ -25,11 +27,38 @@ from ._kernels import (
     first_convolution,
     norm_of_kernels,
 )
-from ._patterns import SHARES, check_pool, choose_patterns, dynamic_pool, least_patterns, static_pool
+from ._patterns import POOLS, SHARES, choose_patterns, dynamic_pool, least_patterns, static_pool
+
+
+@dataclass
+class Kernels:
+    """What ClickTrain remembers.
+
+    Attributes:
+        layers: how many layers are pruned.
+        looked: batches whose importance is known.
+        importance: of each layer's taps, float[out, in, h, w], summed over those batches; None once that was enough.
+        pool: bool[patterns, 3, 3], once it is chosen.
+        pattern: of each kernel of a layer, uint8[out, in], by place in the pool.
+        removed: whether each kernel of a layer goes, bool[out, in].
+        found: the layers by the names of their weights.
+        masks: what goes from each layer; None before it is chosen.
+        settled: whether the optimizer's state of what is gone is zero.
+    """
+
+    layers: int
+    looked: int = 0
+    importance: dict[str, Tensor] | None = None
+    pool: Tensor | None = None
+    pattern: dict[str, Tensor] | None = None
+    removed: dict[str, Tensor] | None = None
+    found: dict[str, Layer] = derived_field(dict)
+    masks: list[Mask] | None = derived_field(lambda: None)
+    settled: bool = derived_field(lambda: False)
 
 
 @dataclass(frozen=True)
-class ClickTrain(TrainingPass):
+class ClickTrain(TrainingPass[Kernels]):
     """Zhang et al., "ClickTrain" (ICS 2021), with the details of the authors' code.
 
     - Before epoch ``select``, plain training.
@@ -58,6 +87,8 @@ class ClickTrain(TrainingPass):
         keep: patterns of names of layers that stay whole.
     """
 
+    zeroes_weights: ClassVar[bool] = True
+
     select: int = 61
     hard: int = 141
     kernels: float | Sequence[float] | Mapping[str, float] = (0.55, 0.75)
@@ -69,102 +100,105 @@ class ClickTrain(TrainingPass):
     keep: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name, smallest in (("select", 0), ("hard", 1), ("batches", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise PlanError(f"{name}={value!r} must be an integer of at least {smallest}")
+        check_options(
+            self,
+            PlanError,
+            select=allow_count(least=0),
+            hard=allow_count(),
+            pool=allow_words(*POOLS, "dynamic"),
+            patterns=Rule(
+                lambda value: is_integer(value) and 1 <= value <= 126,
+                "must be a count from 1 to 126: there are so many of four taps",
+            ),
+            share=allow_words(*SHARES),
+            strength=allow_number(least=0, below=math.inf),
+            batches=allow_count(),
+            kernels=Rule(
+                is_kernels,
+                "must be a fraction from 0 up to 1, two of them (first layer, last layer), or fractions by patterns of "
+                "names",
+            ),
+        )
         if self.hard <= self.select:
             raise PlanError(f"hard={self.hard} must come after select={self.select}: the penalty works between them")
-        if not (isinstance(self.strength, (int, float)) and 0 <= self.strength < math.inf):
-            raise PlanError(f"strength={self.strength!r} must be a number that is not negative")
-        if self.share not in SHARES:
-            raise PlanError(f"share={self.share!r} is not known; use {', '.join(map(repr, SHARES))}")
-        check_pool(self.pool, self.patterns)
         patterns_of(self.keep)
-        fractions = self.kernels.values() if isinstance(self.kernels, Mapping) else self.kernels
-        listed = list(fractions) if isinstance(fractions, Collection) else [fractions]
-        between = all(isinstance(each, (int, float)) and 0 <= each < 1 for each in listed)
-        if not between or (not isinstance(self.kernels, (Mapping, int, float)) and len(listed) != 2):
-            raise PlanError(
-                f"kernels={self.kernels!r} must be a fraction from 0 up to 1, two of them (first layer, last layer), "
-                "or fractions by patterns of names"
-            )
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    def prepare(self, session: Session, memory: Memory) -> None:
-        """Find the layers.
+    def begin(self, run: Run) -> Kernels:
+        """Count the layers.
 
         Raises:
             PlanError: there is none, or a pattern of names matches none.
         """
-        if "layers" not in memory.saved:  # later, cuts may have left nothing that a pattern matches
-            self._check(session.graph)
-        layers = {layer.name: layer for layer in self._layers(session.graph)}
-        memory.saved.setdefault("layers", len(layers))
-        memory.derived |= {"layers": layers, "settled": False}
-        if "removed" in memory.saved:
-            self._mask(memory)
+        self._check(run.graph)
+        return Kernels(layers=sum(1 for _ in self._layers(run.graph)))
 
-    def penalty(self, session: Session, memory: Memory, task: Tensor) -> Tensor | None:
+    def prepare(self, run: Run, memory: Kernels) -> None:
+        """Find the layers."""
+        memory.found = {layer.name: layer for layer in self._layers(run.graph)}
+        self._mask(memory)
+
+    def penalty(self, run: Run, memory: Kernels, task: Tensor) -> Tensor | None:
         """The penalty on what will go, a scalar; None before ``select`` and from ``hard`` on."""
-        if "masks" not in memory.derived or session.epoch >= self.hard or not self.strength:
+        if memory.masks is None or run.epoch >= self.hard or not self.strength:
             return None
         norms = [
             norm_of_kernels(mask.layer.weight, gone).sum()
-            for mask in memory.derived["masks"]
+            for mask in memory.masks
             for gone in (mask.outside, mask.removed)
             if gone is not None
         ]
         return torch.stack(norms).sum() * self.strength if norms else None
 
     @torch.no_grad()
-    def after_backward(self, session: Session, memory: Memory) -> None:
+    def after_backward(self, run: Run, memory: Kernels) -> None:
         """Choose, at the first steps of epoch ``select``; from ``hard`` on, no gradients for what is gone."""
-        if session.epoch >= self.select and "masks" not in memory.derived:
+        if run.epoch >= self.select and memory.masks is None:
             self._look(memory)
-        if self._is_hard(session, memory):
-            for mask in memory.derived["masks"]:
-                if mask.layer.weight.grad is not None:
-                    mask.layer.weight.grad.masked_fill_(mask.gone, 0.0)
+        for mask in self._hard_masks(run, memory):
+            if mask.layer.weight.grad is not None:
+                mask.layer.weight.grad.masked_fill_(mask.gone, 0.0)
 
     @torch.no_grad()
-    def after_step(self, session: Session, memory: Memory) -> None:
+    def after_step(self, run: Run, memory: Kernels) -> None:
         """From ``hard`` on, zero what is gone, and once the optimizer's state of it."""
-        if not self._is_hard(session, memory):
-            return
-        for mask in memory.derived["masks"]:
+        masks = self._hard_masks(run, memory)
+        optimizers = [] if memory.settled or not masks else run.optimizers()
+        for mask in masks:
             weight = mask.layer.weight
             weight.masked_fill_(mask.gone, 0.0)
-            for optimizer in () if memory.derived["settled"] else optimizers_of(session):
+            for optimizer in optimizers:
                 for value in optimizer.state.get(weight, {}).values():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
                         value.masked_fill_(mask.gone, 0)
-        memory.derived["settled"] = True
+        memory.settled = memory.settled or bool(masks)
 
-    def after_cut(self, session: Session, memory: Memory, param_map: ParamMap) -> None:
+    def after_cut(self, run: Run, memory: Kernels, param_map: ParamMap) -> None:
         """Cut what is known of each kernel as the weights were cut."""
-        memory.derived.pop("masks", None)
-        for kind in ("pattern", "removed", "importance"):
-            its: dict[str, Tensor] = memory.saved.get(kind, {})
-            memory.saved[kind] = {
-                name: cut_kernels(param_map, name, tensor) for name, tensor in its.items() if name not in param_map.gone
-            }
-            if not its:
-                del memory.saved[kind]
 
-    def report(self, session: Session, memory: Memory) -> Mapping[str, float]:
+        def cut(known: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+            if known is None:
+                return None
+            stays = {name: tensor for name, tensor in known.items() if name not in param_map.gone}
+            return {name: cut_kernels(param_map, name, tensor) for name, tensor in stays.items()}
+
+        memory.importance, memory.pattern = cut(memory.importance), cut(memory.pattern)
+        memory.removed = cut(memory.removed)
+
+    def report(self, run: Run, memory: Kernels) -> Mapping[str, float]:
         """How many times fewer weights the convolutions have, once that is chosen."""
-        if "masks" not in memory.derived:
+        if memory.masks is None:
             return {}
-        weights = sum(layer.weight.numel() for layer in find_convolutions(session.graph))
-        gone = sum(int(mask.gone.sum()) for mask in memory.derived["masks"])
+        weights = sum(layer.weight.numel() for layer in find_convolutions(run.graph))
+        gone = sum(int(mask.gone.sum()) for mask in memory.masks)
         return {"compression": weights / max(1, weights - gone)}
 
     # ------------------------------------------------------------------------------------------------------ within
 
-    def _is_hard(self, session: Session, memory: Memory) -> bool:
-        return session.epoch >= self.hard and "masks" in memory.derived
+    def _hard_masks(self, run: Run, memory: Kernels) -> list[Mask]:
+        """What is zero now: nothing before ``hard``."""
+        return (memory.masks or []) if run.epoch >= self.hard else []
 
     def _check(self, model: Model) -> None:
         for pattern in (*patterns_of(self.keep), *(self.kernels if isinstance(self.kernels, Mapping) else ())):
@@ -192,45 +226,56 @@ class ClickTrain(TrainingPass):
     def _fraction(self, path: str, depth: float) -> float:
         """The fraction of kernels that goes from the layer at ``path``, ``depth`` from 0 (first) to 1 (last)."""
         if isinstance(self.kernels, Mapping):
-            return next((float(its) for pattern, its in self.kernels.items() if matches_pattern(path, pattern)), 0.0)
+            return next(
+                (float(share) for pattern, share in self.kernels.items() if matches_pattern(path, pattern)), 0.0
+            )
         if isinstance(self.kernels, (int, float)):
             return float(self.kernels)
         first, last = self.kernels
         return first + (last - first) * depth
 
-    def _look(self, memory: Memory) -> None:
+    def _look(self, memory: Kernels) -> None:
         """Add this batch's (W G)^2 to what is known; choose when that is enough."""
-        layers: dict[str, Layer] = memory.derived["layers"]
-        gradients = {name: layer.weight.grad for name, layer in layers.items() if layer.weight.grad is not None}
+        weights = {name: layer.weight for name, layer in memory.found.items()}
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             return  # mixed precision skips this step too
-        sums: dict[str, Tensor] = memory.saved.setdefault("importance", {})
+        sums = dict(memory.importance or {})
         for name, gradient in gradients.items():
-            importance = (at_least_float32(layers[name].weight.detach()) * at_least_float32(gradient)).square()
+            importance = (at_least_float32(weights[name].detach()) * at_least_float32(gradient)).square()
             sums[name] = sums[name].to(importance.device) + importance if name in sums else importance
-        memory.saved["looked"] = memory.saved.get("looked", 0) + 1
-        if memory.saved["looked"] >= self.batches:
-            self._choose(memory, memory.saved.pop("importance"))
+        memory.importance = sums
+        memory.looked += 1
+        if memory.looked >= self.batches:
+            memory.importance = None
+            self._choose(memory, sums)
 
-    def _choose(self, memory: Memory, importance: Mapping[str, Tensor]) -> None:
+    def _choose(self, memory: Kernels, importance: Mapping[str, Tensor]) -> None:
         """Give kernels their patterns, and say which go."""
-        layers: dict[str, Layer] = {n: layer for n, layer in memory.derived["layers"].items() if n in importance}
+        layers = {name: layer for name, layer in memory.found.items() if name in importance}
         three = {name: importance[name] for name, layer in layers.items() if layer.three}
         pool = static_pool(self.pool) if self.pool != "dynamic" else dynamic_pool(list(three.values()), self.patterns)
-        memory.saved |= {
-            "pool": pool,
-            "pattern": {
-                name: choose_patterns(its, pool, self.share, layers[name].groups) for name, its in three.items()
-            },
-            "removed": {name: least_patterns(importance[name], layer.fraction) for name, layer in layers.items()},
+        memory.pool = pool
+        memory.pattern = {
+            name: choose_patterns(taps, pool, self.share, layers[name].groups) for name, taps in three.items()
         }
+        memory.removed = {name: least_patterns(importance[name], layer.fraction) for name, layer in layers.items()}
         self._mask(memory)
 
-    def _mask(self, memory: Memory) -> None:
-        """Derive the masks of what goes."""
-        layers, saved = memory.derived["layers"], memory.saved
-        memory.derived["masks"] = [
-            Mask(layers[name], saved["pool"], saved["pattern"].get(name), removed)
-            for name, removed in saved["removed"].items()
-            if name in layers
+    def _mask(self, memory: Kernels) -> None:
+        """Derive the masks of what goes, once that is chosen."""
+        if memory.pool is None or memory.pattern is None or memory.removed is None:
+            return
+        memory.masks = [
+            Mask(memory.found[name], memory.pool, memory.pattern.get(name), removed)
+            for name, removed in memory.removed.items()
+            if name in memory.found
         ]
+
+
+def is_kernels(value: Any) -> bool:
+    """Whether ``value`` is a fraction below 1, two of them, or some by patterns of names."""
+    fractions = value.values() if isinstance(value, Mapping) else value if isinstance(value, Collection) else [value]
+    if not all(is_number(fraction) and 0 <= fraction < 1 for fraction in fractions):
+        return False
+    return isinstance(value, Mapping) or is_number(value) or len(list(fractions)) == 2

@@ -10,20 +10,49 @@ from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam
 
 from fxprune.errors import InitializeError, PlanError
 from fxprune.files.start import Start, remember_start, start_of
+from fxprune.options import Rule, allow_count, allow_number, allow_words, check_options, is_integer
 from fxprune.rewrite.param_map import ParamMap
-from fxprune.training.passes import Memory, TrainingPass
-from fxprune.training.session import Session
+from fxprune.training.memory import derived_field
+from fxprune.training.run import Run, TrainingPass
 
-from ..clicktrain.clicktrain import ClickTrain
 from ._largest import about_largest, select_largest
 from ._layout import Layout, from_bits, to_bits
-from ._sparse_state import empty_state, pack_state, unpack_state
+from ._sparse_state import State, empty_state, pack_state, unpack_state
 
 DECAYING = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD)  # of these it is known how they decay
 
 
+@dataclass
+class Tracking:
+    """What DropBack remembers.
+
+    Attributes:
+        budget: how many weights are tracked at most.
+        factor: of the start values when the session began.
+        tracked: for each parameter whether its weights are tracked, a bit each; set where it is saved or cut.
+        state: the optimizer's state of the tracked weights, between steps; None where the optimizer has it itself.
+        layout: the weights side by side.
+        marks: bool[weights]: whether each is tracked.
+        masks: the same, by parameter and in its shape.
+        start: the start values by parameter, where they are kept.
+        scores: room for a number a weight, where it is kept.
+        settled: whether it was seen that all others are at their start values.
+    """
+
+    budget: int
+    factor: float
+    tracked: dict[str, Tensor] | None = None
+    state: State | None = None
+    layout: Layout = derived_field()
+    marks: Tensor = derived_field()
+    masks: dict[str, Tensor] = derived_field()
+    start: dict[str, Tensor] = derived_field(dict)
+    scores: Tensor | None = derived_field(lambda: None)
+    settled: bool = derived_field(lambda: False)
+
+
 @dataclass(frozen=True)
-class DropBack(TrainingPass):
+class DropBack(TrainingPass[Tracking]):
     """Golub, Lemieux and Lis, "Full Deep Neural Network Training on a Pruned Weight Budget" (2018), algorithm 1.
 
     After each step the k weights that are furthest from their start value stay, of all parameters of the network
@@ -62,129 +91,131 @@ class DropBack(TrainingPass):
     regenerate: bool = False
 
     def __post_init__(self) -> None:
-        count = isinstance(self.budget, int) and not isinstance(self.budget, bool) and self.budget >= 0
-        if not count and not (isinstance(self.budget, float) and 0 < self.budget <= 1):
-            raise PlanError(f"budget={self.budget!r} must be a count of weights, or a fraction of them up to 1.0")
-        if self.rule not in ("exact", "quantile"):
-            raise PlanError(f"rule={self.rule!r} is not known; use 'exact' or 'quantile'")
-        for name in ("select_every", "freeze"):
-            value = getattr(self, name)
-            if name == "freeze" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PlanError(f"{name}={value!r} must be a positive integer")
-        if not (isinstance(self.start_decay, (int, float)) and 0 <= self.start_decay <= 1):
-            raise PlanError(f"start_decay={self.start_decay!r} must lie between 0 and 1")
+        check_options(
+            self,
+            PlanError,
+            budget=Rule(is_budget, "must be a count of weights, or a fraction of them up to 1.0"),
+            rule=allow_words("exact", "quantile"),
+            select_every=allow_count(),
+            freeze=allow_count().or_none(),
+            start_decay=allow_number(least=0, most=1),
+        )
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    def prepare(self, session: Session, memory: Memory) -> None:
+    def begin(self, run: Run) -> Tracking:
+        """Count the budget.
+
+        Raises:
+            InitializeError, PlanError: as for ``prepare``; or the budget is larger than the model.
+        """
+        size = self._lay_out(run).size
+        budget = self.budget if isinstance(self.budget, int) else int(self.budget * size)
+        if budget > size:
+            raise PlanError(f"budget={budget} is more than the {size} weights that train in this model")
+        return Tracking(budget, known_start(run).factor)
+
+    def prepare(self, run: Run, memory: Tracking) -> None:
         """Lay the weights out side by side, with their start values.
 
         Raises:
             InitializeError: the model does not come from ``fxprune.initialize``.
-            PlanError: another pass comes after this one, the budget is larger than the model, or it is not known how
-                the optimizer decays weights.
+            PlanError: another pass comes after this one, or it is not known how the optimizer decays weights.
         """
-        layout = Layout({name: p for name, p in session.graph.named_parameters() if p.requires_grad})
-        self._check(session, layout)
-        if "budget" not in memory.saved:
-            budget = self.budget if isinstance(self.budget, int) else int(self.budget * layout.size)
-            if budget > layout.size:
-                raise PlanError(f"budget={budget} is more than the {layout.size} weights that train in this model")
-            memory.saved |= {"budget": budget, "factor": known_start(session).factor}
-        tracked = layout.buffer(torch.bool)
-        memory.derived |= {"layout": layout, "tracked": tracked, "masks": layout.views(tracked), "settled": False}
-        if "tracked" in memory.saved:
-            for name, mask in memory.derived["masks"].items():
-                mask.copy_(from_bits(memory.saved["tracked"][name], mask.shape))
+        layout = memory.layout = self._lay_out(run)
+        memory.marks = layout.buffer(torch.bool)
+        memory.masks = layout.views(memory.marks)
+        if memory.tracked is not None:
+            for name, mask in memory.masks.items():
+                mask.copy_(from_bits(memory.tracked[name], mask.shape))
         if not self.regenerate and self.start_decay == 1:
             views = layout.views(layout.buffer(layout.dtype))
             for name, view in views.items():
-                view.copy_(self._start(session, memory, name))
-            memory.derived["start"] = views
+                view.copy_(self._start(run, memory, name))
+            memory.start = views
 
-    def after_backward(self, session: Session, memory: Memory) -> None:
+    def after_backward(self, run: Run, memory: Tracking) -> None:
         """Give the optimizer its state back, and spare untracked weights the decay that it adds to their gradients."""
-        if memory.derived["layout"].stale():  # the model moved to another device or memory format
-            self.before_save(session, memory)
-            memory.derived.clear()
-            self.prepare(session, memory)
-        if not memory.derived["settled"]:
-            self._settle(session, memory)
-        layout, masks = memory.derived["layout"], memory.derived["masks"]
-        if "state" in memory.saved:
-            unpack_state(session.optimizer, layout.parameters, masks, memory.saved.pop("state"))
-        scale = getattr(session.optimizer, "grad_scale", None)  # a fused optimizer takes the GradScaler's factor off
-        for name, p, decay, group in self._decays(session, memory):
+        if memory.layout.stale():  # the model moved to another device or memory format
+            self.before_save(run, memory)
+            run.prepare_pass(self, memory)
+        if not memory.settled:
+            self._settle(run, memory)
+        if memory.state is not None:
+            unpack_state(run.optimizer, memory.layout.parameters, memory.masks, memory.state)
+            memory.state = None
+        scale = getattr(run.optimizer, "grad_scale", None)  # a fused optimizer takes the GradScaler's factor off
+        for name, p, decay, group in self._decays(run, memory):
             if p.grad is not None and not group.get("decoupled_weight_decay"):
                 decay *= (-1.0 if group.get("maximize") else 1.0) * (1.0 if scale is None else float(scale))
-                p.grad.addcmul_(p.detach(), count_untracked(masks[name], p), value=-decay)
+                p.grad.addcmul_(p.detach(), count_untracked(memory.masks[name], p), value=-decay)
 
     @torch.no_grad()
-    def after_step(self, session: Session, memory: Memory) -> None:
+    def after_step(self, run: Run, memory: Tracking) -> None:
         """Choose the tracked weights, and put the others back."""
         if self._all(memory):
             return
-        layout, masks = memory.derived["layout"], memory.derived["masks"]
-        for name, p, decay, group in self._decays(session, memory):
+        layout, masks = memory.layout, memory.masks
+        for name, p, decay, group in self._decays(run, memory):
             if p.grad is not None and group.get("decoupled_weight_decay"):
-                begin = self._start(session, memory, name)
+                begin = self._start(run, memory, name)
                 p.addcmul_(begin, count_untracked(masks[name], p), value=float(group["lr"]) * decay)
-        frozen = self.freeze is not None and session.epoch >= self.freeze
-        if not frozen and (session.step - 1) % self.select_every == 0:
-            self._choose(session, memory)
-        self._decay_start(session, memory)
+        frozen = self.freeze is not None and run.epoch >= self.freeze
+        if not frozen and (run.step - 1) % self.select_every == 0:
+            self._choose(run, memory)
+        self._decay_start(run, memory)
         for name, p in layout.parameters.items():
-            torch.where(masks[name], p, self._start(session, memory, name).to(p.dtype), out=p)
+            torch.where(masks[name], p, self._start(run, memory, name).to(p.dtype), out=p)
         if self.tracked_state:
-            memory.saved["state"] = pack_state(session.optimizer, layout.parameters, masks)
+            memory.state = pack_state(run.optimizer, layout.parameters, masks)
 
-    def after_cut(self, session: Session, memory: Memory, param_map: ParamMap) -> None:
+    def after_cut(self, run: Run, memory: Tracking, param_map: ParamMap) -> None:
         """Cut what is known of each weight as the weights were cut."""
-        masks = memory.derived["masks"]
-        stays = {name: param_map.slice(name, mask) for name, mask in masks.items() if name not in param_map.gone}
-        if memory.derived["settled"]:
-            memory.saved["tracked"] = {name: to_bits(mask) for name, mask in stays.items()}
-        if "state" in memory.saved:
-            memory.saved["state"] = {
+        masks = {name: mask for name, mask in memory.masks.items() if name not in param_map.gone}
+        stays = {name: param_map.slice(name, mask) for name, mask in masks.items()}
+        if memory.settled:
+            memory.tracked = {name: to_bits(mask) for name, mask in stays.items()}
+        if memory.state is not None:
+            memory.state = {
                 name: {
                     key: param_map.slice(name, scatter_values(values, mask))[stays[name]]
-                    for key, values in memory.saved["state"][name].items()
+                    for key, values in memory.state[name].items()
                 }
                 for name, mask in masks.items()
-                if name in stays
             }
-            empty_state(session.optimizer, dict(session.graph.named_parameters()), memory.saved["state"])
+            empty_state(run.optimizer, dict(run.graph.named_parameters()), memory.state)
 
-    def before_save(self, session: Session, memory: Memory) -> None:
+    def before_save(self, run: Run, memory: Tracking) -> None:
         """Note which weights are tracked, one bit each."""
-        if memory.derived["settled"]:
-            memory.saved["tracked"] = {name: to_bits(mask) for name, mask in memory.derived["masks"].items()}
+        if memory.settled:
+            memory.tracked = {name: to_bits(mask) for name, mask in memory.masks.items()}
 
-    def report(self, session: Session, memory: Memory) -> Mapping[str, float]:
+    def report(self, run: Run, memory: Tracking) -> Mapping[str, float]:
         """How many weights are tracked."""
-        return {"tracked": float(torch.count_nonzero(memory.derived["tracked"]))}
+        return {"tracked": float(torch.count_nonzero(memory.marks))}
 
     # ------------------------------------------------------------------------------------------------------ within
 
-    def _check(self, session: Session, layout: Layout) -> None:
-        start, optimizer = start_of(session.graph), session.optimizer
+    def _lay_out(self, run: Run) -> Layout:
+        """The weights that train, side by side, of a run that DropBack can stand in."""
+        layout = Layout({name: p for name, p in run.graph.named_parameters() if p.requires_grad})
+        start, optimizer = start_of(run.graph), run.optimizer
         lost = [name for name in layout.parameters if start is None or name not in start.origins]
         if lost:
             raise InitializeError(
                 f"DropBack does not know how {len(lost)} parameters started, such as {lost[0]}: call "
                 "fxprune.initialize(model, seed) before the session is made"
             )
-        if session.passes[-1] is not self:
+        if run.passes[-1] is not self:
             raise PlanError(
                 f"DropBack must be the last pass of a session, so that nothing moves weights after it; here "
-                f"{type(session.passes[-1]).__name__} is"
+                f"{type(run.passes[-1]).__name__} is"
             )
-        if self.start_decay == 1 and any(isinstance(each, ClickTrain) for each in session.passes):
+        zeroing = [type(other).__name__ for other in run.passes if other.zeroes_weights]
+        if self.start_decay == 1 and zeroing:
             raise PlanError(
-                "DropBack puts weights back to their start values, ClickTrain sets them to zero: they can't stand in "
-                "one session, unless the start values fall to zero too, as with DropBack(start_decay=0.99)"
+                f"DropBack puts weights back to their start values, {zeroing[0]} sets them to zero: they can't stand "
+                "in one session, unless the start values fall to zero too, as with DropBack(start_decay=0.99)"
             )
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)
         if decays and not self.decay_in_score and not isinstance(optimizer, DECAYING):
@@ -192,28 +223,27 @@ class DropBack(TrainingPass):
                 f"DropBack does not know how {type(optimizer).__name__} decays weights, so it can't spare untracked "
                 "ones: use weight_decay=0, or DropBack(decay_in_score=True)"
             )
+        return layout
 
-    def _all(self, memory: Memory) -> bool:
+    def _all(self, memory: Tracking) -> bool:
         """Whether the budget is enough for every weight: then nothing is to be done."""
-        return bool(memory.saved["budget"] >= memory.derived["layout"].size)
+        return memory.budget >= memory.layout.size
 
-    def _start(self, session: Session, memory: Memory, name: str) -> Tensor:
+    def _start(self, run: Run, memory: Tracking, name: str) -> Tensor:
         """The start values of a parameter, rounded to its dtype, in that of the layout."""
-        if "start" in memory.derived:
-            kept: Tensor = memory.derived["start"][name]
-            return kept
-        layout = memory.derived["layout"]
-        p = layout.parameters[name]
-        return known_start(session).values(name, p.device).to(p.dtype).to(layout.dtype)
+        if name in memory.start:
+            return memory.start[name]
+        p = memory.layout.parameters[name]
+        return known_start(run).values(name, p.device).to(p.dtype).to(memory.layout.dtype)
 
-    def _decay_start(self, session: Session, memory: Memory) -> None:
+    def _decay_start(self, run: Run, memory: Tracking) -> None:
         """Bring the start values to where they are after so many steps."""
         if self.start_decay < 1:
-            factor = memory.saved["factor"] * self.start_decay**session.step
-            remember_start(session.graph, known_start(session).decayed(factor))
+            factor = memory.factor * self.start_decay**run.step
+            remember_start(run.graph, known_start(run).decayed(factor))
 
     @torch.no_grad()
-    def _settle(self, session: Session, memory: Memory) -> None:
+    def _settle(self, run: Run, memory: Tracking) -> None:
         """Before the first step, and the first after a cut or a checkpoint: see that the others are at their start.
 
         Where it is not known which weights are tracked, those are that differ from their start.
@@ -221,50 +251,54 @@ class DropBack(TrainingPass):
         Raises:
             InitializeError: other weights differ, or more than the budget.
         """
-        layout, masks, budget = memory.derived["layout"], memory.derived["masks"], memory.saved["budget"]
-        self._decay_start(session, memory)
-        for name, p in layout.parameters.items():
-            differs = p.detach() != self._start(session, memory, name)
+        masks, budget = memory.masks, memory.budget
+        self._decay_start(run, memory)
+        for name, p in memory.layout.parameters.items():
+            differs = p.detach() != self._start(run, memory, name)
             if self._all(memory):
                 masks[name].fill_(True)
-            elif "tracked" not in memory.saved:
+            elif memory.tracked is None:
                 masks[name].copy_(differs)
-            elif count := int(torch.count_nonzero(differs & ~masks[name])):
+            elif off := int(torch.count_nonzero(differs & ~masks[name])):
                 raise InitializeError(
-                    f"{count} weights of {name} that are not tracked differ from their start value: with DropBack, "
+                    f"{off} weights of {name} that are not tracked differ from their start value: with DropBack, "
                     "nothing but the optimizer may change weights during a session"
                 )
-        count = int(torch.count_nonzero(memory.derived["tracked"]))
-        if count > budget and not self._all(memory):
+        total = int(torch.count_nonzero(memory.marks))
+        if total > budget and not self._all(memory):
             raise InitializeError(
-                f"{count} weights differ from their start value at the first step, and the budget is {budget}: call "
+                f"{total} weights differ from their start value at the first step, and the budget is {budget}: call "
                 "fxprune.initialize(model, seed) after weights were loaded or changed, and before the session is made"
             )
-        memory.derived["settled"] = True
+        memory.settled = True
 
-    def _choose(self, session: Session, memory: Memory) -> None:
+    def _choose(self, run: Run, memory: Tracking) -> None:
         """Track the weights that are furthest from their start."""
-        layout, tracked, budget = memory.derived["layout"], memory.derived["tracked"], memory.saved["budget"]
-        scores = memory.derived.get("scores")
-        scores = layout.buffer(layout.dtype) if scores is None else scores
+        layout = memory.layout
+        scores = layout.buffer(layout.dtype) if memory.scores is None else memory.scores
         for name, score in layout.views(scores).items():
-            torch.sub(layout.parameters[name].detach(), self._start(session, memory, name), out=score).abs_()
+            torch.sub(layout.parameters[name].detach(), self._start(run, memory, name), out=score).abs_()
         if self.rule == "exact":
-            select_largest(scores, budget, tracked)
+            select_largest(scores, memory.budget, memory.marks)
         else:
-            about_largest(scores, budget, tracked, turn=session.step)
+            about_largest(scores, memory.budget, memory.marks, turn=run.step)
         if not self.regenerate:
-            memory.derived["scores"] = scores
+            memory.scores = scores
 
-    def _decays(self, session: Session, memory: Memory) -> Iterator[tuple[str, nn.Parameter, float, dict[str, Any]]]:
+    def _decays(self, run: Run, memory: Tracking) -> Iterator[tuple[str, nn.Parameter, float, dict[str, Any]]]:
         """The parameters with weight decay, which untracked weights are to be spared: (name, itself, decay, group)."""
         if self.decay_in_score or self._all(memory):
             return
-        names = memory.derived["layout"].names
-        for group in session.optimizer.param_groups:
+        names = memory.layout.names
+        for group in run.optimizer.param_groups:
             for p in group["params"] if group.get("weight_decay") else ():
                 if p in names:
                     yield names[p], p, float(group["weight_decay"]), group
+
+
+def is_budget(value: Any) -> bool:
+    """Whether ``value`` is a count, or a fraction up to 1."""
+    return (isinstance(value, float) and 0 < value <= 1) or (is_integer(value) and value >= 0)
 
 
 def scatter_values(values: Tensor, mask: Tensor) -> Tensor:
@@ -277,9 +311,9 @@ def count_untracked(mask: Tensor, p: Tensor) -> Tensor:
     return (~mask).to(p.dtype)
 
 
-def known_start(session: Session) -> Start:
-    """The start of the session's model, which ``prepare`` has seen."""
-    start = start_of(session.graph)
+def known_start(run: Run) -> Start:
+    """The start of the run's model, which ``prepare`` has seen."""
+    start = start_of(run.graph)
     if start is None:
         raise InitializeError("the model has lost its start values: make the session anew")
     return start
