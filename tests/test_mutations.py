@@ -169,7 +169,7 @@ def sizes_enter_arithmetic(patch: Patch) -> None:
 
 def groups_stay(patch: Patch) -> None:
     """A grouped convolution keeps its number of groups."""
-    right = REWRITE.attributes
+    right = REWRITE.layer_attributes
 
     def broken(*args: Any) -> Any:
         return {key: value for key, value in right(*args).items() if key != "groups"}
@@ -179,7 +179,7 @@ def groups_stay(patch: Patch) -> None:
 
 def wrong_channels(patch: Patch) -> None:
     """Parameters lose the last positions instead of those that the plan names."""
-    right = REWRITE.cut
+    right = REWRITE.cut_tensor
 
     def broken(tensor: Any, kept: Any) -> Any:
         return right(tensor, tuple(None if k is None else torch.arange(len(k)) for k in kept))
