@@ -135,12 +135,12 @@ def compare_models(
                 raise
             break
         found = outputs_of(small, mode, inputs, gradients, None, expected.within)
-        noise: dict[tuple[str, str], float] = {}
+        noise: dict[str, float] = {}
         for kind, name, error in find_differences(expected, found, sliced):
             if tolerance < error <= AMPLIFIED * tolerance:
                 noise = noise or measure_rounding(masked, mode, inputs, gradients, param_map, expected)
             worst[kind] = max(worst[kind], error)
-            if not error <= max(tolerance, min(10 * noise.get((kind, name), 0.0), AMPLIFIED * tolerance)):
+            if not error <= max(tolerance, min(10 * noise.get(kind, 0.0), AMPLIFIED * tolerance)):
                 raise VerificationError(
                     f"in {'train' if mode else 'eval'} mode {kind} {name} of the compact model differs from the masked "
                     f"original by {error:.2e} (relative to its largest value; allowed {tolerance:.0e}). Please report "
@@ -156,10 +156,11 @@ def compare_models(
 
 def measure_rounding(
     masked: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
-) -> dict[tuple[str, str], float]:
+) -> dict[str, float]:
     """What a change of the last bit of inputs and weights makes of outputs and gradients: nothing can agree better.
 
-    Batch norm over few values that hardly differ amplifies it.
+    Batch norm over few values that hardly differ amplifies it. Where the amplified rounding lands in a backward pass is
+    chance, which one change of bits does not exhaust, so the largest speaks for all gradients.
     """
 
     def nudged(tensor: Tensor) -> Tensor:
@@ -173,7 +174,10 @@ def measure_rounding(
         for parameter in other.parameters():
             parameter.copy_(nudged(parameter))
     found = outputs_of(other, mode, map_tensors(nudged, inputs), gradients, param_map, expected.within)
-    return {(kind, name): error for kind, name, error in find_differences(expected, found, lambda _, tensor: tensor)}
+    noise: dict[str, float] = {}
+    for kind, _, error in find_differences(expected, found, lambda _, tensor: tensor):
+        noise[kind] = max(noise.get(kind, 0.0), error)
+    return noise
 
 
 class Result(NamedTuple):
