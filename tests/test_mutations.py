@@ -14,6 +14,7 @@ import fxprune
 from fxprune.channels import tensor
 from fxprune.channels.labels import Labels, Operand, align_label, narrow_label, settle_labels
 from fxprune.channels.tensor import Call, as_operand
+from fxprune.graph.traced import Mode
 from fxprune.ops import contraction, movement, pointwise, reduction
 from fxprune.rewrite import fit
 from fxprune.rewrite.fit import FITTERS
@@ -205,7 +206,7 @@ def norms_see_everything(patch: Patch) -> None:
 
 def train_mode_is_not_analysed(patch: Patch) -> None:
     """Only the graph of eval mode is looked at."""
-    patch.setattr(fxprune.TracedModule, "distinct_graphs", lambda self: {False: self.graphs[False]})
+    patch.setattr(fxprune.TracedModule, "distinct_graphs", lambda self: {Mode.EVAL: self.graphs[Mode.EVAL]})
 
 
 MUTATIONS: list[tuple[Callable[[Patch], None], str]] = [

@@ -20,6 +20,7 @@ from fxprune import Pipeline, TracedModule
 from fxprune.channels.interpret import bind_placeholders
 from fxprune.errors import PassError, PlanError
 from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.traced import Mode
 from fxprune.passes import Align, FoldBatchNorm, FoldConstants, RemoveBranches
 from fxprune.passes.rewrites._constants import Constants
 from fxprune.rewrite.branches import NORMS
@@ -102,7 +103,7 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
     """The masks beside the values of other inputs: what they call constant is what it was, bit for bit or nearly."""
     model, inputs = prepare(MODELS[name])
     graph = fxprune.trace(scale_by_zero(model), inputs)
-    for mode in BOTH:
+    for mode in Mode:
         run = Constants(graph, mode, inputs)
         values = {node.name: value for node, value in run.env.items() if isinstance(value, Tensor)}
         for seed in (1, 2):
@@ -114,7 +115,7 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     still = run.varies[next(n for n in run.varies if n.name == node.name)] == 0
                     torch.testing.assert_close(value[still], values[node.name][still], rtol=1e-9, atol=1e-9)
-    assert list(bind_placeholders(graph.graphs[False], bind_inputs(inputs)))
+    assert list(bind_placeholders(graph.graphs[Mode.EVAL], bind_inputs(inputs)))
 
 
 def test_in_training_a_channel_varies_where_any_of_it_does() -> None:
@@ -124,12 +125,12 @@ def test_in_training_a_channel_varies_where_any_of_it_does() -> None:
         model[0].weight[:, :, 1:] = 0.0  # so that the first row of the map reads the border alone
         model[0].weight[2] = 0.0
         model[1].weight[4] = 0.0
-    for mode in BOTH:
+    for mode in Mode:
         run = Constants(fxprune.trace(model, inputs), mode, inputs)
         norm = next(mask for node, mask in run.varies.items() if node.name == "_1")
         expected = torch.ones(2, 6, 7, 7, dtype=torch.float64)
         expected[:, [2, 4]] = 0.0
-        if not mode:
+        if mode is Mode.EVAL:
             expected[:, :, 0] = 0.0
         assert torch.equal(norm, expected)
 

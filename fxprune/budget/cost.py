@@ -24,7 +24,7 @@ from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import values_in
 from fxprune.graph.inputs import bind_inputs, map_tensors
-from fxprune.graph.traced import TracedModule, is_traced
+from fxprune.graph.traced import Mode, TracedModule, is_traced
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,7 +42,7 @@ def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     found = count_operations(model, example_inputs).get_flop_counts()
     flops = Counter({path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"})
     if isinstance(model, TracedModule):
-        functions = Functions(model, model.training, state_on_meta(model))
+        functions = Functions(model, Mode.of(model), state_on_meta(model))
         functions.start(map_tensors(on_meta, bind_inputs(example_inputs)))
         flops += functions.flops
     return flops
@@ -71,7 +71,7 @@ def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
 class Functions(Runner):
     """Counts the FLOPs of functions, for the module whose forward called them: tracing went through that."""
 
-    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor]) -> None:
         super().__init__(module, mode, state)
         self.flops = Counter[str]()
 
@@ -239,7 +239,7 @@ def stored_costs(
 
 def computed_costs(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The bytes of the values of the eval graph that hold memory of their own."""
-    for tree in analysis.values[False].values():
+    for tree in (tree for nodes in analysis.values[Mode.EVAL].values() for tree in nodes.values()):
         for value in values_in(tree):
             if value.owner:
                 covered = {axis for label in value.labels for axis in varying_axes(label)}

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from fxprune.channels.labels import Label, Labels, Operand, freeze_labels, varying_axes
 from fxprune.channels.names import Names
 from fxprune.channels.shapes import shape_of_result
+from fxprune.graph.traced import Mode
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Term:
 class Norm:
     """A normalization whose statistics run over channels that may be pruned: no pruning of them is exact."""
 
-    mode: bool  # the mode of the graph that it stands in
+    mode: Mode  # of the graph that it stands in
     node: str
     label: Label
     axes: tuple[int, ...]  # the normalized ones
@@ -41,7 +42,7 @@ class Norm:
 class Run:
     """What one or more runs of a model on names bring to light."""
 
-    mode: bool = False  # of the graph that is being run
+    mode: Mode = Mode.EVAL  # of the graph that is being run
     real: bool = False  # tensors have data: for Python that looks at values
     statistic: bool = False  # the node that is being run takes one that may run over channels
     heads: str = "whole"

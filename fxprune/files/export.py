@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import ExportError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
-from fxprune.graph.traced import TracedModule, carried_attributes, is_traced, regions_of
+from fxprune.graph.traced import Mode, TracedModule, carried_attributes, is_traced, regions_of
 from fxprune.rewrite.verify import relative_difference
 
 logger = logging.getLogger("fxprune")
@@ -111,7 +111,7 @@ def frozen_in_eval(model: nn.Module) -> nn.Module:
     """The model in eval mode, as a plain GraphModule where it is a traced one. The original keeps its mode."""
     module = copy.deepcopy(model)
     for path, region in regions_of(module).items():
-        plain = fx.GraphModule(region.root(), region.graphs[False])
+        plain = fx.GraphModule(region.root(), region.graphs[Mode.EVAL])
         vars(plain).update(carried_attributes(region))
         if not path:
             return plain.eval()

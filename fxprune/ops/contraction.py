@@ -22,6 +22,7 @@ from fxprune.channels.labels import (
     varying_axes,
 )
 from fxprune.channels.tensor import Call, Term, as_operand, register_rule
+from fxprune.graph.traced import Mode
 from fxprune.ops.pointwise import add_vector, with_vectors
 
 
@@ -72,7 +73,7 @@ def contract_letters(
     # Along a letter of both, their labels have the same names now, and vary along nothing else: one stands for both.
     factors = [(a, label) for label in a.labels]
     factors += [(b, label) for label in b.labels if b.varies(label).isdisjoint(a.letters)]
-    if not call.run.mode:
+    if call.run.mode is Mode.EVAL:
         named = {letter for side, label in factors for letter in side.varies(label)}
         constant = math.prod(sizes[letter] for letter in {*a.letters, *b.letters} - named)
         call.run.flops.append(Term(2 * constant * extra, tuple(label for _, label in factors)))

@@ -21,7 +21,7 @@ from fxprune.channels.interpret import bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
-from fxprune.graph.traced import Model, TracedModule, regions_of, require_traced
+from fxprune.graph.traced import Mode, Model, TracedModule, regions_of, require_traced
 from fxprune.ops.reduction import STATISTICS
 from fxprune.rewrite.param_map import Kept, ParamMap
 
@@ -114,7 +114,7 @@ def compare_models(
     small = copy.deepcopy(compact).to(dtype)
     masked = copy.deepcopy(graph).to(dtype)
     try:
-        whole = outputs_of(masked, False, inputs, False, None)
+        whole = outputs_of(masked, Mode.EVAL, inputs, False, None)
     except Exception as cause:
         raise VerificationError(
             f"the original does not run on these example_inputs in {dtype}: {type(cause).__name__}: {cause}"
@@ -126,13 +126,13 @@ def compare_models(
 
     worst = {"output": 0.0, "gradient": 0.0}
     moved, trained = 0.0, True
-    for mode in (False, True):
+    for mode in Mode:
         try:
             expected = outputs_of(masked, mode, inputs, gradients, param_map)
         except Exception:
-            trained = not mode or isinstance(graph, TracedModule)
-            if trained:
+            if mode is Mode.EVAL or isinstance(graph, TracedModule):
                 raise
+            trained = False  # plain Python that steers may want other arguments to train on
             break
         found = outputs_of(small, mode, inputs, gradients, None, expected.within)
         noise: dict[str, float] = {}
@@ -142,11 +142,11 @@ def compare_models(
             worst[kind] = max(worst[kind], error)
             if not error <= max(tolerance, min(10 * noise.get(kind, 0.0), AMPLIFIED * tolerance)):
                 raise VerificationError(
-                    f"in {'train' if mode else 'eval'} mode {kind} {name} of the compact model differs from the masked "
+                    f"in {mode.value} mode {kind} {name} of the compact model differs from the masked "
                     f"original by {error:.2e} (relative to its largest value; allowed {tolerance:.0e}). Please report "
                     "this model."
                 )
-        if not mode:
+        if mode is Mode.EVAL:
             moved = max(
                 (relative_difference(a, b) for _, a, b in outputs_of_both(whole, found) if a.shape == b.shape),
                 default=0.0,
@@ -155,7 +155,7 @@ def compare_models(
 
 
 def measure_rounding(
-    masked: Model, mode: bool, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
+    masked: Model, mode: Mode, inputs: Bound, gradients: bool, param_map: ParamMap, expected: "Result"
 ) -> dict[str, float]:
     """What a change of the last bit of inputs and weights makes of outputs and gradients: nothing can agree better.
 
@@ -236,14 +236,14 @@ def relative_difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
 
 def outputs_of(
     model: Model,
-    mode: bool,
+    mode: Mode,
     inputs: Bound,
     gradients: bool,
     param_map: ParamMap | None,
     seen_before: Sequence[tuple[str, Tensor]] = (),
 ) -> Result:
     """The output tensors of ``model`` in one mode, and the gradients of a fixed random sum of them."""
-    model.train(mode)
+    model.train(mode.training)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
@@ -271,7 +271,7 @@ def outputs_of(
 
 @contextmanager
 def masked_norms(
-    model: Model, norms: Mapping[tuple[bool, str], Kept], before: Sequence[tuple[str, Tensor]] = ()
+    model: Model, norms: Mapping[tuple[Mode, str], Kept], before: Sequence[tuple[str, Tensor]] = ()
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """While this holds, the norms in ``norms`` see only what is kept of their input.
 
@@ -301,25 +301,25 @@ def masked_norms(
         yield seen
 
 
-def masked_region(path: str, region: TracedModule, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:
+def masked_region(path: str, region: TracedModule, norms: Mapping[tuple[Mode, str], Kept]) -> Callable[..., Any]:
     """What a region does, with its norms masked."""
     mine = path + "/" if path else ""
     its = {(mode, node.removeprefix(mine)): kept for (mode, node), kept in norms.items() if node.startswith(mine)}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        run = MaskedNorms(region, region.training, its)
-        given = bind_placeholders(region.graphs[region.training], (args, kwargs))
+        run = MaskedNorms(region, Mode.of(region), its)
+        given = bind_placeholders(region.graph, (args, kwargs))
         return run.run(*given, enable_io_processing=False)
 
     return forward
 
 
-def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[bool, str], Kept]) -> Callable[..., Any]:
+def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[Mode, str], Kept]) -> Callable[..., Any]:
     """What a layer that plain Python calls does, masked if it is a norm."""
     forward = layer.forward
 
     def masked(*args: Any, **kwargs: Any) -> Any:
-        kept = norms.get((layer.training, name_within(path, "output")))
+        kept = norms.get((Mode.of(layer), name_within(path, "output")))
         if kept is None:
             return forward(*args, **kwargs)
         with NormOverKept(kept):
@@ -331,10 +331,10 @@ def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[bool, str], K
 class MaskedNorms(fx.Interpreter):
     """Runs the graph of one mode; the norms of the nodes in ``norms`` see only what is kept of their input."""
 
-    def __init__(self, module: TracedModule, mode: bool, norms: Mapping[tuple[bool, str], Kept]) -> None:
+    def __init__(self, module: TracedModule, mode: Mode, norms: Mapping[tuple[Mode, str], Kept]) -> None:
         shared = len(module.distinct_graphs()) == 1
         super().__init__(module, graph=module.graphs[mode])
-        self.norms = {node: kept for (of, node), kept in norms.items() if shared or of == mode}
+        self.norms = {node: kept for (of, node), kept in norms.items() if shared or of is mode}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, under the mode that masks its norms where it has any."""

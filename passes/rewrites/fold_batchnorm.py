@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fxprune.channels.analysis import analyze
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import EXAMPLE
 from fxprune.rewrite.branches import NORMS
 
@@ -63,7 +63,7 @@ class FoldBatchNorm(PassBase):
             for node in graph.nodes:
                 if node.op == "call_module":
                     calls.setdefault(str(node.target), []).append(node)
-        shapes = analyze(model, example).values[False] if example is not None else {}
+        shapes = analyze(model, example).values[Mode.EVAL][""] if example is not None else {}
         for path, nodes in calls.items():
             norm = model.get_submodule(path)
             if type(norm) not in NORMS or norm.running_mean is None:

@@ -18,7 +18,7 @@ from fxprune.channels.labels import label_along
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of
 from fxprune.plan import Plan
 from fxprune.rewrite.rewrite import rewrite
@@ -54,7 +54,7 @@ class FoldConstants(PassBase):
         example = example_of(graph_module, self.example_inputs)
         graph = trace(graph_module, example)
         analysis = analyze(graph, example)
-        found = _Constants(graph, analysis, example, (False,) if self.inference_only else (False, True))
+        found = _Constants(graph, analysis, example, (Mode.EVAL,) if self.inference_only else tuple(Mode))
         keep, carriers = found.decide()
         found.warn()
         plan = Plan(keep, analysis.sizes, analysis.options)
@@ -74,7 +74,7 @@ class FoldConstants(PassBase):
 class _Constants:
     """The channels of a model, and which of them hold a constant for all that read them."""
 
-    def __init__(self, graph: TracedModule, analysis: Analysis, example: Any, modes: tuple[bool, ...]) -> None:
+    def __init__(self, graph: TracedModule, analysis: Analysis, example: Any, modes: tuple[Mode, ...]) -> None:
         self.graph, self.analysis, self.rows = graph, analysis, Channels.of(analysis)
         count = len(self.rows.group)
         self.read, self.constant = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
@@ -84,7 +84,7 @@ class _Constants:
         for mode in modes:
             run = Constants(graph, mode, example)
             readings = {reading.node.name: reading for reading in run.readings}
-            values = analysis.values[mode if mode in analysis.values else False]
+            values = analysis.values.get(mode, analysis.values[Mode.EVAL])[""]
             for node in graph.graphs[mode].nodes:
                 does = kind_of(graph, node)
                 if does == "contraction":

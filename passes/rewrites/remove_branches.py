@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxprune.channels.analysis import analyze
 from fxprune.errors import PlanError
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of
 from fxprune.rewrite.branches import CONTRACTIONS, ELEMENTWISE, NORMS, Branch, is_sum, remove_from
 
@@ -67,13 +67,10 @@ class RemoveBranches(PassBase):
                         layer.weight.masked_fill_(silent, 0.0)
         return copied
 
-    def find(self, graph: TracedModule) -> dict[bool, list[Branch]]:
+    def find(self, graph: TracedModule) -> dict[Mode, list[Branch]]:
         """The branches of each mode's graph, in all that have them."""
         analysis = analyze(graph, example_of(graph, self.example_inputs))
-        found = {
-            mode: list(self.constant(graph, nodes, analysis.values[mode]))
-            for mode, nodes in graph.distinct_graphs().items()
-        }
+        found = {place.mode: list(self.constant(graph, place.graph, place.values)) for place in analysis.places()}
         calls = Counter(node.target for nodes in graph.distinct_graphs().values() for node in nodes.nodes)
         within = Counter(path for each in found.values() for branch in each for path in find_replaced(graph, branch))
         return {

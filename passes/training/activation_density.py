@@ -18,7 +18,7 @@ from fxprune.channels.interpret import name_within
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.traced import of_region, regions_of
+from fxprune.graph.traced import Mode, regions_of
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training.distributed import gather_values, mean_over_ranks
@@ -103,7 +103,8 @@ class ActivationDensity(TrainingPass):
         memory.derived["measured"] = measured
         counters = {name: make_counter(label, *counts[name]) for name, label in measured}
         for path, region in regions_of(session.graph).items():
-            region.observe(of_region(counters, path))
+            nodes = {node.name: name_within(path, node.name) for node in region.graphs[Mode.TRAIN].nodes}
+            region.observe({node: counters[name] for node, name in nodes.items() if name in counters})
 
     def close(self, session: Session, memory: Memory) -> None:
         """Count no more."""
@@ -216,8 +217,8 @@ def find_activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
     """The nodes of the train graphs that give exact zeros, with the names of the channels there."""
     rows = Channels.of(analysis)
     for path, region in regions_of(analysis.graph).items():
-        values = of_region(analysis.values.get(True, {}), path) or of_region(analysis.values[False], path)
-        for node in region.graphs[True].nodes:
+        values = analysis.values.get(Mode.TRAIN, {}).get(path) or analysis.values[Mode.EVAL].get(path, {})
+        for node in region.graphs[Mode.TRAIN].nodes:
             value = values.get(node.name)
             if not gives_zeros(region, node) or not isinstance(value, Value):
                 continue

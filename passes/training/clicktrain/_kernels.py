@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.traced import Model, regions_of
+from fxprune.graph.traced import Mode, Model, regions_of
 from fxprune.rewrite.branches import NORMS, is_sum
 from fxprune.rewrite.param_map import ParamMap
 
@@ -83,7 +83,7 @@ def find_convolutions(model: Model) -> list[Layer]:
 def eval_graphs(model: Model) -> Iterator[tuple[str, fx.Graph]]:
     """The graph of each region in eval mode, and what its paths begin with."""
     for path, region in regions_of(model).items():
-        yield (f"{path}." if path else ""), region.graphs[False]
+        yield (f"{path}." if path else ""), region.graphs[Mode.EVAL]
 
 
 def first_convolution(model: Model) -> str:
