@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,3 +89,25 @@ def test_a_method_has_the_name_of_its_file(path):
 def test_every_environment_variable_is_in_the_readme():
     read = environment_variables("".join(path.read_text() for path in COMPILER + METHODS))
     assert read - environment_variables((ROOT / "README.md").read_text()) == set()
+
+
+IMPORT = """
+import sys, torch
+before = set(sys.modules)
+import {module}
+print(*set(sys.modules) - before)
+"""
+LIBRARIES_OF_TYPER = ("annotated_doc", "shellingham", "click", "typing_extensions")
+SLOW = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.flop_counter")
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"), [("fxprune", set()), ("fxprune.cli.app", {"typer", "rich", *LIBRARIES_OF_TYPER})]
+)
+def test_an_import_loads_no_library_before_it_is_used(module, allowed):
+    code = IMPORT.format(module=module)
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    libraries = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert "fxprune" in libraries
+    assert libraries - allowed - {"fxprune", "numpy", "torch"} == set()
+    assert [name for name in loaded if name.startswith(SLOW)] == []

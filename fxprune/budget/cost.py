@@ -8,14 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import Runner
@@ -25,6 +24,9 @@ from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import values_in
 from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.traced import Mode, TracedModule, is_traced
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,8 +50,10 @@ def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     return flops
 
 
-def count_operations(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
+def count_operations(model: nn.Module, example_inputs: Any) -> "FlopCounterMode":
     """The counter after one forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     counter = FlopCounterMode(display=False)
     if is_traced(model) and not isinstance(model, TracedModule):
         args, kwargs = bind_inputs(example_inputs)
@@ -77,6 +81,8 @@ class Functions(Runner):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and count if it is a function of a module."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         if n.op == "call_module" or not n.meta.get("nn_module_stack"):
             return super().run_node(n)
         path, _ = list(n.meta["nn_module_stack"].values())[-1]

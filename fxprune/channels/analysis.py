@@ -7,9 +7,8 @@ every value in the graph (so that the rewrite knows each new shape), and what th
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 from torch import Tensor, nn
 
@@ -29,11 +28,13 @@ from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
 from fxprune.errors import AnalysisError, require_type
-from fxprune.graph.collector import collector_rests
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,10 @@ class Analysis:
         node = next((node for name, node in nodes if name == reason.node), None)
         return f"{reason.text} (at {describe_place(node)})" if node is not None else str(reason)
 
-    def to_networkx(self) -> nx.Graph:
+    def to_networkx(self) -> "nx.Graph":
         """Groups (kind="group", size) and parameter axes (kind="axis", size, frozen) as a bipartite graph."""
+        import networkx as nx
+
         graph = nx.Graph()
         for (parameter, axis), at in self.axes.items():
             graph.add_node(f"{parameter}[{axis}]", kind="axis", size=at.size, frozen=0, reasons=())
@@ -231,7 +234,6 @@ def abridge_list(items: Sequence[str], limit: int = 6) -> str:
     return ", ".join(items[:limit]) + more
 
 
-@collector_rests()
 def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", groups: str = "auto") -> Analysis:
     """Find the groups of coupled channels of ``model``.
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.channels.analysis import analyze
@@ -37,6 +35,9 @@ def save(compact: nn.Module, path: str | Path) -> None:
         FileError: the model did not come from fxprune, so there is neither a plan nor a seed to write; or nothing can
             be written there.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     require_type(path, (str, Path), "path", FileError)
     require_type(compact, nn.Module, "compact", FileError)
     compact = unwrap_model(compact)
@@ -129,6 +130,8 @@ def number_of(name: str) -> int:
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description of the model and the tensors in a file."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileError(f"there is no file {path}")
     try:

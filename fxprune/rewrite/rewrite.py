@@ -20,7 +20,6 @@ from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value, values_in
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require_type
-from fxprune.graph.collector import collector_rests
 from fxprune.graph.inputs import describe_inputs, tensors_in
 from fxprune.graph.trace import copy_modules, named_tensors
 from fxprune.graph.traced import (
@@ -43,7 +42,6 @@ from fxprune.rewrite.param_map import Kept, ParamMap, cut_tensor
 Shape = tuple[int, ...]
 
 
-@collector_rests()
 def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamMap]:
     """Carry out ``plan``.
 
