@@ -14,11 +14,11 @@ from string import Template
 
 from torch import fx
 
+from fxprune.atomic import replace_file
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import describe_place
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
-from fxprune.errors import FileError, require_type
 from fxprune.graph.traced import Mode, TracedModule, regions_of
 from fxprune.report.picture import Lanes, Part, Parts, Row, counted, entry, lay_out, section
 
@@ -29,12 +29,9 @@ STEERED = " torch.fx can't follow the whole model: its parts are graphs, and pla
 
 def write_html(analysis: Analysis, path: str | Path, title: str = "", pictures: str = "") -> None:
     """Write the page of ``analysis``, with ``pictures`` above it. Raises FileError where nothing can be written."""
-    require_type(path, (str, Path), "path", FileError)
-    page = Report(analysis).page(title, pictures)
-    try:
-        Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    except (OSError, ValueError) as error:
-        raise FileError(f"can't write a page to {path}: {getattr(error, 'strerror', None) or error}") from error
+    with replace_file(path, "a page") as partial:
+        page = Report(analysis).page(title, pictures)
+        partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 class Report:
