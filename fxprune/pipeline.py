@@ -15,11 +15,10 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.budget.cost import device_of
 from fxprune.errors import PassError
 from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, TracedModule, regions_of
+from fxprune.graph.traced import Mode, TracedModule, device_of, regions_of
 from fxprune.report.dump import Dump
 from fxprune.rewrite.verify import TOLERANCE, outputs_of, relative_difference
 

@@ -251,9 +251,3 @@ def computed_costs(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...
                 covered = {axis for label in value.labels for axis in varying_axes(label)}
                 rest = math.prod(size for axis, size in enumerate(value.shape) if axis not in covered)
                 yield rest * torch.empty(0, dtype=value.dtype).element_size(), value.labels
-
-
-def device_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in what precision the weights of ``model`` are; CPU float32 where it has none."""
-    first: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return (first.device, first.dtype) if first is not None else (torch.device("cpu"), torch.float32)

@@ -8,10 +8,11 @@ import numpy as np
 from torch import nn
 
 from fxprune.budget.budget import Bounds, is_fraction
-from fxprune.budget.cost import Channels, Floats, cost_of, device_of
+from fxprune.budget.cost import Channels, Floats, cost_of
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.names import Bools, Ints
 from fxprune.errors import BudgetError, PlanError
+from fxprune.graph.traced import device_of
 from fxprune.plan import Plan
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, require_type
@@ -273,6 +274,12 @@ def require_traced(value: object, what: str, error: type[FxpruneError]) -> None:
 def is_traced(model: object) -> bool:
     """Whether ``trace`` returned this, or a copy of it."""
     return isinstance(model, TracedModule) or (isinstance(model, nn.Module) and "steers" in vars(model))
+
+
+def device_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in what precision the weights of ``model`` are; CPU float32 where it has none."""
+    first: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return (first.device, first.dtype) if first is not None else (torch.device("cpu"), torch.float32)
 
 
 @contextmanager

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.budget.cost import device_of
 from fxprune.channels.interpret import bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
-from fxprune.graph.traced import Mode, Model, TracedModule, regions_of, require_traced
+from fxprune.graph.traced import Mode, Model, TracedModule, device_of, regions_of, require_traced
 from fxprune.ops.reduction import STATISTICS
 from fxprune.rewrite.param_map import Kept, ParamMap
 
