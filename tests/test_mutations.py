@@ -15,7 +15,7 @@ from fxprune.channels import tensor
 from fxprune.channels.labels import Labels, Operand, align_label, narrow_label, settle_labels
 from fxprune.channels.tensor import Call, as_operand
 from fxprune.graph.traced import Mode
-from fxprune.ops import contraction, movement, pointwise, reduction
+from fxprune.ops import contraction, movement, normalization, pointwise
 from fxprune.rewrite import fit
 from fxprune.rewrite.fit import FITTERS
 
@@ -99,7 +99,7 @@ def batch_norm_forgets(patch: Patch) -> None:
         return [as_operand(call.args[0]).labels] + [()] * (len(call.out) - 1)
 
     for operator in list(tensor.RULES):
-        if tensor.RULES[operator] is reduction.batch_norm:
+        if tensor.RULES[operator] is normalization.batch_norm:
             replace_rule(patch, operator, broken)
 
 
@@ -149,7 +149,7 @@ def slices_shift(patch: Patch) -> None:
         bound = right(*args)
         return None if bound is None else bound + 1
 
-    patch.setattr(fit, "moved_bound", broken)
+    patch.setattr(movement, "moved_bound", broken)
 
 
 def slices_stay(patch: Patch) -> None:

@@ -20,10 +20,10 @@ from fxprune import Pipeline, TracedModule
 from fxprune.channels.interpret import bind_placeholders
 from fxprune.errors import PassError, PlanError
 from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.layers import BATCH_NORMS
 from fxprune.graph.traced import Mode
 from fxprune.passes import Align, FoldBatchNorm, FoldConstants, RemoveBranches
 from fxprune.passes.rewrites._constants import Constants
-from fxprune.rewrite.branches import NORMS
 
 BOTH = (False, True)
 
@@ -39,7 +39,7 @@ def made(name: str) -> tuple[nn.Module, Any]:
 
 
 def norms(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, NORMS) and module.affine]
+    return [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.affine]
 
 
 @torch.no_grad()
@@ -486,10 +486,10 @@ def test_what_is_left_trains_in_a_session() -> None:
 def test_norms_go_into_the_layers_before_them(name: str) -> None:
     model, inputs = made(name)
     graph = fxprune.trace(model, inputs)
-    had = [path for path, module in graph.named_modules() if type(module) in NORMS]
+    had = [path for path, module in graph.named_modules() if type(module) in BATCH_NORMS]
     pairs = foldable(graph)
     compact = rewritten(FoldBatchNorm(), graph, inputs, [False], changes=bool(pairs))
-    left = [path for path, module in compact.named_modules() if type(module) in NORMS]
+    left = [path for path, module in compact.named_modules() if type(module) in BATCH_NORMS]
     assert sorted(set(had) - set(left)) == sorted(pairs)
     kept_names(compact, graph, new=".bias")
 
@@ -502,7 +502,7 @@ def foldable(graph: TracedModule) -> list[str]:
     for path, module in graph.named_modules():
         calls = [node for node in nodes if node.target == path and node.op == "call_module"]
         if (
-            type(module) not in NORMS
+            type(module) not in BATCH_NORMS
             or module.running_mean is None
             or len(calls) != count
             or len({str(node.args[0]) for node in calls}) != 1
@@ -522,7 +522,7 @@ def foldable(graph: TracedModule) -> list[str]:
 def test_folded_norms_by_hand(tmp_path: Path) -> None:
     model, inputs = resnet18()
     compact = rewritten(FoldBatchNorm(), model, inputs, [False])
-    assert not any(isinstance(module, NORMS) for module in compact.modules())
+    assert not any(isinstance(module, BATCH_NORMS) for module in compact.modules())
     scale = model.bn1.weight / (model.bn1.running_var + model.bn1.eps).sqrt()
     torch.testing.assert_close(compact.get_parameter("conv1.weight"), model.conv1.weight * scale[:, None, None, None])
     torch.testing.assert_close(compact.get_parameter("conv1.bias"), model.bn1.bias - model.bn1.running_mean * scale)

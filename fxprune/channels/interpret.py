@@ -13,13 +13,12 @@ from torch.func import functional_call
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
 from fxprune.channels.layers import Lowered, lower_layer
-from fxprune.channels.tensor import ChannelTensor, Run, apply_operator, on_meta
+from fxprune.channels.tensor import STATISTICS, ChannelTensor, Run, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.trace import is_users, named_tensors
 from fxprune.graph.traced import Mode, TracedModule
-from fxprune.ops.reduction import STATISTICS
 
 
 def name_parameters(

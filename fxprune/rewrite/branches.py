@@ -18,13 +18,11 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import describe_place
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
+from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
 from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-CONTRACTIONS = (nn.modules.conv._ConvNd, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity)  # they leave zero as it is
 
 
 class Constant(nn.Module):
@@ -282,7 +280,7 @@ def keep_constant(compact: TracedModule, graph: fx.Graph, branch: Branch) -> fx.
             value = insert(branch.end, layer if isinstance(layer, Constant) else Constant(layer))
         for node in branch.tail:
             module = compact.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, NORMS):
+            if isinstance(module, BATCH_NORMS):
                 value = insert(node, ConstantNorm(module))
             elif module is not None and (value is not None or isinstance(module, ConstantNorm)):
                 value = insert(node, module)
@@ -293,7 +291,7 @@ def check_tail(model: nn.Module, branch: Branch) -> None:
     """Raise PlanError where the constant of ``branch`` passes something else than norms and elementwise layers."""
     for node in branch.tail:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, (*NORMS, ConstantNorm, *ELEMENTWISE)):
+        if not isinstance(module, (*BATCH_NORMS, ConstantNorm, *ELEMENTWISE)):
             raise PlanError(
                 f"the constant of a branch can't be kept over node {describe_place(node)}; drop it with the branch "
                 '(dropped= of a Plan, branches="remove" of PruneTrain), or keep one channel'

@@ -4,12 +4,10 @@ Parameters are sliced, module attributes set from them, and each graph is run on
 baked into it are replaced where they no longer fit, and every value is compared with its predicted shape.
 """
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.channels.analysis import Analysis
@@ -35,6 +33,7 @@ from fxprune.graph.traced import (
     require_traced,
 )
 from fxprune.plan import Plan
+from fxprune.rewrite.attributes import layer_attributes
 from fxprune.rewrite.branches import is_empty, remove_branches
 from fxprune.rewrite.fit import fit_node
 from fxprune.rewrite.param_map import Kept, ParamMap, cut_tensor
@@ -196,50 +195,6 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return value.shape if isinstance(value, Value) else ()
 
 
-def layer_attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) -> dict[str, Any]:
-    """The attributes of a layer of torch.nn that follow from its weights and the shapes of its input and output."""
-    weight = getattr(module, "weight", None)
-    w = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-    match module:
-        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            groups = 1 if module.groups == 1 else out[-len(w) + 1] // w[1]
-            return {"in_channels": w[0], "out_channels": w[1] * groups, "groups": groups}
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            groups = 1 if module.groups == 1 else shape[-len(w) + 1] // w[1]
-            return {"in_channels": w[1] * groups, "out_channels": w[0], "groups": groups}
-        case nn.Linear():
-            return {"in_features": w[1], "out_features": w[0]}
-        case nn.modules.batchnorm._NormBase():
-            return {"num_features": shape[1] if len(shape) > 1 else module.num_features}
-        case nn.LayerNorm() | nn.RMSNorm():
-            return {"normalized_shape": tuple(shape[-len(module.normalized_shape) :])}
-        case nn.GroupNorm():
-            size = module.num_channels // module.num_groups
-            groups = 1 if module.num_groups == 1 else shape[1] // size
-            return {"num_groups": groups, "num_channels": shape[1]}
-        case nn.Embedding():
-            return {"num_embeddings": w[0], "embedding_dim": w[1]}
-        case nn.PReLU():
-            return {"num_parameters": w[0]}
-        case nn.RNNBase():
-            return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
-    return {}
-
-
-FUNCTIONS: dict[Any, str] = {  # and the operators that they are
-    operator.add: "add",
-    operator.sub: "sub",
-    operator.mul: "mul",
-    operator.truediv: "div",
-    torch.add: "add",
-    torch.mul: "mul",
-    torch.cat: "cat",
-    F.relu: "relu",
-    F.linear: "linear",
-    F.layer_norm: "layer_norm",
-}
-
-
 class Fitter(Runner):
     """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
 
@@ -299,7 +254,7 @@ class Fitter(Runner):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Nor need a function."""
-        if target in FUNCTIONS and not kwargs and (found := self.as_predicted(FUNCTIONS[target], args)) is not None:
+        if not kwargs and (found := self.as_predicted(target, args)) is not None:
             return found
         with torch.device("meta"):
             return super().call_function(target, args, kwargs)
@@ -309,7 +264,7 @@ class Fitter(Runner):
         with torch.device("meta"):
             return super().call_method(target, args, kwargs)
 
-    def as_predicted(self, operator: str, args: Sequence[Any]) -> Tensor | None:
+    def as_predicted(self, operator: Any, args: Sequence[Any]) -> Tensor | None:
         """The result of an operator whose shape is plain, and the predicted one."""
         expected = self.after.get(self.node)
         if not isinstance(expected, Value) or shape_of_result(operator, args) != expected.shape:

@@ -21,7 +21,7 @@ from fxprune.errors import VerificationError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, regions_of, require_traced
-from fxprune.ops.reduction import STATISTICS
+from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import Kept, ParamMap
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -341,67 +341,6 @@ class MaskedNorms(fx.Interpreter):
             return super().run_node(n)
         with NormOverKept(self.norms[n.name]):
             return super().run_node(n)
-
-
-class NormOverKept(TorchFunctionMode):
-    """Norms, and statistics that others are written with, over the kept channels; removed ones come out as zero."""
-
-    def __init__(self, kept: Kept) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept the norms of torch.nn.functional, and statistics."""
-        kwargs = kwargs or {}
-        if func in STATISTICS:
-            return self.statistic(func, *args, **kwargs)
-        if func not in NORM_ARGUMENTS:
-            return func(*args, **kwargs)
-        value = args[0]
-        kept = tuple(index if axis else None for axis, index in enumerate(self.kept))
-        given = dict(zip(NORM_ARGUMENTS[func], args[1:], strict=False)) | kwargs
-        small = cut_differentiably(value, kept)
-        if func in (F.group_norm, F.batch_norm):
-            vector: Kept = (kept[1],)
-        else:
-            axes = len(given["normalized_shape"])
-            vector = kept[-axes:]
-            given["normalized_shape"] = tuple(small.shape[-axes:])
-        for name in ("weight", "bias"):
-            if given.get(name) is not None:
-                given[name] = cut_differentiably(given[name], vector)
-        return back(func(small, **given), kept, value)
-
-    def statistic(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A statistic of what is kept; one that norms its input gives something of the same shape."""
-        result = func(cut_differentiably(input, self.kept), *args, **kwargs)
-        return back(result, self.kept, input) if func is F.normalize else result
-
-
-def back(small: Tensor, kept: Kept, whole: Tensor) -> Tensor:
-    """What ``small`` holds, at the kept places of a tensor shaped like ``whole``, and zeros elsewhere."""
-    for axis, index in enumerate(kept):
-        if index is not None:
-            shape = list(small.shape)
-            shape[axis] = whole.shape[axis]
-            small = small.new_zeros(shape).index_copy(axis, index.to(small.device), small)
-    return small
-
-
-NORM_ARGUMENTS: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.layer_norm: ("normalized_shape", "weight", "bias", "eps"),
-    F.batch_norm: ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    F.group_norm: ("num_groups", "weight", "bias", "eps"),
-    F.rms_norm: ("normalized_shape", "weight", "eps"),
-}
-
-
-def cut_differentiably(tensor: Tensor, kept: Kept) -> Tensor:
-    """``cut`` that gradients pass through."""
-    for axis, index in enumerate(kept):
-        if index is not None:
-            tensor = tensor.index_select(axis, index.to(tensor.device))
-    return tensor
 
 
 class Comparable(TorchFunctionMode):

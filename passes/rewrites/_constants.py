@@ -19,15 +19,15 @@ from torch.utils import _pytree as pytree
 
 from fxprune.channels.interpret import Runner
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
+from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, TRANSPOSED, channel_axis
 from fxprune.graph.traced import Mode, TracedModule
-from fxprune.rewrite.branches import ELEMENTWISE, NORMS, SUMS, writes_in_place
+from fxprune.rewrite.branches import SUMS, writes_in_place
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 LAYERS: dict[str, tuple[type, ...]] = {
-    "contraction": (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear),
-    "norm": NORMS,
+    "contraction": (*CONVOLUTIONS, *TRANSPOSED, nn.Linear),
+    "norm": BATCH_NORMS,
     "pointwise": (
         *(*ELEMENTWISE, *DROPOUTS, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
         *(nn.Hardsigmoid, nn.Hardtanh, nn.PReLU),
@@ -141,7 +141,7 @@ class Constants(Runner):
     def reading(self, n: fx.Node) -> Reading:
         """What layer ``n`` reads."""
         value, mask = (held[n.all_input_nodes[0]] for held in (self.env, self.varies))
-        axis = value.ndim - 1 if isinstance(self.layer(str(n.target)), nn.Linear) else 1
+        axis = channel_axis(self.layer(str(n.target)), value.ndim)
         value, mask = (each.movedim(axis, 0).flatten(1) for each in (value, mask))
         low, high = value.aminmax(dim=1)
         even = high - low <= 1e-13 * (1 + high.abs())

@@ -19,7 +19,7 @@ from fxprune.errors import PlanError
 from fxprune.graph.trace import named_tensors, trace
 from fxprune.graph.traced import TracedModule
 from fxprune.pipeline import example_of
-from fxprune.rewrite.rewrite import layer_attributes
+from fxprune.rewrite.attributes import layer_attributes
 
 from ._constants import kind_of
 from .fold_constants import is_tensor, values_in

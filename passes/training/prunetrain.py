@@ -15,6 +15,7 @@ from fxprune.budget.cost import Floats
 from fxprune.channels.groups import Member
 from fxprune.channels.names import Bools
 from fxprune.errors import PlanError, SessionError
+from fxprune.graph.layers import is_depthwise
 from fxprune.plan import Plan
 from fxprune.rewrite.branches import emptied_groups
 from fxprune.training.distributed import mean_over_ranks
@@ -310,8 +311,4 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def depthwise_weights(model: nn.Module) -> set[str]:
     """The weights of depthwise convolutions: one input channel a filter."""
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and module.weight.shape[1] == 1
-    }
+    return {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if is_depthwise(module)}
