@@ -68,7 +68,7 @@ def thin(model: nn.Module, share: str) -> nn.Module:
     draw = torch.Generator().manual_seed(0)
     for layer in [each for each in model.modules() if isinstance(each, nn.Conv2d)][1:]:
         if layer.kernel_size == (3, 3):
-            pool = passes._patterns.static_pool("static4")
+            pool = passes.training.clicktrain._patterns.static_pool("static4")
             channels = layer.out_channels if share == "filter" else layer.in_channels
             mask = pool[torch.randint(0, 4, (channels,), generator=draw)]
             layer.weight.data *= mask[:, None] if share == "filter" else mask[None]

@@ -27,7 +27,8 @@ FAMILIES = {
     "movement": "Move positions",
     "pointwise": "Work position by position",
     "contraction": "Multiply: convolutions, products, attention",
-    "reduction": "Reduce, pool and normalize",
+    "reduction": "Reduce and pool",
+    "normalization": "Normalize",
     "custom": "Registered by their letters",
 }
 

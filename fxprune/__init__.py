@@ -10,7 +10,7 @@ from fxprune.files.initialize import initialize
 from fxprune.files.model import load, save
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule
-from fxprune.ops.custom import register_operator
+from fxprune.ops import register_operator
 from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan
 from fxprune.prune import prune

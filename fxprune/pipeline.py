@@ -15,11 +15,10 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.budget.cost import device_of
 from fxprune.errors import PassError
 from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule, regions_of
+from fxprune.graph.traced import Mode, TracedModule, device_of, regions_of
 from fxprune.report.dump import Dump
 from fxprune.rewrite.verify import TOLERANCE, outputs_of, relative_difference
 
@@ -106,20 +105,20 @@ class Pipeline:
         gap = None
         if self.example_inputs is not None:
             dtype = device_of(before)[1] if getattr(each, "computes_weights", False) else torch.float64
-            modes = (False,) if getattr(each, "inference_only", False) else (False, True)
+            modes = (Mode.EVAL,) if getattr(each, "inference_only", False) else tuple(Mode)
             gap = self.compare(name, expected, after, modes, TOLERANCE.get(dtype, 1e-2))
         self.steps.append(Step(name, modified, seconds, gap))
         return after
 
     def compare(
-        self, name: str, before: TracedModule, after: TracedModule, modes: Sequence[bool], tolerance: float
+        self, name: str, before: TracedModule, after: TracedModule, modes: Sequence[Mode], tolerance: float
     ) -> float:
         """The largest relative difference of the outputs in ``modes``; raises PassError above ``tolerance``."""
         inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind_inputs(self.example_inputs))
         old, new = before.double(), copy.deepcopy(after).double()
         worst = 0.0
         for mode in modes:
-            where = "train mode" if mode else "eval mode"
+            where = f"{mode.value} mode"
             expected = outputs_of(old, mode, inputs, False, None).outputs
             try:
                 found = outputs_of(new, mode, inputs, False, None).outputs
@@ -167,7 +166,7 @@ def apply_pass(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
     modified = False
     training = module.training
     for mode in module.distinct_graphs():
-        module.training = mode if len(module.distinct_graphs()) > 1 else training
+        module.training = mode.training if len(module.distinct_graphs()) > 1 else training
         untouched = module.graph.python_code("self").src
         result = each(module)
         changed = getattr(result, "modified", None)

@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from fxprune.atomic import replace_file
 from fxprune.errors import FileError, PlanError
 
 FORMAT = "fxprune plan 1"
@@ -125,11 +126,9 @@ class Plan:
             raise FileError(f"this plan is damaged: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON. Raises FileError where nothing can be written."""
-        try:
-            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FileError(f"can't write a plan to {path}: {error.strerror}") from error
+        """Write the plan as JSON: whole, or not at all. Raises FileError where nothing can be written."""
+        with replace_file(path, "a plan") as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

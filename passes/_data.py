@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.budget.cost import Floats, device_of
+from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
 from fxprune.graph.inputs import bind_inputs, map_tensors
+from fxprune.graph.traced import device_of
 from fxprune.training import distributed
 from fxprune.training.progress import track_progress
 

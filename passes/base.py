@@ -16,6 +16,7 @@ from fxprune.budget.cost import Floats
 from fxprune.budget.solve import solve_budget
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import BudgetError, PlanError, require_type
+from fxprune.graph.layers import reads_axis
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
 
@@ -83,7 +84,4 @@ def input_axis(graph: nn.Module, parameter: str) -> int | None:
     """The axis along which a weight reads its layer's input, if it has one."""
     path, _, leaf = parameter.rpartition(".")
     module = graph.get_submodule(path)
-    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or leaf != "weight":
-        return None
-    depthwise = getattr(module, "groups", 1) > 1 and module.weight.shape[1] == 1
-    return None if depthwise else 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+    return reads_axis(module) if leaf == "weight" else None

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 import fxprune
 from fxprune import Analysis, Plan, Session
 from fxprune.errors import PlanError
-from fxprune.graph.traced import regions_of
+from fxprune.graph.traced import Mode, regions_of
 from fxprune.passes import ActivationDensity
 from fxprune.training import distributed
 from fxprune.training.memory import Memory, saved_values
@@ -126,7 +126,7 @@ class Watched(torch.fx.Interpreter):
 def activations_of(session: Session, inputs: Any) -> dict[str, Tensor]:
     """The activations of a step, by node, found on a copy that nobody observes."""
     model = copy.deepcopy(session.graph).train()
-    watched = Watched(model, graph=model.graphs[True])
+    watched = Watched(model, graph=model.graphs[Mode.TRAIN])
     watched.seen = {}
     watched.run(*inputs)
     return watched.seen

@@ -511,7 +511,7 @@ def kills(count: int, folder: Path, expected: dict[str, str]) -> dict[str, int]:
             assert code in (-signal.SIGKILL, 0)
             seen["killed"] += code == -signal.SIGKILL
             seen["finished before"] += code == 0
-            seen["within a save"] += bool(list(place.glob("*.partial")))
+            seen["within a save"] += bool(list(place.glob(".partial-*")))
             seen["before the first checkpoint"] += not (place / "run.pt").exists()
             server.start(place)
             assert server.end() == 0
@@ -534,7 +534,7 @@ def wait(until: Callable[[], bool]) -> None:
 
 def within_save(folder: Path, saves: int) -> bool:
     """Whether the run in ``folder`` writes its checkpoint number ``saves``, or a later one."""
-    if not any(name.endswith(".partial") for name in os.listdir(folder)):
+    if not any(name.startswith(".partial-") for name in os.listdir(folder)):
         return (folder / "run.pt").exists() and ended(folder) > saves
     return ended(folder) >= saves
 

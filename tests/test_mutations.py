@@ -14,7 +14,8 @@ import fxprune
 from fxprune.channels import tensor
 from fxprune.channels.labels import Labels, Operand, align_label, narrow_label, settle_labels
 from fxprune.channels.tensor import Call, as_operand
-from fxprune.ops import contraction, movement, pointwise, reduction
+from fxprune.graph.traced import Mode
+from fxprune.ops import contraction, movement, normalization, pointwise
 from fxprune.rewrite import fit
 from fxprune.rewrite.fit import FITTERS
 
@@ -98,7 +99,7 @@ def batch_norm_forgets(patch: Patch) -> None:
         return [as_operand(call.args[0]).labels] + [()] * (len(call.out) - 1)
 
     for operator in list(tensor.RULES):
-        if tensor.RULES[operator] is reduction.batch_norm:
+        if tensor.RULES[operator] is normalization.batch_norm:
             replace_rule(patch, operator, broken)
 
 
@@ -148,7 +149,7 @@ def slices_shift(patch: Patch) -> None:
         bound = right(*args)
         return None if bound is None else bound + 1
 
-    patch.setattr(fit, "moved_bound", broken)
+    patch.setattr(movement, "moved_bound", broken)
 
 
 def slices_stay(patch: Patch) -> None:
@@ -169,7 +170,7 @@ def sizes_enter_arithmetic(patch: Patch) -> None:
 
 def groups_stay(patch: Patch) -> None:
     """A grouped convolution keeps its number of groups."""
-    right = REWRITE.attributes
+    right = REWRITE.layer_attributes
 
     def broken(*args: Any) -> Any:
         return {key: value for key, value in right(*args).items() if key != "groups"}
@@ -179,7 +180,7 @@ def groups_stay(patch: Patch) -> None:
 
 def wrong_channels(patch: Patch) -> None:
     """Parameters lose the last positions instead of those that the plan names."""
-    right = REWRITE.cut
+    right = REWRITE.cut_tensor
 
     def broken(tensor: Any, kept: Any) -> Any:
         return right(tensor, tuple(None if k is None else torch.arange(len(k)) for k in kept))
@@ -205,7 +206,7 @@ def norms_see_everything(patch: Patch) -> None:
 
 def train_mode_is_not_analysed(patch: Patch) -> None:
     """Only the graph of eval mode is looked at."""
-    patch.setattr(fxprune.TracedModule, "distinct_graphs", lambda self: {False: self.graphs[False]})
+    patch.setattr(fxprune.TracedModule, "distinct_graphs", lambda self: {Mode.EVAL: self.graphs[Mode.EVAL]})
 
 
 MUTATIONS: list[tuple[Callable[[Patch], None], str]] = [

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,3 +89,72 @@ def test_a_method_has_the_name_of_its_file(path):
 def test_every_environment_variable_is_in_the_readme():
     read = environment_variables("".join(path.read_text() for path in COMPILER + METHODS))
     assert read - environment_variables((ROOT / "README.md").read_text()) == set()
+
+
+IMPORT = """
+import sys, torch
+before = set(sys.modules)
+import {module}
+print(*set(sys.modules) - before)
+"""
+LIBRARIES_OF_TYPER = ("annotated_doc", "shellingham", "click", "typing_extensions")
+SLOW = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.flop_counter")
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"), [("fxprune", set()), ("fxprune.cli.app", {"typer", "rich", *LIBRARIES_OF_TYPER})]
+)
+def test_an_import_loads_no_library_before_it_is_used(module, allowed):
+    code = IMPORT.format(module=module)
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    libraries = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert "fxprune" in libraries
+    assert libraries - allowed - {"fxprune", "numpy", "torch"} == set()
+    assert [name for name in loaded if name.startswith(SLOW)] == []
+
+
+# ------------------------------------------------------------------------------------- the rooms, and who may know whom
+
+# A room imports from those before it, never from those after it. Imports within functions and those for types count.
+ROOMS = (
+    *"errors loaded options atomic plan graph channels rewrite ops budget files training report".split(),
+    *"prune pipeline passes cli".split(),
+)
+DOORS = {"lightning", "accelerate", "transformers"}
+UPWARD = {("fxprune.channels.analysis", "fxprune.report.page")}  # Analysis.to_html
+
+
+def edges() -> Iterator[tuple[str, str]]:
+    """(module, module that it imports), of all modules but the doors and the package itself."""
+    files = {dotted(path): path for path in COMPILER + METHODS}
+    known = {".".join(name).removesuffix(".__init__") for name in files}
+    for name, path in files.items():
+        if len(name) == 2 and name[1] in {"__init__", *DOORS}:
+            continue
+        for target in imports(path):
+            owner = target if target in known else target.rpartition(".")[0]
+            if owner in known and owner != "fxprune":
+                yield ".".join(name).removesuffix(".__init__"), owner
+
+
+def test_every_room_has_its_place():
+    found = {dotted(path)[1] for path in COMPILER + METHODS} - {"__init__", *DOORS}
+    assert found == set(ROOMS)
+
+
+def test_imports_run_one_way():
+    rank = {room: at for at, room in enumerate(ROOMS)}
+    room = lambda module: module.split(".")[1]  # noqa: E731
+    upward = {(a, b) for a, b in edges() if rank[room(a)] < rank[room(b)]}
+    assert upward == UPWARD
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    waiting = {(a, b) for a, b in edges() if a != b} - UPWARD
+    while ends := {a for a, _ in waiting} & {b for _, b in waiting}:
+        inner = {(a, b) for a, b in waiting if a in ends and b in ends}
+        if inner == waiting:
+            break
+        waiting = inner
+    circle = sorted(edge for edge in waiting if edge[0] in ends and edge[1] in ends)
+    assert circle == []

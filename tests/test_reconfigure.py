@@ -142,7 +142,7 @@ MUTATIONS = ["state dropped", "state of other channels", "weights of other chann
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_law_can_fail(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, inputs = traced("residual_projection")
-    sliced_state, become = fxprune.ParamMap.sliced_state, RECONFIGURE.become
+    sliced_state, become = fxprune.ParamMap.sliced_state, RECONFIGURE.become_compact
 
     def dropped(self: Any, *args: Any, **kwargs: Any) -> Any:
         return {parameter: {} for parameter in sliced_state(self, *args, **kwargs)}
@@ -557,14 +557,14 @@ def test_a_proof_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert session.log[-1].removed > 0
 
 
-@pytest.mark.parametrize("module", ["rewrite.cut", "reconfigure.replace_data", "reconfigure.become"])
+@pytest.mark.parametrize("module", ["rewrite.cut_tensor", "reconfigure.replace_data", "reconfigure.become_compact"])
 @pytest.mark.parametrize("at", [0, 1, 9, 25])
 def test_memory_that_runs_out_anywhere_changes_nothing(module: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     session, inputs = begin(passes=[Thin()])
     session.register(ema=copy.deepcopy(session.model))
     twin, _ = begin()
     where, name = {"rewrite": REWRITE, "reconfigure": RECONFIGURE}[module.partition(".")[0]], module.partition(".")[2]
-    at = min(at, 1) if name == "become" else at  # it is called once for the model and once for the copy
+    at = min(at, 1) if name == "become_compact" else at  # it is called once for the model and once for the copy
     real, calls = getattr(where, name), itertools.count()
 
     def failing(*args: Any) -> Any:

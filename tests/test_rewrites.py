@@ -20,9 +20,10 @@ from fxprune import Pipeline, TracedModule
 from fxprune.channels.interpret import bind_placeholders
 from fxprune.errors import PassError, PlanError
 from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.layers import BATCH_NORMS
+from fxprune.graph.traced import Mode
 from fxprune.passes import Align, FoldBatchNorm, FoldConstants, RemoveBranches
 from fxprune.passes.rewrites._constants import Constants
-from fxprune.rewrite.branches import NORMS
 
 BOTH = (False, True)
 
@@ -38,7 +39,7 @@ def made(name: str) -> tuple[nn.Module, Any]:
 
 
 def norms(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, NORMS) and module.affine]
+    return [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.affine]
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
     """The masks beside the values of other inputs: what they call constant is what it was, bit for bit or nearly."""
     model, inputs = prepare(MODELS[name])
     graph = fxprune.trace(scale_by_zero(model), inputs)
-    for mode in BOTH:
+    for mode in Mode:
         run = Constants(graph, mode, inputs)
         values = {node.name: value for node, value in run.env.items() if isinstance(value, Tensor)}
         for seed in (1, 2):
@@ -114,7 +115,7 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     still = run.varies[next(n for n in run.varies if n.name == node.name)] == 0
                     torch.testing.assert_close(value[still], values[node.name][still], rtol=1e-9, atol=1e-9)
-    assert list(bind_placeholders(graph.graphs[False], bind_inputs(inputs)))
+    assert list(bind_placeholders(graph.graphs[Mode.EVAL], bind_inputs(inputs)))
 
 
 def test_in_training_a_channel_varies_where_any_of_it_does() -> None:
@@ -124,12 +125,12 @@ def test_in_training_a_channel_varies_where_any_of_it_does() -> None:
         model[0].weight[:, :, 1:] = 0.0  # so that the first row of the map reads the border alone
         model[0].weight[2] = 0.0
         model[1].weight[4] = 0.0
-    for mode in BOTH:
+    for mode in Mode:
         run = Constants(fxprune.trace(model, inputs), mode, inputs)
         norm = next(mask for node, mask in run.varies.items() if node.name == "_1")
         expected = torch.ones(2, 6, 7, 7, dtype=torch.float64)
         expected[:, [2, 4]] = 0.0
-        if not mode:
+        if mode is Mode.EVAL:
             expected[:, :, 0] = 0.0
         assert torch.equal(norm, expected)
 
@@ -485,10 +486,10 @@ def test_what_is_left_trains_in_a_session() -> None:
 def test_norms_go_into_the_layers_before_them(name: str) -> None:
     model, inputs = made(name)
     graph = fxprune.trace(model, inputs)
-    had = [path for path, module in graph.named_modules() if type(module) in NORMS]
+    had = [path for path, module in graph.named_modules() if type(module) in BATCH_NORMS]
     pairs = foldable(graph)
     compact = rewritten(FoldBatchNorm(), graph, inputs, [False], changes=bool(pairs))
-    left = [path for path, module in compact.named_modules() if type(module) in NORMS]
+    left = [path for path, module in compact.named_modules() if type(module) in BATCH_NORMS]
     assert sorted(set(had) - set(left)) == sorted(pairs)
     kept_names(compact, graph, new=".bias")
 
@@ -501,7 +502,7 @@ def foldable(graph: TracedModule) -> list[str]:
     for path, module in graph.named_modules():
         calls = [node for node in nodes if node.target == path and node.op == "call_module"]
         if (
-            type(module) not in NORMS
+            type(module) not in BATCH_NORMS
             or module.running_mean is None
             or len(calls) != count
             or len({str(node.args[0]) for node in calls}) != 1
@@ -521,7 +522,7 @@ def foldable(graph: TracedModule) -> list[str]:
 def test_folded_norms_by_hand(tmp_path: Path) -> None:
     model, inputs = resnet18()
     compact = rewritten(FoldBatchNorm(), model, inputs, [False])
-    assert not any(isinstance(module, NORMS) for module in compact.modules())
+    assert not any(isinstance(module, BATCH_NORMS) for module in compact.modules())
     scale = model.bn1.weight / (model.bn1.running_var + model.bn1.eps).sqrt()
     torch.testing.assert_close(compact.get_parameter("conv1.weight"), model.conv1.weight * scale[:, None, None, None])
     torch.testing.assert_close(compact.get_parameter("conv1.bias"), model.bn1.bias - model.bn1.running_mean * scale)

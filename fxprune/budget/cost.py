@@ -8,14 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import Runner
@@ -24,7 +23,10 @@ from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import values_in
 from fxprune.graph.inputs import bind_inputs, map_tensors
-from fxprune.graph.traced import TracedModule, is_traced
+from fxprune.graph.traced import Mode, TracedModule, is_traced
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,14 +44,16 @@ def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     found = count_operations(model, example_inputs).get_flop_counts()
     flops = Counter({path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"})
     if isinstance(model, TracedModule):
-        functions = Functions(model, model.training, state_on_meta(model))
+        functions = Functions(model, Mode.of(model), state_on_meta(model))
         functions.start(map_tensors(on_meta, bind_inputs(example_inputs)))
         flops += functions.flops
     return flops
 
 
-def count_operations(model: nn.Module, example_inputs: Any) -> FlopCounterMode:
+def count_operations(model: nn.Module, example_inputs: Any) -> "FlopCounterMode":
     """The counter after one forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     counter = FlopCounterMode(display=False)
     if is_traced(model) and not isinstance(model, TracedModule):
         args, kwargs = bind_inputs(example_inputs)
@@ -71,12 +75,14 @@ def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
 class Functions(Runner):
     """Counts the FLOPs of functions, for the module whose forward called them: tracing went through that."""
 
-    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor]) -> None:
         super().__init__(module, mode, state)
         self.flops = Counter[str]()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, and count if it is a function of a module."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         if n.op == "call_module" or not n.meta.get("nn_module_stack"):
             return super().run_node(n)
         path, _ = list(n.meta["nn_module_stack"].values())[-1]
@@ -239,15 +245,9 @@ def stored_costs(
 
 def computed_costs(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The bytes of the values of the eval graph that hold memory of their own."""
-    for tree in analysis.values[False].values():
+    for tree in (tree for nodes in analysis.values[Mode.EVAL].values() for tree in nodes.values()):
         for value in values_in(tree):
             if value.owner:
                 covered = {axis for label in value.labels for axis in varying_axes(label)}
                 rest = math.prod(size for axis, size in enumerate(value.shape) if axis not in covered)
                 yield rest * torch.empty(0, dtype=value.dtype).element_size(), value.labels
-
-
-def device_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in what precision the weights of ``model`` are; CPU float32 where it has none."""
-    first: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return (first.device, first.dtype) if first is not None else (torch.device("cpu"), torch.float32)

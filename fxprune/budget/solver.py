@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
-from torch import nn
 
 from fxprune.budget.budget import Bounds, is_fraction
-from fxprune.budget.cost import Channels, Floats, cost_of, device_of
+from fxprune.budget.cost import Channels, Floats, cost_of
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.names import Bools, Ints
 from fxprune.errors import BudgetError, PlanError
+from fxprune.graph.layers import writes_second_axis
+from fxprune.graph.traced import device_of
 from fxprune.plan import Plan
 
 
@@ -206,7 +207,7 @@ def output_axis(analysis: Analysis, parameter: str) -> int:
     """The axis of a parameter that its layer's output has: the first that is not of size 1."""
     module = analysis.graph.get_submodule(parameter.rpartition(".")[0])
     shape = analysis.shapes[parameter]
-    if isinstance(module, (nn.modules.conv._ConvTransposeNd, nn.Embedding)) and len(shape) > 1:
+    if writes_second_axis(module) and len(shape) > 1:
         return 1
     return next((axis for axis, size in enumerate(shape) if size > 1), 0)
 

@@ -1,8 +1,8 @@
 """Timing: seconds of things that run in turns, so that a machine that slows down slows all of them.
 
 ``torch.utils.benchmark`` runs each, with warm-up, and waits for the GPU. On one CPU thread the time is that thread's
-own, which other programs can't stretch; elsewhere it is that of the clock on the wall. Memory that is freed stays with
-the process meanwhile, or page faults hide what the kernels take.
+own, which other programs can't stretch; elsewhere it is that of the clock on the wall. Page faults count: on Linux, a
+process that does not keep what it frees (``fxprune.cli.malloc``) takes its memory anew in each run.
 """
 
 import random
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.budget.malloc import memory_kept
 from fxprune.graph.inputs import Bound, bind_inputs
 
 BLOCK = 0.02  # seconds that a turn takes at least, where one run takes less
@@ -38,7 +37,6 @@ class Spread:
         return cls(median, low, high)
 
 
-@memory_kept()
 def in_turns(
     runs: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, threads: int | None = None
 ) -> dict[str, list[float]]:
@@ -92,7 +90,6 @@ def ratio_of_times(first: list[float], second: list[float]) -> Spread:
     return Spread.of(np.array(second) / np.array(first))
 
 
-@memory_kept()
 def by_module(models: Mapping[str, nn.Module], inputs: Bound, seconds: float) -> dict[str, dict[str, float]]:
     """For each model, the median seconds of each module that calls no other; forward passes take turns."""
     clocks = {name: Clock(model) for name, model in models.items()}

@@ -7,9 +7,8 @@ every value in the graph (so that the rewrite knows each new shape), and what th
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 from torch import Tensor, nn
 
@@ -29,11 +28,13 @@ from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
 from fxprune.errors import AnalysisError, require_type
-from fxprune.graph.collector import collector_rests
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule, regions_of
+from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Analysis:
     frozen: tuple[Frozen, ...]
     unknown: Mapping[str, str]  # operator without a rule -> the first node that calls it
     not_run: str  # why plain Python could not be run in train mode; "" where all is well
-    inputs: Mapping[bool, Mapping[str, Bound]] = field(repr=False)  # mode -> region -> what its graph was run with
-    values: Mapping[bool, Mapping[str, Any]] = field(repr=False)  # mode -> node -> tree of Value or plain values
+    inputs: Mapping[Mode, Mapping[str, Bound]] = field(repr=False)  # mode -> region -> what its graph was run with
+    values: Values = field(repr=False)  # the leaves are trees of Value or plain values
     options: Mapping[str, str] = field(repr=False)
     policies: Mapping[str, str] = field(repr=False)  # contraction -> "whole" or "within": what goes there
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)  # of every parameter and buffer
@@ -69,14 +70,21 @@ class Analysis:
             removed[group.roots[gone]] = True
         return ~removed[self.names.find(np.arange(len(self.names)))]
 
-    def values_after(self, plan: Plan) -> dict[bool, dict[str, Any]]:
+    def values_after(self, plan: Plan) -> Values:
         """The ``values`` of the model that ``plan`` leads to."""
         plan.check(self.sizes)
         if self.origin:  # from the start again: a label that was cut to one position does not know along which axis
             first, before = self.origin
             return first.values_after(before.then(plan))
         cut = Cutter(self.stays(plan))
-        return {mode: map_values(cut.value, values) for mode, values in self.values.items()}
+        return {
+            mode: {region: map_values(cut.value, values) for region, values in regions.items()}
+            for mode, regions in self.values.items()
+        }
+
+    def places(self) -> list[Place]:
+        """The graphs of the model, with the values of their nodes."""
+        return places_of(self.graph, self.values)
 
     def after(self, plan: Plan, graph: nn.Module | None = None) -> "Analysis":
         """The analysis of the model that ``plan`` leads to: the same groups, labels and costs, cut to what stays.
@@ -173,17 +181,14 @@ class Analysis:
 
     def place(self, reason: Reason) -> str:
         """A reason with the node at which it arose and the line of the user's model."""
-        nodes = (
-            (name_within(path, node.name), node)
-            for path, region in regions_of(self.graph).items()
-            for graph in region.distinct_graphs().values()
-            for node in graph.nodes
-        )
+        nodes = ((name_within(place.region, node.name), node) for place in self.places() for node in place.graph.nodes)
         node = next((node for name, node in nodes if name == reason.node), None)
         return f"{reason.text} (at {describe_place(node)})" if node is not None else str(reason)
 
-    def to_networkx(self) -> nx.Graph:
+    def to_networkx(self) -> "nx.Graph":
         """Groups (kind="group", size) and parameter axes (kind="axis", size, frozen) as a bipartite graph."""
+        import networkx as nx
+
         graph = nx.Graph()
         for (parameter, axis), at in self.axes.items():
             graph.add_node(f"{parameter}[{axis}]", kind="axis", size=at.size, frozen=0, reasons=())
@@ -229,7 +234,6 @@ def abridge_list(items: Sequence[str], limit: int = 6) -> str:
     return ", ".join(items[:limit]) + more
 
 
-@collector_rests()
 def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", groups: str = "auto") -> Analysis:
     """Find the groups of coupled channels of ``model``.
 
@@ -256,19 +260,16 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     run = Run(heads=heads, groups=groups, policies=policies, real=not isinstance(graph, TracedModule))
     state, axes, aliases = name_parameters(graph, run)
     inputs = bind_inputs(example_inputs)
-    given: dict[bool, dict[str, Bound]] = {}
-    values: dict[bool, dict[str, Any]] = {}
-    problem = ""
     if run.real:
         given, values, problem = run_steered(graph, inputs, state, run)
     else:
-        for mode in graph.distinct_graphs():
-            its, values[mode] = run_mode(graph, mode, inputs, state, run)
-            given[mode] = {"": its}
+        runs = {mode: run_mode(graph, mode, inputs, state, run) for mode in graph.distinct_graphs()}
+        given = {mode: {"": bound} for mode, (bound, _) in runs.items()}
+        values = {mode: {"": nodes} for mode, (_, nodes) in runs.items()}
+        problem = ""
     settle_grids(run)
-    freeze_leftovers(
-        run, axes, (value for its in values.values() for tree in its.values() for value in values_in(tree))
-    )
+    trees = (tree for regions in values.values() for nodes in regions.values() for tree in nodes.values())
+    freeze_leftovers(run, axes, (value for tree in trees for value in values_in(tree)))
     cuts = before["groups"].items() if same else ()
     names = {places_after(group, kept, state): name for name, (group, kept) in cuts}
     found, frozen = read_groups(run, list(axes.values()), names)
@@ -297,7 +298,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
 
 
 def run_mode(
-    graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run
+    graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: Run
 ) -> tuple[Bound, dict[str, Any]]:
     """Run one mode's graph on the example, or on a batch of two where batch norm can't train on the example."""
     try:

@@ -13,13 +13,12 @@ from torch.func import functional_call
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
 from fxprune.channels.layers import Lowered, lower_layer
-from fxprune.channels.tensor import ChannelTensor, Run, apply_operator, on_meta
+from fxprune.channels.tensor import STATISTICS, ChannelTensor, Run, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.trace import is_users, named_tensors
-from fxprune.graph.traced import TracedModule
-from fxprune.ops.reduction import STATISTICS
+from fxprune.graph.traced import Mode, TracedModule
 
 
 def name_parameters(
@@ -66,22 +65,22 @@ def copy_data(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """The whole of ``model`` in train or eval mode, and back."""
-    before = [(part, part.training) for part in model.modules() if part.training != mode]
-    for part, training in before:
-        part.training = not training
+    turned = [part for part in model.modules() if Mode.of(part) is not mode]
+    for part in turned:
+        part.training = mode.training
     try:
         yield
     finally:
-        for part, training in before:
-            part.training = training
+        for part in turned:
+            part.training = mode.other.training
 
 
 class Runner(fx.Interpreter):
     """Runs the graph of one mode, with the tensors of ``state`` for the parameters and buffers of those names."""
 
-    def __init__(self, module: TracedModule, mode: bool, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor]) -> None:
         super().__init__(module, garbage_collect_values=False, graph=module.graphs[mode])
         self.mode, self.state = mode, state
 
@@ -112,7 +111,9 @@ class Runner(fx.Interpreter):
             return None
         layer = self.layer(target)
         past_hooks = self.past_hooks(layer)
-        return lower_layer(layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode, past_hooks)
+        return lower_layer(
+            layer, lambda name: self.state.get(f"{target}.{name}"), args[0], self.mode.training, past_hooks
+        )
 
     def past_hooks(self, layer: nn.Module) -> bool:
         """Whether the user's hooks on ``layer`` need not be called."""
@@ -145,7 +146,7 @@ class Recorder(Runner):
     """Runs a graph on ChannelTensors and keeps the shape and labels of every value."""
 
     def __init__(
-        self, module: TracedModule, mode: bool, state: Mapping[str, Tensor], run: Run, region: str = ""
+        self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor], run: Run, region: str = ""
     ) -> None:
         super().__init__(module, mode, state)
         self.run_, self.region, self.values = run, region, dict[str, Any]()
@@ -165,7 +166,7 @@ class Recorder(Runner):
                 f"node {describe_place(n)} does not run on channel names, given the shapes {given}: "
                 f"{describe_cause(error)}"
             ) from error
-        self.values[self.run_.names.node] = (
+        self.values[n.name] = (
             self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
         )
         return result
@@ -261,7 +262,7 @@ def describe_place(node: fx.Node) -> str:
     return "{} ({}:{}: `{}`)".format(node.name, *users[-1]) if users else node.name
 
 
-def run_on_names(graph: TracedModule, mode: bool, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
+def run_on_names(graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
     run.mode = mode
     recorder = Recorder(graph, mode, state, run)

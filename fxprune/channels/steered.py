@@ -29,7 +29,7 @@ from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import is_users
-from fxprune.graph.traced import TracedModule, regions_of
+from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
 
 logger = logging.getLogger("fxprune")
 
@@ -37,8 +37,8 @@ logger = logging.getLogger("fxprune")
 class Steered:
     """Runs a model mode by mode. ``values`` and ``inputs`` say of each region what its graphs were given and gave.
 
-    ``values``: mode -> node -> value, a node being called "path of the region/node". A layer that Python itself calls
-    has two, "path of the layer/input" and "/output". ``inputs``: mode -> region -> its arguments.
+    ``values``: mode -> region -> node -> value. A layer that Python itself calls counts as a region with two nodes,
+    "input" and "output". ``inputs``: mode -> region -> its arguments.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor], run: Run) -> None:
@@ -46,17 +46,15 @@ class Steered:
         self.regions = regions_of(model)
         self.layers = steered_layers(model)
         self.steering = Steering(run)
-        self.values: dict[bool, dict[str, Any]] = {}
-        self.inputs: dict[bool, dict[str, Bound]] = {}
+        self.values: dict[Mode, dict[str, dict[str, Any]]] = {mode: {} for mode in Mode}
+        self.inputs: dict[Mode, dict[str, Bound]] = {mode: {} for mode in Mode}
 
-    def start(self, mode: bool, inputs: Bound) -> None:
+    def start(self, mode: Mode, inputs: Bound) -> None:
         """Run the model in one mode.
 
         Raises:
             AnalysisError: it does not run.
         """
-        self.values.setdefault(mode, {})
-        self.inputs.setdefault(mode, {})
         names = (*dict(self.model.named_parameters()), *dict(self.model.named_buffers()))  # each tensor once
         state = {name: self.state[name] for name in names}
         self.run.mode = mode
@@ -68,18 +66,18 @@ class Steered:
         except Exception as error:
             place = self.steering.locate()
             raise AnalysisError(
-                f"{type(self.model).__name__} does not run on channel names in {'train' if mode else 'eval'} mode "
+                f"{type(self.model).__name__} does not run on channel names in {mode.value} mode "
                 f"(last at {place}): {describe_cause(error)}"
             ) from error
         for tensor in tensors_within(result):
             freeze_output(tensor)
 
-    def other_graphs(self, mode: bool) -> None:
+    def other_graphs(self, mode: Mode) -> None:
         """Run the graphs that regions have for ``mode`` on what they got in the other mode."""
         self.run.mode = mode
-        for path, given in self.inputs[not mode].items():
+        for path, given in self.inputs[mode.other].items():
             region = self.regions[path]
-            if mode in region.distinct_graphs() and path not in self.inputs.setdefault(mode, {}):
+            if mode in region.distinct_graphs() and path not in self.inputs[mode]:
                 self.record(path, region, mode, given)
 
     @contextmanager
@@ -101,15 +99,15 @@ class Steered:
 
         return forward
 
-    def record(self, path: str, region: TracedModule, mode: bool, given: Bound) -> Any:
+    def record(self, path: str, region: TracedModule, mode: Mode, given: Bound) -> Any:
         """Run a region on names. What it was given and what its nodes gave is kept of its first call."""
         mine = path + "."
         state = {name.removeprefix(mine): tensor for name, tensor in self.state.items() if name.startswith(mine)}
         recorder = Recorder(region, mode, state, self.run, path)
         result = recorder.start(given)
-        first = self.inputs.setdefault(mode, {}).setdefault(path, given)
+        first = self.inputs[mode].setdefault(path, given)
         if first is given:
-            self.values.setdefault(mode, {}).update(recorder.values)
+            self.values[mode][path] = recorder.values
         elif varying_sizes(first) != varying_sizes(
             given
         ):  # what is baked into its graph was made to fit the first call
@@ -128,7 +126,7 @@ class Steered:
             for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
                 tensor = next(iter(tensors_within(value)), None)
                 if isinstance(tensor, ChannelTensor):
-                    self.values[self.run.mode].setdefault(name_within(path, name), what_is_known(tensor))
+                    self.values[self.run.mode].setdefault(path, {}).setdefault(name, what_is_known(tensor))
             return map_tensors(as_plain, result)
 
         return call
@@ -358,19 +356,19 @@ class Without:
 
 def run_steered(
     model: nn.Module, inputs: Bound, state: Mapping[str, Tensor], run: Run
-) -> tuple[dict[bool, dict[str, Bound]], dict[bool, dict[str, Any]], str]:
+) -> tuple[dict[Mode, dict[str, Bound]], Values, str]:
     """Run ``model`` in both modes. Returns what regions were given, all values, and why train mode could not be run.
 
     Not every model trains on what it evaluates; then the graphs that its regions have for train mode are run alone.
     """
     steered = Steered(model, state, run)
-    steered.start(False, inputs)
+    steered.start(Mode.EVAL, inputs)
     problem = ""
     try:
-        steered.start(True, inputs)
+        steered.start(Mode.TRAIN, inputs)
     except AnalysisError as error:
         problem = str(error)
         logger.info("%s", problem)
-    steered.other_graphs(True)
-    steered.other_graphs(False)
+    steered.other_graphs(Mode.TRAIN)
+    steered.other_graphs(Mode.EVAL)
     return steered.inputs, steered.values, problem

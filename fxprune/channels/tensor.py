@@ -10,13 +10,13 @@ from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fxprune.channels.labels import Label, Labels, Operand, freeze_labels, varying_axes
+from fxprune.channels.labels import Label, Labels, Operand, condense_label, freeze_labels, varying_axes
 from fxprune.channels.names import Names
 from fxprune.channels.shapes import shape_of_result
+from fxprune.graph.traced import Mode
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Term:
 class Norm:
     """A normalization whose statistics run over channels that may be pruned: no pruning of them is exact."""
 
-    mode: bool  # the mode of the graph that it stands in
+    mode: Mode  # of the graph that it stands in
     node: str
     label: Label
     axes: tuple[int, ...]  # the normalized ones
@@ -41,7 +41,7 @@ class Norm:
 class Run:
     """What one or more runs of a model on names bring to light."""
 
-    mode: bool = False  # of the graph that is being run
+    mode: Mode = Mode.EVAL  # of the graph that is being run
     real: bool = False  # tensors have data: for Python that looks at values
     statistic: bool = False  # the node that is being run takes one that may run over channels
     heads: str = "whole"
@@ -134,28 +134,6 @@ def carry_out(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return STEPS.get(func, func)(*args, **kwargs)
 
 
-def batch_norm(
-    input: Tensor,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    *rest: Any,
-    **more: Any,
-) -> Any:
-    """``F.batch_norm`` as a whole: of an empty batch torch makes another operator, of the first channel alone."""
-    if input.numel():
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, *rest, **more)
-    whole = (input, weight, bias, running_mean, running_var, training, 0.1, 1e-5, False)
-    return apply_operator(aten.batch_norm.default, whole, {})
-
-
-def normalize_arguments(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
-    """``F.normalize``, which expands the lengths to the size of the channels before it divides."""
-    return input / torch.linalg.vector_norm(input, p, dim, keepdim=True).clamp_min(eps)
-
-
 def positional_arguments(
     func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -178,7 +156,8 @@ def apply_operator(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
         if "device" in kwargs:
             kwargs = kwargs | {"device": torch.device("meta")}
         out = result_of(func, without_names(args), without_names(kwargs))
-    call = Call(run, func, args, kwargs, out, tensors, all(tensor.zero for tensor in tensors))
+    zero = name_of(func) in KEEPS_ZERO and all(tensor.zero for tensor in tensors)
+    call = Call(run, func, args, kwargs, out, tensors, zero)
     run.used.update(tensor.parameter for tensor in tensors if tensor.parameter is not None)
     labels = rule_of(func)(call)
     if func._schema.is_mutable:
@@ -189,8 +168,10 @@ def apply_operator(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     if isinstance(out, (tuple, list)):
         several = labels if isinstance(labels, list) else [labels] + [()] * (len(out) - 1)
         return type(out)(
-            ChannelTensor(part, each, run, source, zero=call.zero) if isinstance(part, Tensor) else part
-            for part, each in zip(out, several, strict=True)
+            ChannelTensor(part, own, run, source, zero=call.zero and part.dtype.is_floating_point)
+            if isinstance(part, Tensor)
+            else part
+            for part, own in zip(out, several, strict=True)  # an index is no zero, even where it points to zeros
         )
     return out
 
@@ -208,8 +189,8 @@ def result_of(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 class Call:
     """One call of an ATen operator: what a rule sees. ``out`` is the result on meta tensors.
 
-    ``zero`` says of the result what it says of a ChannelTensor. Operators that move or pool leave it as it is: zero
-    where all operands are.
+    ``zero`` says of the result what it says of a ChannelTensor. It is False unless the operator's rule ``keeps_zero``
+    and all operands are zero; the rule may set it.
     """
 
     run: Run
@@ -259,25 +240,35 @@ class Call:
         return target
 
 
-aten = torch.ops.aten
-WHOLE: dict[Any, OpOverload] = {
-    F.linear: aten.linear.default,
-    F.layer_norm: aten.layer_norm.default,
-    F.rms_norm: aten.rms_norm.default,
-    torch.rms_norm: aten.rms_norm.default,
-    torch.batch_norm: aten.batch_norm.default,
-    torch.layer_norm: aten.layer_norm.default,
-}
-STEPS: dict[Any, Callable[..., Any]] = {F.batch_norm: batch_norm, F.normalize: normalize_arguments}
 Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
-RULES: dict[str, Rule] = {}
+# ops/ fills these tables.
+RULES: dict[str, Rule] = {}  # by the operator's name: see rule
+KEEPS_ZERO: set[str] = set()  # the operators whose result is zero where all operands are
+WHOLE: dict[Any, OpOverload] = {}  # function that torch would take apart -> operator with a rule for it as a whole
+STEPS: dict[Any, Callable[..., Any]] = {}  # function -> the same in other steps than torch takes
+STATISTICS: set[Any] = set()  # functions that verify takes over what is kept: see norm_over_kept in rewrite/norms.py
 
 
-def register_rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the ATen ``operators``, by their names without overload: "convolution", "cat"."""
+def rule(*operators: str, keeps_zero: bool = False) -> Callable[[Rule], Rule]:
+    """Say what operators do to channel names: decorates a function of a ``Call`` that gives the labels of the result.
+
+    Of an operator with several results it gives a list, the labels of each. A later rule takes the place of an
+    earlier one, fxprune's own too.
+
+    Args:
+        operators: by their names without overload: ``"convolution"`` for ``torch.ops.aten.convolution``,
+            ``"mylib::myop"`` outside ATen. In-place forms have the rule of the name without the underscore.
+        keeps_zero: the result is zero wherever all operands are. It counts in the original whose removed weights are
+            zero: are then the result's channels zero that go? A rule that says nothing is believed to give something
+            else there, which is never wrong: pruning less is possible. A rule may say it call by call, in
+            ``call.zero``.
+    """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(operators, function))
+        KEEPS_ZERO.difference_update(operators)
+        KEEPS_ZERO.update(operators if keeps_zero else ())
+        _resolved.clear()
         return function
 
     return register
@@ -309,9 +300,16 @@ def rule_of(func: OpOverload) -> Rule:
     return _resolved[func]
 
 
+def mark_norm(call: Call, label: Label, axes: tuple[int, ...]) -> None:
+    """Note that the statistics of a norm over ``axes`` change when channels of ``label`` go."""
+    if any(label.shape[axis] > 1 for axis in axes):
+        call.run.norms.append(Norm(call.run.mode, call.names.node, condense_label(label), axes))
+
+
 def freeze_unknown(call: Call) -> Any:
     """Freeze every channel that an operator without a rule touches."""
     operator = str(call.func).removesuffix(".default")
+    call.zero = False
     call.unknown = f"the result of unknown operator {operator}"
     if any(tensor.labels for tensor in call.tensors):
         call.run.unknown.setdefault(operator, call.names.node)

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import fxprune
 from fxprune.cli import apply, bench, diff, export, inspect, prune
+from fxprune.cli.malloc import keep_freed_memory
 from fxprune.cli.say import print_error
 from fxprune.errors import BudgetError, FxpruneError
 
@@ -70,3 +71,9 @@ def list_options(
 
 for verb in (inspect.inspect, prune.prune, apply.apply, bench.bench, export.export, diff.diff):
     app.command()(verb)
+
+
+def main() -> None:
+    """The program, in a process of its own."""
+    keep_freed_memory()
+    app()

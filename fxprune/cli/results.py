@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 import fxprune
+from fxprune.atomic import named_errors, replace_files
 from fxprune.budget.staircase import find_tallest, staircase
 from fxprune.channels.analysis import Analysis
 from fxprune.cli import data
@@ -86,28 +86,23 @@ def write_results(
     Returns the summary, with what the export found, and the names of the files.
     """
     out = wanted.out
-    try:
+    with named_errors(out, "the results"):
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".partial-") as folder:
-            partial = Path(folder)
-            Plan.from_json(compact.meta["fxprune"]["plan"]).save(partial / "plan.json")
-            fxprune.save(compact, partial / "model.safetensors")
-            if wanted.onnx:
-                print_progress("exporting to ONNX")
-                exported = exported_to(partial / "model.onnx", compact, opened)
-                exported = replace(exported, path=Path("model.onnx"))
-                summary = replace(summary, about={**summary.about, "exported": str(exported)})
-            print_progress("writing the report")
-            stairs = [staircase(analysis, find_tallest(analysis))] if summary.bench else []
-            summary.to_html(partial / "report.html", analysis, stairs=stairs)
-            (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
-            files = sorted(each.name for each in partial.iterdir())
-            for name in files:
-                os.replace(partial / name, out / name)
-            for name in set(FILES) - set(files):
-                (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise FileError(f"can't write to {out}: {error.strerror}") from error
+    with named_errors(out, "the results"), replace_files(out) as partial:
+        Plan.from_json(compact.meta["fxprune"]["plan"]).save(partial / "plan.json")
+        fxprune.save(compact, partial / "model.safetensors")
+        if wanted.onnx:
+            print_progress("exporting to ONNX")
+            exported = exported_to(partial / "model.onnx", compact, opened)
+            exported = replace(exported, path=Path("model.onnx"))
+            summary = replace(summary, about={**summary.about, "exported": str(exported)})
+        print_progress("writing the report")
+        stairs = [staircase(analysis, find_tallest(analysis))] if summary.bench else []
+        summary.to_html(partial / "report.html", analysis, stairs=stairs)
+        (partial / "report.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
+        files = sorted(file.name for file in partial.iterdir())
+    for name in set(FILES) - set(files):
+        (out / name).unlink(missing_ok=True)
     return summary, files
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fxprune.channels.analysis import abridge_list
@@ -49,6 +47,9 @@ def is_ours(path: Path) -> bool:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of safetensors or ``torch.save``."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise FileError(f"there is no file {path}")
     try:

@@ -4,8 +4,6 @@ import copy
 import inspect
 import logging
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.atomic import named_errors, replace_files
 from fxprune.errors import ExportError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
-from fxprune.graph.traced import TracedModule, carried_attributes, is_traced, regions_of
+from fxprune.graph.traced import Mode, TracedModule, carried_attributes, is_traced, regions_of
 from fxprune.rewrite.verify import relative_difference
 
 logger = logging.getLogger("fxprune")
@@ -68,6 +67,7 @@ def export_onnx(
 
     Raises:
         ExportError: torch can't export the model, the file is not valid, or onnxruntime gives another result.
+        FileError: nothing can be written there.
     """
     require_type(model, nn.Module, "model", ExportError)
     require_type(path, (str, Path), "path", ExportError)
@@ -82,8 +82,8 @@ def export_onnx(
     inputs = in_order(module, bind_inputs(example_inputs))
     size = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
     sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file = Path(folder) / path.name
+    with named_errors(path, "an ONNX model"), replace_files(path.parent) as folder:  # large ones are several files
+        file = folder / path.name
         given = resize_batch(inputs, sizes[0]) if dynamic_batch else inputs
         try:
             write_onnx(module, given, file, dynamic_batch)
@@ -100,8 +100,6 @@ def export_onnx(
                 f"onnxruntime differs from PyTorch by {worst:.2e} of the largest output, allowed is {tolerance:.0e}; "
                 f"nothing was written to {path}. {ties}Please report this model, or pass a larger tolerance."
             )
-        for written in Path(folder).iterdir():  # the weights of the largest models stand beside the file
-            os.replace(written, path.parent / written.name)
     result = Exported(path, worst, sizes, flat)
     logger.info("%s", result)
     return result
@@ -111,7 +109,7 @@ def frozen_in_eval(model: nn.Module) -> nn.Module:
     """The model in eval mode, as a plain GraphModule where it is a traced one. The original keeps its mode."""
     module = copy.deepcopy(model)
     for path, region in regions_of(module).items():
-        plain = fx.GraphModule(region.root(), region.graphs[False])
+        plain = fx.GraphModule(region.root(), region.graphs[Mode.EVAL])
         vars(plain).update(carried_attributes(region))
         if not path:
             return plain.eval()

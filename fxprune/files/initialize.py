@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fxprune.errors import InitializeError, require_type
 from fxprune.files.start import Origin, Start, remember_start
+from fxprune.graph.layers import CONTRACTIONS
 from fxprune.graph.trace import unwrap_model
 
 FANS = ("fan_in", "fan_out")
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 Rule = str | tuple[str, float]
 
@@ -85,14 +85,14 @@ def default_origin(model: nn.Module, name: str, parameter: Tensor) -> Origin:
     """How a parameter without a rule starts, by its layer and by the values that it has."""
     path, _, role = name.rpartition(".")
     layer, shape = model.get_submodule(path), tuple(parameter.shape)
-    alone = parameter.numel() == 1 and isinstance(layer, LAYERS)  # its value may be random
+    alone = parameter.numel() == 1 and isinstance(layer, CONTRACTIONS)  # its value may be random
     if parameter.numel() and not alone and bool((parameter == parameter.flatten()[0]).all()):
         return Origin("constant", parameter.flatten()[0].item(), shape)
     if isinstance(layer, NORMS):
         return Origin("constant", 1.0 if role == "weight" else 0.0, shape)
-    if isinstance(layer, LAYERS) and role == "weight":
+    if isinstance(layer, CONTRACTIONS) and role == "weight":
         return by_fans("kaiming_normal", name, shape)
-    if isinstance(layer, LAYERS) and isinstance(layer.weight, Tensor):
+    if isinstance(layer, CONTRACTIONS) and isinstance(layer.weight, Tensor):
         return Origin("uniform", 1 / math.sqrt(count_fans(tuple(layer.weight.shape))[0]), shape)
     if role == "in_proj_weight":
         return by_fans("xavier_uniform", name, shape)

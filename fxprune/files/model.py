@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fxprune.atomic import replace_file
 from fxprune.channels.analysis import analyze
 from fxprune.errors import FileError, FxpruneError, require_type
 from fxprune.files import kernels
@@ -37,7 +36,9 @@ def save(compact: nn.Module, path: str | Path) -> None:
         FileError: the model did not come from fxprune, so there is neither a plan nor a seed to write; or nothing can
             be written there.
     """
-    require_type(path, (str, Path), "path", FileError)
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     require_type(compact, nn.Module, "compact", FileError)
     compact = unwrap_model(compact)
     record = getattr(compact, "meta", {}).get("fxprune", {})
@@ -47,23 +48,20 @@ def save(compact: nn.Module, path: str | Path) -> None:
             f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite, fxprune.prune or "
             "fxprune.initialize returned can be saved. Save the state_dict of others with safetensors."
         )
-    path = Path(path)
     state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
     state, aliases = without_aliases(state)
     state, sparse = pack_sparse(state, start)
     state, patterned = kernels.pack_kernels(state)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
-        known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
-        description = json.dumps({"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known})
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"fxprune": description})
+    state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
+    known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
+    with replace_file(path, "a model") as partial:
+        try:
+            description = {"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known}
+            contents = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(contents, partial, {"fxprune": json.dumps(description)})
+        except (SafetensorError, TypeError) as error:
+            raise FileError(f"can't write a model to {path}: {error}") from error
         partial.chmod(0o666 & ~current_umask())  # safetensors lets nobody else read it
-        os.replace(partial, path)
-    except (OSError, SafetensorError, TypeError) as error:
-        raise FileError(f"can't write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def current_umask() -> int:
@@ -129,6 +127,8 @@ def number_of(name: str) -> int:
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description of the model and the tensors in a file."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileError(f"there is no file {path}")
     try:

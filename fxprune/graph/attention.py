@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import swin_transformer
-from torchvision.models.video import swin_transformer as swin_transformer_3d
+
+from fxprune.loaded import loaded_types
 
 
 def adopt(module: nn.Module, source: nn.Module) -> None:
@@ -261,10 +261,15 @@ def window_mask(x: Tensor, window: list[int], shift: list[int], padded: list[int
     return (region.unsqueeze(1) != region.unsqueeze(2)).to(x.dtype) * -100.0
 
 
-REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    nn.MultiheadAttention: Attention,
-    swin_transformer.ShiftedWindowAttention: WindowAttention,
-    swin_transformer.ShiftedWindowAttentionV2: WindowAttention,
-    swin_transformer_3d.ShiftedWindowAttention3d: WindowAttention3d,
+REPLACEMENTS: dict[str, Callable[[Any], nn.Module]] = {
+    "torch.nn.MultiheadAttention": Attention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": WindowAttention,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": WindowAttention,
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": WindowAttention3d,
 }
-"""Modules that ``trace`` replaces before tracing: type -> what makes the replacement from the module. Extend freely."""
+"""Modules that ``trace`` replaces before tracing: class -> what makes the replacement from it. Extend freely."""
+
+
+def find_replacement(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    """What makes the replacement of ``module``, if it has one."""
+    return next((make for name, make in REPLACEMENTS.items() if type(module) in loaded_types(name)), None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import AnalysisError
-from fxprune.graph.traced import regions_of
+from fxprune.graph.traced import Mode, regions_of
 
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -41,9 +41,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def for_mode(inputs: Bound, mode: bool, module: nn.Module) -> Bound:
+def for_mode(inputs: Bound, mode: Mode, module: nn.Module) -> Bound:
     """The inputs to run a mode with: batch norm can't train on one value per channel, so a batch of 1 becomes 2."""
-    if not (mode and norms_batches(module)) or any(
+    if not (mode.training and norms_batches(module)) or any(
         not tensor.ndim or tensor.shape[0] != 1 for tensor in tensors_in(inputs)
     ):
         return inputs

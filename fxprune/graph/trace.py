@@ -17,23 +17,21 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
 
 from fxprune.errors import TraceError, require_type
-from fxprune.graph.attention import REPLACEMENTS
-from fxprune.graph.collector import collector_rests
+from fxprune.graph.attention import find_replacement
 from fxprune.graph.inputs import bind_inputs, tensors_in
 from fxprune.graph.regions import trace_regions
 from fxprune.graph.traced import ATOMS, START, TracedModule, carried_attributes, is_traced
+from fxprune.loaded import loaded_types
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand in their attributes
 NOT_NEEDED = (torch._assert, "mean")  # unless used: checks of sizes, and the attention weights' mean over the heads
-KEPT = (StochasticDepth,)  # like dropout: what it does depends on the mode, but not on channels
+KEPT = ("torchvision.ops.StochasticDepth",)  # like dropout: what it does depends on the mode, but not on channels
 
 
-@collector_rests()
 def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     """Trace ``model`` in train and in eval mode.
 
@@ -170,12 +168,13 @@ def working_copy(model: nn.Module) -> nn.Module:
     working = copy_modules(model, {})
     replaced: dict[int, nn.Module] = {}
     for name, module in list(working.named_modules(remove_duplicate=False)):
-        make = REPLACEMENTS.get(type(module))
+        make = find_replacement(module)
         if make is None or not name:
             continue
         new = replaced.setdefault(id(module), make(module))
         working.set_submodule(name, new)
-    return REPLACEMENTS[type(working)](working) if type(working) in REPLACEMENTS else working
+    make = find_replacement(working)
+    return make(working) if make else working
 
 
 class Watch:
@@ -282,7 +281,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` stays a module."""
         layer = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
-        return layer or isinstance(m, KEPT)
+        return layer or isinstance(m, loaded_types(*KEPT))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that knows the line of the user's model it comes from; beyond ``trace_mode`` are its callers."""

@@ -5,8 +5,11 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, require_type
@@ -14,6 +17,28 @@ from fxprune.errors import FxpruneError, require_type
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
+
+
+class Mode(Enum):
+    """Which of a model's two graphs: a model that trains may do other things than one that evaluates."""
+
+    EVAL = "eval"
+    TRAIN = "train"
+
+    @property
+    def training(self) -> bool:
+        """What ``nn.Module.training`` is in this mode."""
+        return self is Mode.TRAIN
+
+    @property
+    def other(self) -> "Mode":
+        """The mode that this one is not."""
+        return Mode.EVAL if self.training else Mode.TRAIN
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Mode":
+        """The mode that a module is in."""
+        return cls.TRAIN if module.training else cls.EVAL
 
 
 class OwnedGraph(fx.Graph):
@@ -64,20 +89,19 @@ class TracedModule(fx.GraphModule):
         self.set_graphs(train_graph, eval_graph)
 
     @property
-    def graphs(self) -> dict[bool, fx.Graph]:
-        """The graph of each mode, by the value of ``training``; the same object twice where the modes agree."""
-        both: dict[bool, fx.Graph] = self.__dict__["_both"]
+    def graphs(self) -> dict[Mode, fx.Graph]:
+        """The graph of each mode; the same object twice where the modes agree."""
+        both: dict[Mode, fx.Graph] = self.__dict__["_both"]
         return both
 
-    def distinct_graphs(self) -> dict[bool, fx.Graph]:
-        """The graphs without repetition: {False: eval} or {False: eval, True: train}."""
-        return {
-            mode: self.graphs[mode] for mode in (False, True) if not mode or self.graphs[True] is not self.graphs[False]
-        }
+    def distinct_graphs(self) -> dict[Mode, fx.Graph]:
+        """The graphs without repetition: that of ``Mode.EVAL``, and that of ``Mode.TRAIN`` where it is another."""
+        train, evaluate = self.graphs[Mode.TRAIN], self.graphs[Mode.EVAL]
+        return {Mode.EVAL: evaluate} if train is evaluate else {Mode.EVAL: evaluate, Mode.TRAIN: train}
 
     def set_graphs(self, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
         """Replace both graphs."""
-        self.__dict__["_both"] = {True: train_graph, False: eval_graph}
+        self.__dict__["_both"] = {Mode.TRAIN: train_graph, Mode.EVAL: eval_graph}
         for graph in (train_graph, eval_graph):
             graph.__class__ = OwnedGraph
             graph._owning_module = None
@@ -90,14 +114,14 @@ class TracedModule(fx.GraphModule):
         """The graph of the current mode."""
         if self.__dict__["_both"] is None:
             return super().graph
-        return self.graphs[self.training]
+        return self.graphs[Mode.of(self)]
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
         if self.__dict__["_both"] is None:
             fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
             return
-        train, evaluate = self.graphs[True], self.graphs[False]
+        train, evaluate = self.graphs[Mode.TRAIN], self.graphs[Mode.EVAL]
         shared = train is evaluate
         self.set_graphs(
             graph if self.training or shared else train, evaluate if self.training and not shared else graph
@@ -120,14 +144,14 @@ class TracedModule(fx.GraphModule):
         forwards, codes = {}, {}
         graphs = self.distinct_graphs()
         if observers := self.__dict__["_observers"]:
-            graphs[True] = observed_values(self.graphs[True], observers)
+            graphs[Mode.TRAIN] = observed_values(self.graphs[Mode.TRAIN], observers)
         for mode, graph in graphs.items():
             self._graph = graph
             codes[mode] = super().recompile()
             forwards[mode] = cls.forward
-        if True in forwards:
-            cls.forward = by_mode(forwards[True], forwards[False])
-        return codes[self.training if self.training in codes else False]
+        if Mode.TRAIN in forwards:
+            cls.forward = by_mode(forwards[Mode.TRAIN], forwards[Mode.EVAL])
+        return codes.get(Mode.of(self), codes[Mode.EVAL])
 
     @property
     def code(self) -> str:
@@ -141,7 +165,7 @@ class TracedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
         root = copy.deepcopy(self.root(), memo)
-        train, evaluate = self.graphs[True], self.graphs[False]
+        train, evaluate = self.graphs[Mode.TRAIN], self.graphs[Mode.EVAL]
         new_train = copy_graph(train)
         new = TracedModule(root, new_train, new_train if evaluate is train else copy_graph(evaluate))
         memo[id(self)] = new
@@ -202,10 +226,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy.deepcopy(graph)
 
 
-def rebuild_traced(root: nn.Module, modules: dict[bool, fx.GraphModule]) -> TracedModule:
+def rebuild_traced(root: nn.Module, modules: dict[Mode, fx.GraphModule]) -> TracedModule:
     """Undo ``TracedModule.__reduce__``."""
-    evaluate = modules[False].graph
-    return TracedModule(root, modules[True].graph if True in modules else evaluate, evaluate)
+    evaluate = modules[Mode.EVAL]
+    return TracedModule(root, modules.get(Mode.TRAIN, evaluate).graph, evaluate.graph)
 
 
 def regions_of(model: nn.Module) -> dict[str, TracedModule]:
@@ -218,12 +242,27 @@ def regions_of(model: nn.Module) -> dict[str, TracedModule]:
     return {path: part for path, part in model.named_modules() if isinstance(part, TracedModule)}
 
 
-def of_region(values: Mapping[str, Any], region: str) -> Mapping[str, Any]:
-    """What belongs to the nodes of one region, by their own names."""
-    if not region:
-        return values
-    mine = region + "/"
-    return {name.removeprefix(mine): value for name, value in values.items() if name.startswith(mine)}
+Values = Mapping[Mode, Mapping[str, Mapping[str, Any]]]  # mode -> region -> node -> what is known of its value
+
+
+@dataclass(frozen=True)
+class Place:
+    """One graph of a traced model, and what is known of its nodes."""
+
+    mode: Mode
+    region: str  # the path of its module; "" where the model is one graph as a whole
+    module: TracedModule
+    graph: fx.Graph
+    values: Mapping[str, Any]  # by node; empty where the graph was not run
+
+
+def places_of(model: nn.Module, values: Values) -> list[Place]:
+    """The graphs of a traced model, region by region, each once, with what ``values`` tells of their nodes."""
+    return [
+        Place(mode, region, module, graph, values.get(mode, {}).get(region, {}))
+        for region, module in regions_of(model).items()
+        for mode, graph in module.distinct_graphs().items()
+    ]
 
 
 def require_traced(value: object, what: str, error: type[FxpruneError]) -> None:
@@ -235,6 +274,12 @@ def require_traced(value: object, what: str, error: type[FxpruneError]) -> None:
 def is_traced(model: object) -> bool:
     """Whether ``trace`` returned this, or a copy of it."""
     return isinstance(model, TracedModule) or (isinstance(model, nn.Module) and "steers" in vars(model))
+
+
+def device_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in what precision the weights of ``model`` are; CPU float32 where it has none."""
+    first: Tensor | None = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return (first.device, first.dtype) if first is not None else (torch.device("cpu"), torch.float32)
 
 
 @contextmanager

@@ -1,3 +1,34 @@
-"""Operators: all that is known of each, a file a family. Importing this fills the tables of the other rooms."""
+"""Operators: all that is known of each, a file a family. Importing this fills the tables of the other rooms.
 
-from fxprune.ops import contraction, custom, movement, pointwise, reduction  # noqa: F401  (each registers its rules)
+The decorators here are public: with them a model's own operators, and any of ATen, get rules.
+"""
+
+from fxprune.channels.labels import Labels, Operand, freeze_labels, join_labels, pin_axes, settle_labels
+from fxprune.channels.tensor import Call, as_operand, mark_norm, rule
+from fxprune.ops import contraction, movement, normalization, pointwise, recurrent, reduction  # noqa: F401  (fill)
+from fxprune.ops.custom import register_operator
+from fxprune.rewrite.attributes import attributes
+from fxprune.rewrite.fit import CompactRun, find_argument, fitter, set_argument
+from fxprune.rewrite.norms import norm_over_kept, put_back, take_kept
+
+__all__ = [
+    "Call",
+    "CompactRun",
+    "Labels",
+    "Operand",
+    "as_operand",
+    "attributes",
+    "find_argument",
+    "fitter",
+    "freeze_labels",
+    "join_labels",
+    "mark_norm",
+    "norm_over_kept",
+    "pin_axes",
+    "put_back",
+    "register_operator",
+    "rule",
+    "set_argument",
+    "settle_labels",
+    "take_kept",
+]

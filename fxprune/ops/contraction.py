@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
 from fxprune.channels.labels import (
     Label,
     Labels,
@@ -21,8 +25,16 @@ from fxprune.channels.labels import (
     settle_labels,
     varying_axes,
 )
-from fxprune.channels.tensor import Call, Term, as_operand, register_rule
+from fxprune.channels.layers import Lowered, Tensors, lowering
+from fxprune.channels.shapes import Shape, plain_shape
+from fxprune.channels.tensor import WHOLE, Call, Term, as_operand, rule
+from fxprune.graph.layers import CONVOLUTIONS, TRANSPOSED
+from fxprune.graph.traced import Mode
 from fxprune.ops.pointwise import add_vector, with_vectors
+from fxprune.rewrite.attributes import attributes
+from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -72,7 +84,7 @@ def contract_letters(
     # Along a letter of both, their labels have the same names now, and vary along nothing else: one stands for both.
     factors = [(a, label) for label in a.labels]
     factors += [(b, label) for label in b.labels if b.varies(label).isdisjoint(a.letters)]
-    if not call.run.mode:
+    if call.run.mode is Mode.EVAL:
         named = {letter for side, label in factors for letter in side.varies(label)}
         constant = math.prod(sizes[letter] for letter in {*a.letters, *b.letters} - named)
         call.run.flops.append(Term(2 * constant * extra, tuple(label for _, label in factors)))
@@ -95,11 +107,17 @@ def choose_policy(
 
     What was chosen ``here`` before, in a model that this one was cut from, stands.
     """
+    # The names of a grouped convolution's input fill a grid, (groups, channels of a group), and so do those of
+    # attention's queries, (heads, features). What stays must be a rectangle of it, or the compact model would need
+    # groups of unequal sizes. There are two ways to ensure that, and both merge names now, while the letters are known.
     sides = [side for side in (a, b) if (label := side.along(letter)) is not None and group in side.varies(label)]
     if not sides:
         return
+    # "whole": all of a group is one channel. "within": the same place in every group is one. The longer axis leaves
+    # more channels to choose from.
     if policy == "auto":
         policy = "whole" if sizes[group] >= sizes[letter] else "within"
+    # Where one operand can't lose a group (it is a constant there, or frozen), no group can go: only places can.
     if any(is_fixed(call, side, group) for side in (a, b)):
         policy = "within"
     policy = call.run.policies.setdefault(here, policy)
@@ -137,17 +155,17 @@ def label_over(letters: str, side: Factor, label: Label) -> Label:
     return label.transpose([*order, *dropped]).reshape(shape)
 
 
-@register_rule("mm")
+@rule("mm")
 def mm(call: Call) -> Labels:
     return contract_matrices(call, as_operand(call.args[0]), as_operand(call.args[1]), "mk", "kn", "mn")
 
 
-@register_rule("bmm")
+@rule("bmm")
 def bmm(call: Call) -> Labels:
     return contract_matrices(call, as_operand(call.args[0]), as_operand(call.args[1]), "bmk", "bkn", "bmn")
 
 
-@register_rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm")
 def addmm(call: Call) -> Labels:
     bias, a, b = (as_operand(value) for value in call.args[:3])
     batch = "b" if len(a.shape) == 3 else ""
@@ -157,7 +175,7 @@ def addmm(call: Call) -> Labels:
     return labels
 
 
-@register_rule("linear")
+@rule("linear")
 def linear(call: Call) -> Labels:
     x, w = as_operand(call.args[0]), as_operand(call.args[1])
     rest = "abdefghijl"[: len(x.shape) - 1]
@@ -165,7 +183,26 @@ def linear(call: Call) -> Labels:
     return with_bias(call, labels, call.arg("bias"), len(call.shape) - 1)
 
 
-@register_rule("mv", "dot")
+WHOLE[F.linear] = aten.linear.default
+
+
+@plain_shape("linear", F.linear)
+def linear_shape(x: Tensor, w: Tensor, bias: Any = None) -> Shape | None:
+    fits = w.ndim == 2 and x.ndim > 0 and x.shape[-1] == w.shape[1] and (bias is None or bias.shape == w.shape[:1])
+    return (*x.shape[:-1], w.shape[0]) if fits else None
+
+
+@lowering(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def lower_linear(layer: Any, tensors: Tensors, x: Tensor, training: bool) -> Lowered | None:
+    return aten.linear.default, (x, tensors("weight"), tensors("bias"))
+
+
+@attributes(nn.Linear)
+def linear_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+    return {"in_features": layer.weight.shape[1], "out_features": layer.weight.shape[0]}
+
+
+@rule("mv", "dot")
 def mv(call: Call) -> Labels:
     a, b = (as_operand(value) for value in call.args[:2])
     return contract_matrices(call, a, b, "mk"[-len(a.shape) :], "k", "m"[: len(call.shape)])
@@ -178,7 +215,7 @@ def contract_matrices(call: Call, a: Operand, b: Operand, left: str, right: str,
     return contract_letters(call, one, two, out, sizes, policy)
 
 
-@register_rule("convolution", "_convolution")
+@rule("convolution", "_convolution")
 def convolution(call: Call) -> Labels:
     x, w = as_operand(call.args[0]), as_operand(call.args[1])
     transposed, groups = call.arg("transposed"), call.arg("groups")
@@ -194,6 +231,58 @@ def convolution(call: Call) -> Labels:
     before, after = (x.shape[0], groups, sizes["o"]), (*call.shape[:2], *[1] * len(x.shape[2:]))
     labels = tuple(reshape_label(label, before, after) for label in labels)
     return with_bias(call, labels, call.args[2], 1)
+
+
+@plain_shape("convolution")
+def convolution_shape(
+    x: Tensor, w: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, more: Any, groups: int
+) -> Shape | None:
+    space = w.ndim - 2
+    if transposed or x.ndim != w.ndim or x.shape[1] != w.shape[1] * groups or w.shape[0] % groups:
+        return None
+    steps = (list(of) * space if len(of) == 1 else of for of in (padding, dilation, stride))
+    sizes = zip(x.shape[2:], w.shape[2:], *steps, strict=True)
+    after = [(size + 2 * pad - gap * (window - 1) - 1) // step + 1 for size, window, pad, gap, step in sizes]
+    return (x.shape[0], w.shape[0], *after) if min(after) > 0 else None
+
+
+@lowering(*CONVOLUTIONS)
+def lower_convolution(layer: Any, tensors: Tensors, x: Tensor, training: bool) -> Lowered | None:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.ndim != len(layer.kernel_size) + 2:
+        return None
+    zeros = (0,) * len(layer.kernel_size)
+    steps = layer.stride, layer.padding, layer.dilation
+    return aten.convolution.default, (x, tensors("weight"), tensors("bias"), *steps, False, zeros, layer.groups)
+
+
+@fitter("conv1d", "conv2d", "conv3d")
+def fit_convolution(run: CompactRun, node: fx.Node) -> None:
+    """The groups that stay."""
+    if old_value(run, find_argument(node, 6, "groups", 1)) != 1:
+        source, weight = (run.env[find_argument(node, at, name)] for at, name in enumerate(("input", "weight")))
+        set_argument(node, 6, "groups", source.shape[1 - weight.ndim] // weight.shape[1])
+
+
+@fitter("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def fit_transposed(run: CompactRun, node: fx.Node) -> None:
+    """The groups that stay."""
+    if old_value(run, find_argument(node, 6, "groups", 1)) != 1:
+        weight = run.env[find_argument(node, 1, "weight")]
+        set_argument(node, 6, "groups", run.after[node.name].shape[1 - weight.ndim] // weight.shape[1])
+
+
+@attributes(*CONVOLUTIONS)
+def convolution_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+    weight = layer.weight.shape
+    groups = 1 if layer.groups == 1 else given[1 - len(weight)] // weight[1]
+    return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
+
+
+@attributes(*TRANSPOSED)
+def transposed_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+    weight = layer.weight.shape
+    groups = 1 if layer.groups == 1 else out[1 - len(weight)] // weight[1]
+    return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}
 
 
 def with_bias(call: Call, labels: Labels, bias: Any, axis: int) -> Labels:
@@ -219,10 +308,10 @@ ATTENTION = (
 )
 
 
-@register_rule(*ATTENTION.split())
+@rule(*ATTENTION.split())
 def attention(call: Call) -> Any:
     """softmax(q k^T + mask) v, its leading axes batch letters."""
-    query, key, value = (as_operand(each) for each in call.args[:3])
+    query, key, value = (as_operand(tensor) for tensor in call.args[:3])
     letters = "bhij"[: len(query.shape) - 2]
     scores = contract_matrices(call, query, key, f"{letters}mk", f"{letters}nk", f"{letters}mn")
     shape = (*query.shape[:-1], key.shape[-2])
@@ -231,3 +320,12 @@ def attention(call: Call) -> Any:
     weights = Operand(join_labels(call.names, operands, len(shape)), shape, "attention weights", zero=False)
     labels = contract_matrices(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
     return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
+
+
+@fitter("scaled_dot_product_attention")
+def fit_attention(run: CompactRun, node: fx.Node) -> None:
+    """The default scale is that of the original head size."""
+    query = find_argument(node, 0, "query").name
+    size = run.before[query].shape[-1]
+    if node.kwargs.get("scale") is None and run.after[query].shape[-1] != size:
+        node.kwargs = {**node.kwargs, "scale": size**-0.5}

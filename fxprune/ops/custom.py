@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 from fxprune.channels.labels import Label, Labels, Operand, join_labels, pin_axes, settle_labels, varying_axes
-from fxprune.channels.tensor import RULES, Call, _resolved, as_operand
+from fxprune.channels.tensor import Call, as_operand, rule
 from fxprune.errors import AnalysisError
 from fxprune.graph.inputs import tensors_in
 
@@ -47,8 +47,7 @@ def register_operator(operator: Any, letters: str) -> None:
                 f"letters={letters!r} can't be read: write 'b c h w, c -> b c h w', each axis one letter, no letter "
                 "twice in one tensor"
             )
-    RULES[name] = partial(by_letters, letters)
-    _resolved.clear()
+    rule(name)(partial(apply_letters, letters))
 
 
 def parse_letters(letters: str) -> tuple[list[list[str]], list[list[str]]]:
@@ -57,25 +56,24 @@ def parse_letters(letters: str) -> tuple[list[list[str]], list[list[str]]]:
     return [part.split() for part in given.split(",")], [part.split() for part in returned.split(",")]
 
 
-def by_letters(letters: str, call: Call) -> Any:
+def apply_letters(letters: str, call: Call) -> Any:
     """The rule of an operator with these letters."""
     inputs, outputs = parse_letters(letters)
     tensors, results = tensors_in((call.args, call.kwargs)), tensors_in(call.out)
-    expected = [len(each) for each in (*inputs, *outputs)]
+    expected = [len(side) for side in (*inputs, *outputs)]
     if len(tensors) != len(inputs) or [tensor.ndim for tensor in (*tensors, *results)] != expected:
         raise AnalysisError(
             f"{call.func} is registered with letters {letters!r}, but here it takes tensors with "
-            f"{[tensor.ndim for tensor in tensors]} axes and returns some with {[each.ndim for each in results]}"
+            f"{[tensor.ndim for tensor in tensors]} axes and returns some with {[result.ndim for result in results]}"
         )
     seen = [letter for side in (*inputs, *outputs) for letter in side]
     order = list(dict.fromkeys(seen))
-    given = [spread_over(order, its, as_operand(tensor)) for its, tensor in zip(inputs, tensors, strict=True)]
+    given = [spread_over(order, side, as_operand(tensor)) for side, tensor in zip(inputs, tensors, strict=True)]
     mixed = [order.index(letter) for letter in order if seen.count(letter) == 1]
     labels = join_labels(call.names, given, len(order))
     labels = settle_labels(
         call.names, (pin_axes(call.names, label, mixed, f"mixed by {call.func}") for label in labels)
     )
-    call.zero = False  # nobody said
     several = [labels_over(call, order, side, labels) for side in outputs]
     return several if not isinstance(call.out, Tensor) else several[0]
 
@@ -103,7 +101,5 @@ def labels_over(call: Call, order: Sequence[str], letters: Sequence[str], labels
     return settle_labels(call.names, kept)
 
 
-RULES |= {
-    "torchvision::roi_align": partial(by_letters, "n c h w, k r -> k c p q"),
-    "torchvision::roi_pool": partial(by_letters, "n c h w, k r -> k c p q, k c p q"),
-}
+rule("torchvision::roi_align")(partial(apply_letters, "n c h w, k r -> k c p q"))
+rule("torchvision::roi_pool")(partial(apply_letters, "n c h w, k r -> k c p q, k c p q"))

@@ -4,11 +4,12 @@ Four need care: cat and stack (what has no names beside what has), pad (new posi
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from fxprune.channels.labels import (
     Label,
@@ -28,7 +29,22 @@ from fxprune.channels.labels import (
     squash_names,
     varying_axes,
 )
-from fxprune.channels.tensor import Call, ChannelTensor, as_operand, freeze_unknown, register_rule
+from fxprune.channels.shapes import Shape, plain_shape
+from fxprune.channels.tensor import Call, ChannelTensor, as_operand, freeze_unknown, rule
+from fxprune.channels.values import Value
+from fxprune.ops.pointwise import same_shape
+from fxprune.rewrite.attributes import attributes
+from fxprune.rewrite.fit import (
+    CompactRun,
+    find_argument,
+    fit_argument,
+    fitter,
+    kept_along,
+    moved_bound,
+    old_value,
+    set_argument,
+    value_of,
+)
 
 VIEWS = (
     "t transpose permute expand squeeze unsqueeze movedim swapaxes split split_with_sizes unsafe_split "
@@ -36,7 +52,7 @@ VIEWS = (
 )
 
 
-@register_rule(*VIEWS.split())
+@rule(*VIEWS.split(), keeps_zero=True)
 def view_of_names(call: Call) -> Any:
     """The operator itself, on labels spread over the full shape without copying."""
     value, *rest = call.args
@@ -44,7 +60,7 @@ def view_of_names(call: Call) -> Any:
     labels = as_operand(value).labels
     if isinstance(call.out, Tensor):
         moved = [squash_names(call.func(spread_label(label, shape), *rest, **call.kwargs)) for label in labels]
-        lost = [label for label, its in zip(labels, moved, strict=True) if not its.size]
+        lost = [label for label, after in zip(labels, moved, strict=True) if not after.size]
         freeze_labels(call.names, lost, "moved while empty")
         return settle_labels(call.names, (label for label in moved if label.size))
     axis, count = call.arg("dim", 0) % len(shape), len(call.out)
@@ -73,7 +89,53 @@ def cut_from(call: Call, whole: Label, part: Label, axis: int) -> Label:
     return part
 
 
-@register_rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "flatten", "unflatten")
+@fitter("squeeze")
+def fit_squeeze(run: CompactRun, node: fx.Node) -> None:
+    """Without a dim every axis of size 1 goes: those that were of size 1 before the cut."""
+    source = find_argument(node, 0, "input")
+    before, after = run.before[source.name].shape, run.env[source].shape
+    if len(node.args) == 1 and not node.kwargs and 1 in after and after != before:
+        node.args = (source, tuple(axis for axis, size in enumerate(before) if size == 1))
+
+
+@fitter("expand", "broadcast_to", "new_zeros", "new_ones")
+def fit_expand(run: CompactRun, node: fx.Node) -> None:
+    fit_sizes(run, node, 1)
+
+
+@fitter("zeros", "ones", "empty")
+def fit_creation(run: CompactRun, node: fx.Node) -> None:
+    fit_sizes(run, node, 0)
+
+
+def fit_sizes(run: CompactRun, node: fx.Node, start: int, may_infer: bool = False) -> None:
+    """The sizes of the result stand in the call, from argument ``start`` on: one by one, or as one tuple."""
+    target = run.after[node.name].shape
+    given: Any = node.args[start:]
+    if not given:
+        return
+    packed = len(given) == 1 and not isinstance(value_of(run, given[0]), int)
+    old = given[0] if packed else given
+    if isinstance(old, fx.Node):
+        new: Any = old if tuple(run.env[old]) == tuple(target) else tuple(target)
+    else:
+        new = fit_argument(run, old, target, may_infer)
+    node.args = (*node.args[:start], new) if packed else (*node.args[:start], *new)
+
+
+@fitter("chunk", "split", "split_with_sizes", "tensor_split")
+def fit_parts(run: CompactRun, node: fx.Node) -> None:
+    """Parts that became unequal are given by their sizes."""
+    value, expected = find_argument(node, 0, "input"), run.after[node.name]
+    axis = value_of(run, find_argument(node, 2, "dim", 0)) % len(expected[0].shape)
+    wanted = [part.shape[axis] for part in expected]
+    if wanted == [part.shape[axis] for part in run.before[node.name]]:
+        return
+    node.op, node.target = "call_function", torch.split
+    node.args, node.kwargs = (value, wanted, axis), {}
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "flatten", "unflatten", keeps_zero=True)
 def view(call: Call) -> Labels:
     value = as_operand(call.args[0])
     before, after = ([size or 1 for size in shape] for shape in (value.shape, call.shape))
@@ -83,7 +145,25 @@ def view(call: Call) -> Labels:
     return settle_labels(call.names, (reshape_label(label, before, after) for label in value.labels))
 
 
-@register_rule("select", "unbind")
+@fitter("view", "reshape")
+def fit_view(run: CompactRun, node: fx.Node) -> None:
+    fit_sizes(run, node, 1, may_infer=True)
+
+
+@fitter("unflatten")
+def fit_unflatten(run: CompactRun, node: fx.Node) -> None:
+    """The sizes of one axis's parts."""
+    target = run.after[node.name].shape
+    axis = value_of(run, find_argument(node, 1, "dim"))
+    old = find_argument(node, 2, "sizes", node.kwargs.get("unflattened_size"))
+    count = len(value_of(run, old))
+    rank = len(target) - count + 1
+    wanted = target[axis % rank : axis % rank + count]
+    key = "sizes" if "sizes" in node.kwargs else "unflattened_size"
+    set_argument(node, 2, key, fit_argument(run, old, wanted, True))
+
+
+@rule("select", "unbind", keeps_zero=True)
 def select(call: Call) -> Any:
     """One position of an axis is addressed: the axis keeps its size."""
     value, axis = call.args[0], call.arg("dim", 0)
@@ -93,7 +173,7 @@ def select(call: Call) -> Any:
     return moved if isinstance(call.out, Tensor) else [moved] * len(call.out)
 
 
-@register_rule("slice", "narrow")
+@rule("slice", "narrow", keeps_zero=True)
 def slice_(call: Call) -> Labels:
     value, axis = call.args[0], call.arg("dim", 0)
     axis %= value.ndim
@@ -108,21 +188,63 @@ def slice_(call: Call) -> Labels:
     return settle_labels(call.names, (cut_from(call, *pair, axis) for pair in zip(labels, moved, strict=True)))
 
 
-@register_rule("flip")
+@fitter("getitem")
+def fit_item(run: CompactRun, node: fx.Node) -> None:
+    """Slices of an axis that lost positions: the bounds move by what went before them."""
+    source, index = find_argument(node, 0, "input"), find_argument(node, 1, "index")
+    before = run.before[source.name]
+    if not isinstance(before, Value) or not isinstance(run.after[node.name], Value):
+        return
+    entries = list(index) if isinstance(index, tuple) else [index]
+    values = [value_of(run, entry) if not isinstance(entry, slice) else entry for entry in entries]
+    taken = sum(1 for value in values if value is not None and value is not Ellipsis)
+    axis, new = 0, list[Any]()
+    for entry, value in zip(entries, values, strict=True):
+        if isinstance(entry, slice):
+            bounds = [old_value(run, bound) for bound in (entry.start, entry.stop)]
+            moved = [moved_bound(run, before, axis, bound) for bound in bounds]
+            pairs = zip((entry.start, entry.stop), bounds, moved, strict=True)
+            start, stop = (given if after is None or after == now else after for given, now, after in pairs)
+            new.append(slice(start, stop, entry.step))
+        else:
+            new.append(entry)
+        if value is Ellipsis:
+            axis += len(before.shape) - taken
+        elif value is not None:
+            axis += value.ndim if isinstance(value, Tensor) and value.dtype == torch.bool else 1
+    node.args = (source, tuple(new) if isinstance(index, tuple) else new[0])
+
+
+@fitter("narrow")
+def fit_narrow(run: CompactRun, node: fx.Node) -> None:
+    """A start and a length."""
+    before = run.before[find_argument(node, 0, "input").name]
+    axis = value_of(run, find_argument(node, 1, "dim")) % len(before.shape)
+    start = old_value(run, find_argument(node, 2, "start"))
+    moved = moved_bound(run, before, axis, start)
+    if moved is not None:
+        set_argument(node, 2, "start", moved)
+        set_argument(node, 3, "length", run.after[node.name].shape[axis])
+
+
+@rule("flip", keeps_zero=True)
 def flip(call: Call) -> Labels:
     return tuple(
         squash_names(call.func(torch.from_numpy(label), call.args[1])) for label in as_operand(call.args[0]).labels
     )
 
 
-@register_rule("roll")
+@rule("roll", keeps_zero=True)
 def roll(call: Call) -> Labels:
     value = as_operand(call.args[0])
     axes = [axis % len(value.shape) for axis in call.arg("dims") or range(len(value.shape))]
     return settle_labels(call.names, (pin_axes(call.names, label, axes, "rolled") for label in value.labels))
 
 
-@register_rule("repeat")
+plain_shape("roll")(same_shape)
+
+
+@rule("repeat", keeps_zero=True)
 def repeat(call: Call) -> Labels:
     times = call.args[1]
     labels = [align_label(label, len(times)) for label in as_operand(call.args[0]).labels]
@@ -132,14 +254,14 @@ def repeat(call: Call) -> Labels:
     )
 
 
-@register_rule("unfold")
+@rule("unfold", keeps_zero=True)
 def unfold(call: Call) -> Labels:
     value, axis = call.args[0], call.args[1] % call.args[0].ndim
     labels = (pin_axes(call.names, label, [axis], "unfolded") for label in as_operand(value).labels)
     return settle_labels(call.names, (label[..., None] for label in labels))
 
 
-@register_rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", keeps_zero=True)
 def cat(call: Call) -> Labels:
     parts = [as_operand(value) for value in call.args[0] if tuple(value.shape) != (0,)]
     ndim = len(call.shape)
@@ -147,26 +269,41 @@ def cat(call: Call) -> Labels:
     across = [label_along(part.labels, axis) for part in parts]
     rest = [
         Operand(
-            tuple(label for label in part.labels if label is not mine),
+            tuple(label for label in part.labels if label is not named),
             [1 if at == axis else size for at, size in enumerate(part.shape)],
             part.source,
         )
-        for part, mine in zip(parts, across, strict=True)
+        for part, named in zip(parts, across, strict=True)
     ]
     if all(label is None for label in across):
         return join_labels(call.names, rest, ndim)
-    named = [
+    pieces = [
         label if label is not None else fresh_tensor(call, axis, part.shape, f"concatenated with {part.source}")
         for label, part in zip(across, parts, strict=True)
     ]
-    others = {at for label in named for at in varying_axes(label)} - {axis}
+    others = {at for label in pieces for at in varying_axes(label)} - {axis}
     shape = [call.shape[at] if at in others else 1 for at in range(ndim)]
-    named = [np.broadcast_to(label, [*shape[:axis], label.shape[axis], *shape[axis + 1 :]]) for label in named]
-    whole = np.concatenate(named, axis)
+    pieces = [np.broadcast_to(label, [*shape[:axis], label.shape[axis], *shape[axis + 1 :]]) for label in pieces]
+    whole = np.concatenate(pieces, axis)
     return settle_labels(call.names, [whole, *join_labels(call.names, rest, ndim)])
 
 
-@register_rule("stack")
+@plain_shape("cat", torch.cat)
+def cat_shape(tensors: Sequence[Tensor], axis: int = 0) -> Shape | None:
+    first, *others = (list(tensor.shape) for tensor in tensors)
+    if not -len(first) <= axis < len(first):
+        return None
+    for other in others:
+        if len(other) != len(first):
+            return None
+        first[axis] += other[axis]
+        other[axis] = first[axis]
+        if other != first:
+            return None
+    return tuple(first)
+
+
+@rule("stack", keeps_zero=True)
 def stack(call: Call) -> Labels:
     axis = call.arg("dim", 0) % len(call.shape)
     parts = [as_operand(value) for value in call.args[0]]
@@ -181,7 +318,7 @@ def stack(call: Call) -> Labels:
     return join_labels(call.names, raised, len(call.shape))
 
 
-@register_rule("constant_pad_nd")
+@rule("constant_pad_nd", keeps_zero=True)
 def pad(call: Call) -> Labels:
     """New positions along an axis with names get free names of their own, so that a zero-padded shortcut prunes."""
     value, amounts = as_operand(call.args[0]), call.args[1]
@@ -195,6 +332,26 @@ def pad(call: Call) -> Labels:
         ]
     call.zero = call.zero and not call.arg("value")
     return settle_labels(call.names, labels)
+
+
+@fitter("pad")
+def fit_pad(run: CompactRun, node: fx.Node) -> None:
+    """Zeros appended to channels: as many as stay of them."""
+    amounts = list(find_argument(node, 1, "pad"))
+    before, after = run.before[find_argument(node, 0, "input").name], run.after[node.name]
+    ndim = len(before.shape)
+    for pair in range(len(amounts) // 2):
+        axis = ndim - 1 - pair
+        kept = kept_along(run, run.before[node.name].labels, axis)
+        if kept is None or kept.all():
+            continue
+        front, back = (old_value(run, amounts[2 * pair + side]) for side in (0, 1))
+        if front > 0:
+            amounts[2 * pair] = int(kept[:front].sum())
+        if back > 0:
+            amounts[2 * pair + 1] = int(kept[len(kept) - back :].sum())
+    assert len(after.shape) == ndim
+    set_argument(node, 1, "pad", tuple(amounts))
 
 
 def extend_label(call: Call, label: Label, axis: int, before: int, after: int) -> Label:
@@ -217,7 +374,7 @@ def fresh_tensor(call: Call, axis: int, shape: Any, why: str) -> Label:
     return on_axis(names, axis, len(shape))
 
 
-@register_rule("index", "index_select", "embedding", "gather", "take_along_dim")
+@rule("index", "index_select", "embedding", "gather", "take_along_dim", keeps_zero=True)
 def index(call: Call) -> Labels:
     """Addressed axes are frozen whole: a removed row would shift all later ones without any shape telling."""
     kind = call.func._schema.name.partition("::")[2]
@@ -247,7 +404,12 @@ def index(call: Call) -> Labels:
     return settle_labels(call.names, labels)
 
 
-@register_rule("pixel_shuffle")
+@attributes(nn.Embedding)
+def embedding_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+    return {"num_embeddings": layer.weight.shape[0], "embedding_dim": layer.weight.shape[1]}
+
+
+@rule("pixel_shuffle", keeps_zero=True)
 def pixel_shuffle(call: Call) -> Labels:
     """Names that would vary over the image are merged: the r x r channels of a pixel go together."""
     value, factor = as_operand(call.args[0]), call.args[1]
@@ -258,7 +420,7 @@ def pixel_shuffle(call: Call) -> Labels:
     return settle_labels(call.names, (label.squeeze(len(batch) + 1) for label in merged))
 
 
-@register_rule("pixel_unshuffle")
+@rule("pixel_unshuffle", keeps_zero=True)
 def pixel_unshuffle(call: Call) -> Labels:
     value, factor = as_operand(call.args[0]), call.args[1]
     batch = value.shape[:-3]
@@ -269,7 +431,7 @@ def pixel_unshuffle(call: Call) -> Labels:
     return settle_labels(call.names, labels)
 
 
-@register_rule("im2col")
+@rule("im2col", keeps_zero=True)
 def im2col(call: Call) -> Labels:
     """float[..., channels, height, width] -> float[..., channels * window, positions]."""
     value, window = as_operand(call.args[0]), math.prod(call.args[1])
@@ -282,7 +444,7 @@ def im2col(call: Call) -> Labels:
     )
 
 
-@register_rule("col2im")
+@rule("col2im", keeps_zero=True)
 def col2im(call: Call) -> Labels:
     """The opposite of ``im2col``: what belongs to one channel goes together."""
     value, window = as_operand(call.args[0]), math.prod(call.args[2])
@@ -293,7 +455,7 @@ def col2im(call: Call) -> Labels:
     return settle_labels(call.names, labels)
 
 
-@register_rule("channel_shuffle", "native_channel_shuffle")
+@rule("channel_shuffle", "native_channel_shuffle", keeps_zero=True)
 def channel_shuffle(call: Call) -> Labels:
     value, groups = as_operand(call.args[0]), call.args[1]
     batch, channels, *space = value.shape
@@ -305,7 +467,16 @@ def channel_shuffle(call: Call) -> Labels:
     return settle_labels(call.names, (condense_label(reshape_label(label, swapped, value.shape)) for label in labels))
 
 
-@register_rule("glu")
+@fitter("channel_shuffle")
+def fit_channel_shuffle(run: CompactRun, node: fx.Node) -> None:
+    """The groups of which something stays."""
+    groups = old_value(run, find_argument(node, 1, "groups"))
+    kept = kept_along(run, run.before[find_argument(node, 0, "input").name].labels, 1)
+    if kept is not None:
+        set_argument(node, 1, "groups", int(kept.reshape(groups, -1).any(1).sum()))
+
+
+@rule("glu", keeps_zero=True)
 def glu(call: Call) -> Labels:
     value = as_operand(call.args[0])
     axis = call.arg("dim", -1) % len(value.shape)

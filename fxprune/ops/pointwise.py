@@ -1,20 +1,28 @@
 """Pointwise operators: names that meet under broadcasting are merged.
 
 Operators that torch tags as pointwise come here by themselves; listed are those that lack the tag, and those that only
-look pointwise from the channels' side.
+look pointwise from the channels' side. Zero-ness is found by asking the operator, on numbers.
 """
 
+import itertools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from fxprune.channels.labels import Labels, Operand, align_label, join_labels, varying_axes
-from fxprune.channels.tensor import Call, as_operand, freeze_unknown, register_rule
+from fxprune.channels.layers import Lowered, Tensors, lowering
+from fxprune.channels.shapes import Shape, plain_shape
+from fxprune.channels.tensor import Call, as_operand, freeze_unknown, rule
+from fxprune.rewrite.attributes import attributes
+
+aten = torch.ops.aten
 
 UNTAGGED = (
     "hardswish hardsigmoid hardtanh relu6 prelu _prelu_kernel rrelu_with_noise log_sigmoid log_sigmoid_forward mish "
@@ -27,12 +35,57 @@ MADE_UP = "ones_like full_like empty_like rand_like randn_like randint_like".spl
 CREATION = "new_zeros new_ones new_empty new_full new_empty_strided".split()
 
 
-@register_rule("pointwise", *UNTAGGED)
+@rule("pointwise", *UNTAGGED)
 def pointwise(call: Call) -> Labels:
     tensors = [as_operand(value) for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
     labels = join_labels(call.names, tensors, len(call.shape))
     call.zero = all(zero_along(call, {*varying_axes(label)}) for label in labels)
     return labels
+
+
+@plain_shape(
+    "relu", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish",
+    F.relu,
+)  # fmt: skip
+def same_shape(x: Tensor, *rest: Any) -> Shape | None:
+    return x.shape if isinstance(x, Tensor) else None
+
+
+@plain_shape(
+    "add", operator.add, torch.add, "sub", operator.sub, "mul", operator.mul, torch.mul, "div", operator.truediv
+)
+def broadcast_shape(x: Any, y: Any, *rest: Any) -> Shape | None:
+    if not isinstance(x, Tensor) or isinstance(y, complex):
+        return None
+    if not isinstance(y, Tensor) or x.shape == y.shape:
+        return x.shape
+    pairs = list(itertools.zip_longest(reversed(x.shape), reversed(y.shape), fillvalue=1))[::-1]
+    if any(a != b and 1 not in (a, b) for a, b in pairs):
+        return None
+    return tuple(b if a == 1 else a for a, b in pairs)
+
+
+# What a layer calls, what it calls in place, and with which numbers.
+LAYERS: dict[type[nn.Module], tuple[OpOverload, OpOverload | None, tuple[float, ...]]] = {
+    nn.ReLU: (aten.relu.default, aten.relu_.default, ()),
+    nn.ReLU6: (aten.hardtanh.default, aten.hardtanh_.default, (0.0, 6.0)),
+    nn.SiLU: (aten.silu.default, aten.silu_.default, ()),
+    nn.Hardswish: (aten.hardswish.default, aten.hardswish_.default, ()),
+    nn.Hardsigmoid: (aten.hardsigmoid.default, aten.hardsigmoid_.default, ()),
+    nn.GELU: (aten.gelu.default, None, ()),
+    nn.Sigmoid: (aten.sigmoid.default, None, ()),
+}
+
+
+@lowering(*LAYERS)
+def lower_pointwise(layer: Any, tensors: Tensors, x: Tensor, training: bool) -> Lowered:
+    called, in_place, numbers = LAYERS[type(layer)]
+    return in_place if in_place is not None and layer.inplace else called, (x, *numbers)
+
+
+@attributes(nn.PReLU)
+def prelu_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+    return {"num_parameters": layer.weight.shape[0]}
 
 
 def zero_along(call: Call, axes: set[int]) -> bool:
@@ -41,9 +94,9 @@ def zero_along(call: Call, axes: set[int]) -> bool:
     def known(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        its = as_operand(value)
-        named = {axis for label in its.labels for axis in varying_axes(align_label(label, len(call.shape)))}
-        return Sample(value.dtype, its.zero and axes <= named)
+        operand = as_operand(value)
+        named = {axis for label in operand.labels for axis in varying_axes(align_label(label, len(call.shape)))}
+        return Sample(value.dtype, operand.zero and axes <= named)
 
     try:
         return zero_of(call.func, tuple(map(known, call.args)), tuple((k, known(v)) for k, v in call.kwargs.items()))
@@ -82,30 +135,30 @@ def zero_of(func: OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, An
     return isinstance(out, Tensor) and not out.any()
 
 
-@register_rule(*LIKE)
+@rule(*LIKE, keeps_zero=True)
 def like(call: Call) -> Labels:
     return as_operand(call.args[0]).labels
 
 
-@register_rule(*MADE_UP)
+@rule(*MADE_UP)
 def made_up(call: Call) -> Labels:
     """A value that has only the shape of another."""
-    call.zero = False
     return as_operand(call.args[0]).labels
 
 
-@register_rule("native_dropout", "_fused_dropout")
+@rule("native_dropout", "_fused_dropout", keeps_zero=True)
 def dropout(call: Call) -> Any:
     labels = as_operand(call.args[0]).labels
     return [labels, labels]
 
 
-@register_rule(*CREATION)
+@rule(*CREATION, keeps_zero=True)
 def creation(call: Call) -> Labels:
+    """A value without names: it has no channel that could go and not be zero."""
     return ()
 
 
-@register_rule("as_strided")
+@rule("as_strided", keeps_zero=True)
 def as_strided(call: Call) -> Any:
     """Pooling in channels_last restrides its result in place; any other use is not understood."""
     value = as_operand(call.args[0])
@@ -118,9 +171,9 @@ def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) 
     operands = [value]
     for vector in vectors:
         if isinstance(vector, Tensor):
-            its = as_operand(vector)
-            shape = (*its.shape, *[1] * (ndim - axis - 1))
-            operands.append(Operand(tuple(label.reshape(shape) for label in its.labels), shape, its.source))
+            given = as_operand(vector)
+            shape = (*given.shape, *[1] * (ndim - axis - 1))
+            operands.append(Operand(tuple(label.reshape(shape) for label in given.labels), shape, given.source))
     return join_labels(call.names, operands, ndim)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.budget.cost import device_of, flops_by_module
+from fxprune.budget.cost import flops_by_module
 from fxprune.budget.timing import Spread, by_module, in_turns, ratio_of_times
 from fxprune.errors import BenchError, FxpruneError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule, in_eval
+from fxprune.graph.traced import TracedModule, device_of, in_eval
 from fxprune.report.backends import BACKENDS, batch_of, usual_backends
 from fxprune.report.summary import Pair
 from fxprune.training.progress import track_progress

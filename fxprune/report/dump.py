@@ -37,7 +37,7 @@ class Dump:
         if self.folder is None:
             return
         parts = [
-            f"# {'train' if mode else 'eval'} graph{' of ' if path else ''}{path}\n{graph}"
+            f"# {mode.value} graph{' of ' if path else ''}{path}\n{graph}"
             for path, region in regions_of(module).items()
             for mode, graph in region.distinct_graphs().items()
         ]

@@ -14,12 +14,12 @@ from string import Template
 
 from torch import fx
 
+from fxprune.atomic import replace_file
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import describe_place, name_within
+from fxprune.channels.interpret import describe_place
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
-from fxprune.errors import FileError, require_type
-from fxprune.graph.traced import TracedModule, regions_of
+from fxprune.graph.traced import Mode, TracedModule, regions_of
 from fxprune.report.picture import Lanes, Part, Parts, Row, counted, entry, lay_out, section
 
 LARGE = 120  # nodes: in a graph with more of them what is nested in nested modules starts folded
@@ -29,12 +29,9 @@ STEERED = " torch.fx can't follow the whole model: its parts are graphs, and pla
 
 def write_html(analysis: Analysis, path: str | Path, title: str = "", pictures: str = "") -> None:
     """Write the page of ``analysis``, with ``pictures`` above it. Raises FileError where nothing can be written."""
-    require_type(path, (str, Path), "path", FileError)
-    page = Report(analysis).page(title, pictures)
-    try:
-        Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    except (OSError, ValueError) as error:
-        raise FileError(f"can't write a page to {path}: {getattr(error, 'strerror', None) or error}") from error
+    with replace_file(path, "a page") as partial:
+        page = Report(analysis).page(title, pictures)
+        partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 class Report:
@@ -76,22 +73,21 @@ class Report:
     def graphs(self) -> Iterator[str]:
         """The graphs, in the order in which they are called."""
         parts = regions_of(self.analysis.graph)
-        for path in dict.fromkeys([*self.analysis.inputs[False], *parts]):
+        for path in dict.fromkeys([*self.analysis.inputs[Mode.EVAL], *parts]):
             if path in parts:
                 module = parts[path]
                 rows = list(self.rows(path, module))
-                both = module.graphs[True] is module.graphs[False]
+                both = len(module.distinct_graphs()) == 1
                 title = path or "The graph"
                 yield section(title if both else f"{title}, in eval mode", "", rows, is_open=len(rows) <= LARGE)
 
     def rows(self, region: str, module: TracedModule) -> Iterator[Row]:
         """The nodes of a graph in eval mode, but for those that compute sizes and no tensors."""
-        values = self.analysis.values[False]
+        values = self.analysis.values[Mode.EVAL].get(region, {})
         nodes = dict[fx.Node, list[Value]]()
-        for node in module.graphs[False].nodes:
-            name = name_within(region, node.name)
-            found = values_in(values.get(name))
-            if found or name not in values or node.op in ("placeholder", "output"):
+        for node in module.graphs[Mode.EVAL].nodes:
+            found = values_in(values.get(node.name))
+            if found or node.name not in values or node.op in ("placeholder", "output"):
                 nodes[node] = found
         number = {node: at for at, node in enumerate(nodes)}
         drawn = lay_out([[number[each] for each in node.all_input_nodes if each in number] for node in nodes])

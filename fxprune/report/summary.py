@@ -11,7 +11,8 @@ from torch import nn
 from fxprune.budget.cost import Channels, cost_of, flops_by_module
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
-from fxprune.graph.traced import Model, in_eval, regions_of
+from fxprune.graph.layers import writes_second_axis
+from fxprune.graph.traced import Mode, Model, in_eval, regions_of
 from fxprune.plan import Plan
 from fxprune.training.log import Log
 
@@ -200,7 +201,7 @@ def class_names(model: nn.Module) -> dict[str, str]:
     """The class that each module had which tracing went through, by path."""
     found = {}
     for region, traced in regions_of(model).items():
-        for node in traced.graphs[False].nodes:
+        for node in traced.graphs[Mode.EVAL].nodes:
             if node.op != "call_module":
                 for path, kind in node.meta.get("nn_module_stack", {}).values():
                     found[f"{region}.{path}".strip(".")] = getattr(kind, "__name__", str(kind))
@@ -213,5 +214,4 @@ def channels_of_layer(layer: nn.Module | None) -> tuple[int, int]:
         return 0, 0
     weight = next(p for p in layer.parameters(recurse=False) if p.ndim > 1)
     outputs, inputs = weight.shape[:2]
-    turned = isinstance(layer, (nn.modules.conv._ConvTransposeNd, nn.Embedding))
-    return (inputs, outputs) if turned else (outputs, inputs)
+    return (inputs, outputs) if writes_second_axis(layer) else (outputs, inputs)

@@ -18,13 +18,11 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import describe_place
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.traced import Model, TracedModule, of_region, regions_of
+from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
+from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-CONTRACTIONS = (nn.modules.conv._ConvNd, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity)  # they leave zero as it is
 
 
 class Constant(nn.Module):
@@ -189,26 +187,24 @@ def why_not_empty(node: fx.Node) -> str:
     )
 
 
-def remove_branches(compact: Model, values: Mapping[bool, Mapping[str, Any]], dropped: frozenset[str]) -> None:
+def remove_branches(compact: Model, values: Values, dropped: frozenset[str]) -> None:
     """Take the branches that ``values``, the predicted shapes, leave without channels out of ``compact``.
 
     Region by region; see ``remove_from``.
     """
-    traced = regions_of(compact)
+    traced, places = regions_of(compact), places_of(compact, values)
     for path, region in traced.items():
         mine = path + "." if path else ""
-        its = {mode: of_region(values[mode], path) for mode in values}
-        graphs = region.distinct_graphs().items()
-        branches = {mode: dead_branches(region, graph, its[mode]) for mode, graph in graphs}
+        its = [place for place in places if place.region == path]
+        branches = {place.mode: dead_branches(region, place.graph, place.values) for place in its}
         remove_from(region, branches, frozenset(name.removeprefix(mine) for name in dropped if name.startswith(mine)))
-    for name, value in ((name, value) for its in values.values() for name, value in its.items()):
-        layer = name.rpartition("/")[0]
-        if layer and layer not in traced and is_empty(value):
+    for layer, ends in ((layer, ends) for regions in values.values() for layer, ends in regions.items()):
+        if layer not in traced and any(map(is_empty, ends.values())):
             raise PlanError(f"the plan keeps no channel at {layer}, which is not inside a residual branch; keep one")
 
 
 def remove_from(
-    compact: TracedModule, branches: Mapping[bool, Sequence[Branch]], dropped: frozenset[str] = frozenset()
+    compact: TracedModule, branches: Mapping[Mode, Sequence[Branch]], dropped: frozenset[str] = frozenset()
 ) -> None:
     """Take branches out of ``compact``, all but their constants, and the modules that nothing calls any more.
 
@@ -284,7 +280,7 @@ def keep_constant(compact: TracedModule, graph: fx.Graph, branch: Branch) -> fx.
             value = insert(branch.end, layer if isinstance(layer, Constant) else Constant(layer))
         for node in branch.tail:
             module = compact.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, NORMS):
+            if isinstance(module, BATCH_NORMS):
                 value = insert(node, ConstantNorm(module))
             elif module is not None and (value is not None or isinstance(module, ConstantNorm)):
                 value = insert(node, module)
@@ -295,7 +291,7 @@ def check_tail(model: nn.Module, branch: Branch) -> None:
     """Raise PlanError where the constant of ``branch`` passes something else than norms and elementwise layers."""
     for node in branch.tail:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, (*NORMS, ConstantNorm, *ELEMENTWISE)):
+        if not isinstance(module, (*BATCH_NORMS, ConstantNorm, *ELEMENTWISE)):
             raise PlanError(
                 f"the constant of a branch can't be kept over node {describe_place(node)}; drop it with the branch "
                 '(dropped= of a Plan, branches="remove" of PruneTrain), or keep one channel'
@@ -328,14 +324,13 @@ def whole_branches(analysis: Analysis, groups: set[str], constants: bool) -> set
     plan = Plan({name: () for name in groups}, analysis.sizes, analysis.options)
     after = analysis.after(plan)
     gone: set[str] = set()
-    for path, region in regions_of(analysis.graph).items():
-        for mode, graph in region.distinct_graphs().items():
-            found = dead_branches(region, graph, of_region(after.values[mode], path))
-            if constants:
-                for branch in found:
-                    check_tail(region, branch)
-            nodes = (node for branch in found for node in branch.nodes() if node.op == "call_module")
-            gone |= {f"{path}.{node.target}".removeprefix(".") for node in nodes}
+    for place in after.places():
+        found = dead_branches(place.module, place.graph, place.values)
+        if constants:
+            for branch in found:
+                check_tail(place.module, branch)
+        nodes = (node for branch in found for node in branch.nodes() if node.op == "call_module")
+        gone |= {f"{place.region}.{node.target}".removeprefix(".") for node in nodes}
     if not gone:
         raise PlanError(f"no branch goes with {groups}")
     inside = {

@@ -9,6 +9,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fxprune.errors import MigrationError, require_type
 from fxprune.graph.inputs import tensors_in
+from fxprune.graph.traced import Mode
 
 Kept = tuple[Tensor | None, ...]
 
@@ -23,7 +24,7 @@ class ParamMap(Mapping[str, Kept]):
         self,
         kept: Mapping[str, Kept],
         parameters: Mapping[nn.Parameter, tuple[str, nn.Parameter]],
-        norms: Mapping[tuple[bool, str], Kept],
+        norms: Mapping[tuple[Mode, str], Kept],
         gone: Collection[str] = (),
     ) -> None:
         """``parameters``: original -> (name, compact). ``norms``: (mode, graph node) -> what is kept of its input.

@@ -4,27 +4,36 @@ Parameters are sliced, module attributes set from them, and each graph is run on
 baked into it are replaced where they no longer fit, and every value is compared with its predicted shape.
 """
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import Runner, describe_cause, describe_place, name_within
+from fxprune.channels.interpret import Runner, describe_cause, describe_place
 from fxprune.channels.labels import stays_along
 from fxprune.channels.names import Bools
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value, values_in
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require_type
-from fxprune.graph.collector import collector_rests
 from fxprune.graph.inputs import describe_inputs, tensors_in
 from fxprune.graph.trace import copy_modules, named_tensors
-from fxprune.graph.traced import START, Model, TracedModule, copy_graph, of_region, regions_of, require_traced
+from fxprune.graph.traced import (
+    START,
+    Mode,
+    Model,
+    Place,
+    TracedModule,
+    Values,
+    copy_graph,
+    places_of,
+    regions_of,
+    require_traced,
+)
 from fxprune.plan import Plan
+from fxprune.rewrite.attributes import layer_attributes
 from fxprune.rewrite.branches import is_empty, remove_branches
 from fxprune.rewrite.fit import fit_node
 from fxprune.rewrite.param_map import Kept, ParamMap, cut_tensor
@@ -32,7 +41,6 @@ from fxprune.rewrite.param_map import Kept, ParamMap, cut_tensor
 Shape = tuple[int, ...]
 
 
-@collector_rests()
 def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamMap]:
     """Carry out ``plan``.
 
@@ -82,11 +90,11 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
         nothing = torch.zeros(0, dtype=torch.int64)
         kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
     set_attributes(compact, predicted)
-    for path, region in regions_of(compact).items():
-        for mode in region.distinct_graphs():
-            if path in analysis.inputs[mode]:
-                before, after = (of_region(values[mode], path) for values in (analysis.values, predicted))
-                Fitter(region, mode, before, after, stays).start(analysis.inputs[mode][path])
+    for place in places_of(compact, predicted):
+        given = analysis.inputs[place.mode].get(place.region)
+        if given is not None:
+            Fitter(place, analysis.values[place.mode][place.region], stays).start(given)
+    for region in regions_of(compact).values():
         region.recompile()
     param_map = ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
     record_cut(compact, analysis, plan)
@@ -100,7 +108,7 @@ def copy_onto(graph: Model, tensors: dict[int, Tensor]) -> Model:
     if not isinstance(graph, TracedModule):
         return copy_modules(graph, tensors)
     root = copy_modules(graph.root(), tensors)
-    train, evaluate = graph.graphs[True], graph.graphs[False]
+    train, evaluate = graph.graphs[Mode.TRAIN], graph.graphs[Mode.EVAL]
     new_train = copy_graph(train)
     new_evaluate = new_train if evaluate is train else copy_graph(evaluate)
     return TracedModule(root, new_train, new_evaluate)
@@ -119,9 +127,9 @@ def kept_indices(analysis: Analysis, stays: Bools) -> dict[str, Kept]:
     return kept
 
 
-def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[bool, str], Kept]:
+def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[Mode, str], Kept]:
     """For each (mode, node) with a norm whose statistics change: what is kept on each axis of the normalized value."""
-    kept: dict[tuple[bool, str], Kept] = {}
+    kept: dict[tuple[Mode, str], Kept] = {}
     for norm in analysis.norms:
         mask = stays[norm.label]
         if not mask.all():
@@ -159,7 +167,7 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
 
 
-def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) -> None:
+def set_attributes(compact: Model, predicted: Values) -> None:
     """Make the attributes of the layers that graphs, or the Python that steers them, call say what the weights are."""
     for layer, shape, out in layer_calls(compact, predicted):
         for name, attribute in layer_attributes(layer, shape, out).items():
@@ -167,27 +175,19 @@ def set_attributes(compact: Model, predicted: Mapping[bool, Mapping[str, Any]]) 
                 setattr(layer, name, attribute)
 
 
-def layer_calls(
-    compact: Model, predicted: Mapping[bool, Mapping[str, Any]]
-) -> Iterator[tuple[nn.Module, Shape, Shape]]:
+def layer_calls(compact: Model, predicted: Values) -> Iterator[tuple[nn.Module, Shape, Shape]]:
     """The layers that are called, with the shapes of what they are given and give."""
-    traced = regions_of(compact)
-    for path, region in traced.items():
-        for mode, graph in region.distinct_graphs().items():
-            values = of_region(predicted[mode], path)
-            for node in graph.nodes:
-                if node.op == "call_module":
-                    source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-                    shape = shape_of(values.get(source.name)) if isinstance(source, fx.Node) else ()
-                    yield region.get_submodule(node.target), shape, shape_of(values.get(node.name))
-    for values in predicted.values():
-        for name in values:
-            path, _, end = name.rpartition("/")
-            if end == "output" and path and path not in traced:
-                yield (
-                    compact.get_submodule(path),
-                    *(shape_of(values.get(name_within(path, end))) for end in ("input", "output")),
-                )
+    places = places_of(compact, predicted)
+    for place in places:
+        for node in place.graph.nodes:
+            if node.op == "call_module":
+                source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+                shape = shape_of(place.values.get(source.name)) if isinstance(source, fx.Node) else ()
+                yield place.module.get_submodule(node.target), shape, shape_of(place.values.get(node.name))
+    traced = {place.region for place in places}
+    for regions in predicted.values():
+        for path in regions.keys() - traced:  # layers that plain Python calls
+            yield compact.get_submodule(path), *(shape_of(regions[path].get(end)) for end in ("input", "output"))
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -195,56 +195,12 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return value.shape if isinstance(value, Value) else ()
 
 
-def layer_attributes(module: nn.Module, shape: tuple[int, ...], out: tuple[int, ...]) -> dict[str, Any]:
-    """The attributes of a layer of torch.nn that follow from its weights and the shapes of its input and output."""
-    weight = getattr(module, "weight", None)
-    w = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-    match module:
-        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            groups = 1 if module.groups == 1 else out[-len(w) + 1] // w[1]
-            return {"in_channels": w[0], "out_channels": w[1] * groups, "groups": groups}
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            groups = 1 if module.groups == 1 else shape[-len(w) + 1] // w[1]
-            return {"in_channels": w[1] * groups, "out_channels": w[0], "groups": groups}
-        case nn.Linear():
-            return {"in_features": w[1], "out_features": w[0]}
-        case nn.modules.batchnorm._NormBase():
-            return {"num_features": shape[1] if len(shape) > 1 else module.num_features}
-        case nn.LayerNorm() | nn.RMSNorm():
-            return {"normalized_shape": tuple(shape[-len(module.normalized_shape) :])}
-        case nn.GroupNorm():
-            size = module.num_channels // module.num_groups
-            groups = 1 if module.num_groups == 1 else shape[1] // size
-            return {"num_groups": groups, "num_channels": shape[1]}
-        case nn.Embedding():
-            return {"num_embeddings": w[0], "embedding_dim": w[1]}
-        case nn.PReLU():
-            return {"num_parameters": w[0]}
-        case nn.RNNBase():
-            return {"input_size": module.get_parameter("weight_ih_l0").shape[1]}
-    return {}
-
-
-FUNCTIONS: dict[Any, str] = {  # and the operators that they are
-    operator.add: "add",
-    operator.sub: "sub",
-    operator.mul: "mul",
-    operator.truediv: "div",
-    torch.add: "add",
-    torch.mul: "mul",
-    torch.cat: "cat",
-    F.relu: "relu",
-    F.linear: "linear",
-    F.layer_norm: "layer_norm",
-}
-
-
 class Fitter(Runner):
     """Runs a compact graph on meta tensors; each node is fitted before it runs and its shape checked after."""
 
-    def __init__(self, module: TracedModule, mode: bool, before: Any, after: Any, stays: Bools) -> None:
-        super().__init__(module, mode, named_tensors(module))
-        self.before, self.after, self.stays = before, after, stays
+    def __init__(self, place: Place, before: Mapping[str, Any], stays: Bools) -> None:
+        super().__init__(place.module, place.mode, named_tensors(place.module))
+        self.before, self.after, self.stays = before, place.values, stays
         self.node = ""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -298,7 +254,7 @@ class Fitter(Runner):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Nor need a function."""
-        if target in FUNCTIONS and not kwargs and (found := self.as_predicted(FUNCTIONS[target], args)) is not None:
+        if not kwargs and (found := self.as_predicted(target, args)) is not None:
             return found
         with torch.device("meta"):
             return super().call_function(target, args, kwargs)
@@ -308,7 +264,7 @@ class Fitter(Runner):
         with torch.device("meta"):
             return super().call_method(target, args, kwargs)
 
-    def as_predicted(self, operator: str, args: Sequence[Any]) -> Tensor | None:
+    def as_predicted(self, operator: Any, args: Sequence[Any]) -> Tensor | None:
         """The result of an operator whose shape is plain, and the predicted one."""
         expected = self.after.get(self.node)
         if not isinstance(expected, Value) or shape_of_result(operator, args) != expected.shape:

@@ -1,6 +1,5 @@
 """Checkpoints of a session: plain data and tensors in one file, written atomically, read without running its code."""
 
-import os
 import random
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxprune.atomic import replace_file
 from fxprune.channels.analysis import analyze
 from fxprune.errors import FileError, FxpruneError, require_type
 from fxprune.files.model import check_state, without_aliases
@@ -52,7 +52,7 @@ def write_checkpoint(run: Run, path: str | Path) -> None:
         try:
             save_atomically(checkpoint_contents(run, states), Path(path))
         except Exception as error:  # what can't be pickled fails in as many ways; the other ranks wait for the outcome
-            failed = f"can't write a checkpoint to {path}: {error}"
+            failed = str(error) if isinstance(error, FileError) else f"can't write a checkpoint to {path}: {error}"
     failed = distributed.gather_values(failed)[0]
     if failed:
         raise FileError(failed)
@@ -84,20 +84,16 @@ def options_of(training_pass: TrainingPass[Any]) -> dict[str, Any]:
 
 
 def save_atomically(data: dict[str, Any], path: Path) -> None:
-    """Write the file beside its place, make sure that it is on the disk and can be read, then put it there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
+    """Write the file, and put it into its place once it can be read again."""
+    with replace_file(path, "a checkpoint") as partial:
+        torch.save(data, partial)
         try:
             torch.load(partial, map_location="meta", weights_only=True)
         except Exception as error:
-            raise FileError(f"something in it is not plain data and would not load again: {error}") from error
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            raise FileError(
+                f"can't write a checkpoint to {path}: something in it is not plain data and would not load again: "
+                f"{error}"
+            ) from error
 
 
 def read_checkpoint(

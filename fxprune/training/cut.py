@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fxprune.channels.analysis import Analysis
 from fxprune.graph.trace import same_graphs
-from fxprune.graph.traced import Model, TracedModule, is_plain, regions_of
+from fxprune.graph.traced import Mode, Model, TracedModule, is_plain, regions_of
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap, cut_tensor
 from fxprune.rewrite.rewrite import rewrite
@@ -84,8 +84,8 @@ def become_compact(model: Model, compact: Model) -> None:
     model.meta.clear()
     model.meta.update(compact.meta)
     for region, its in regions_of_both:
-        if not all(same_graphs(region.graphs[mode], its.graphs[mode]) for mode in (False, True)):
-            region.set_graphs(its.graphs[True], its.graphs[False])
+        if not all(same_graphs(region.graphs[mode], its.graphs[mode]) for mode in Mode):
+            region.set_graphs(its.graphs[Mode.TRAIN], its.graphs[Mode.EVAL])
 
 
 def take_over(module: nn.Module, other: nn.Module) -> None:

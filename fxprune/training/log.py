@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fxprune.atomic import replace_file
 from fxprune.errors import FileError
 
 
@@ -181,7 +182,5 @@ class Log:
                 if each.removed:
                     axes.axvline(each.epoch + 0.5, color="grey", lw=0.8, ls=":")
         figure.suptitle(f"{self.epochs[-1].saved:,.0f} s of training saved; dotted lines are cuts", fontsize=10)
-        try:
-            figure.savefig(path, dpi=150)
-        except (OSError, ValueError) as error:  # a folder that is not there, or a kind of picture that nobody knows
-            raise FileError(f"can't write a picture to {path}: {getattr(error, 'strerror', None) or error}") from error
+        with replace_file(path, "a picture") as partial:
+            figure.savefig(partial, dpi=150)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fxprune.graph.traced import Model, regions_of
+from fxprune.graph.traced import Mode, Model, regions_of
 from fxprune.training.cut import replace_data
 
 
@@ -23,7 +23,7 @@ class Undo:
         self._data = [(tensor, tensor.data) for tensor in tensors]
         self._gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
         traced = [region for model in models for region in regions_of(model).values()]
-        self._graphs = [(region, region.graphs[True], region.graphs[False]) for region in traced]
+        self._graphs = [(region, region.graphs[Mode.TRAIN], region.graphs[Mode.EVAL]) for region in traced]
         held: list[dict[Any, Any]] = [optimizer.state for optimizer in optimizers]
         held += [vars(scheduler) for scheduler in schedulers_of(things)]
         for model in models:

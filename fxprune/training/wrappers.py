@@ -5,14 +5,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.errors import SessionError
+from fxprune.loaded import loaded_types
 
+# Classes of modules that are slow to import.
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+SHARDED = ("torch.distributed.fsdp.FSDPModule", "torch.distributed.fsdp.FullyShardedDataParallel")
+SPREAD = "torch.distributed.tensor.DTensor"
+POWER_SGD = "torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState"
 # Arguments that DistributedDataParallel keeps under their own names, in one version of torch or another.
 KEPT = set(
     """device_ids output_device dim process_group broadcast_buffers forward_sync_buffers find_unused_parameters
@@ -36,7 +38,7 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
             check_distributed(model)
             found.append(model)
             model = model.module
-        elif isinstance(model, OptimizedModule):
+        elif isinstance(model, loaded_types(COMPILED)):
             found.append(model)
             model = model._orig_mod
         else:
@@ -51,13 +53,13 @@ def check_whole(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         kind = type(module).__name__ + (f" ({name})" if name else "")
-        if isinstance(module, (nn.DataParallel, FSDPModule, FullyShardedDataParallel)):
+        if isinstance(module, (nn.DataParallel, *loaded_types(*SHARDED))):
             raise SessionError(
                 f"{kind} splits the model in a way that can't be cut while it trains. Use DistributedDataParallel, or "
                 "give the model without the wrapper. A sharded run can be cut between two trainings: gather its "
                 "state_dict, fxprune.rewrite the whole model, and shard that."
             )
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+        if any(isinstance(parameter, loaded_types(SPREAD)) for parameter in module.parameters(recurse=False)):
             raise SessionError(f"{kind} has parameters that are spread over ranks (DTensor), which can't be cut")
 
 
@@ -80,11 +82,11 @@ def wrap_again(wrappers: list[nn.Module], model: nn.Module) -> nn.Module:
         hooks = {name: vars(wrapper)[name] for name in HOOKS}
         if isinstance(wrapper, DistributedDataParallel):
             distribute_again(wrapper, model)
-        elif isinstance(wrapper, OptimizedModule):
-            wrapper.__init__(model, wrapper.dynamo_ctx)  # type: ignore[misc]
+        elif isinstance(wrapper, loaded_types(COMPILED)):
+            wrapper.__init__(model, wrapper.dynamo_ctx)
         vars(wrapper).update(hooks)
         model = wrapper
-    if any(isinstance(wrapper, OptimizedModule) for wrapper in wrappers):
+    if any(isinstance(wrapper, loaded_types(COMPILED)) for wrapper in wrappers):
         torch.compiler.reset()  # guards of the old shapes, and the limit on recompilations that they count against
     return model
 
@@ -102,7 +104,7 @@ def distribute_again(wrapper: DistributedDataParallel, model: nn.Module) -> None
     wrapper.require_backward_grad_sync = synchronize
     wrapper.train(training)  # type: ignore[no-untyped-call]
     for hook, state in hooks:
-        if isinstance(state, PowerSGDState):  # its errors and factors are shaped like the old buckets
+        if isinstance(state, loaded_types(POWER_SGD)):  # its errors and factors are shaped like the old buckets
             for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
                 memory.clear()
             state.iter = 0

@@ -14,7 +14,7 @@ from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
 from fxprune.graph.inputs import bind_inputs
-from fxprune.graph.traced import observed_values, of_region, regions_of
+from fxprune.graph.traced import Mode, observed_values, regions_of
 
 from .._data import Batch, mean_over, read_batches
 from ..base import Criterion, detach_weights, normalize_scores
@@ -78,7 +78,7 @@ class Activation(Criterion):
 def what_is_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
     """The nodes of a region that layers with weights of some group read, with the label of their channels."""
     graph = regions_of(analysis.graph)[region]
-    values = of_region(analysis.values[graph.training if graph.training in analysis.values else False], region)
+    values = analysis.values.get(Mode.of(graph), {}).get(region) or analysis.values[Mode.EVAL][region]
     members = {member.parameter for group in analysis.groups.values() for member in group.members}
     known = {name for name, first in analysis.aliases.items() if first in members and len(analysis.shapes[first]) > 1}
     weights = {name.removeprefix(f"{region}.") for name in known}

@@ -19,15 +19,15 @@ from torch.utils import _pytree as pytree
 
 from fxprune.channels.interpret import Runner
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
-from fxprune.graph.traced import TracedModule
-from fxprune.rewrite.branches import ELEMENTWISE, NORMS, SUMS, writes_in_place
+from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, TRANSPOSED, channel_axis
+from fxprune.graph.traced import Mode, TracedModule
+from fxprune.rewrite.branches import SUMS, writes_in_place
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 LAYERS: dict[str, tuple[type, ...]] = {
-    "contraction": (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear),
-    "norm": NORMS,
+    "contraction": (*CONVOLUTIONS, *TRANSPOSED, nn.Linear),
+    "norm": BATCH_NORMS,
     "pointwise": (
         *(*ELEMENTWISE, *DROPOUTS, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
         *(nn.Hardsigmoid, nn.Hardtanh, nn.PReLU),
@@ -87,7 +87,7 @@ class Constants(Runner):
         readings: of the convolutions and linear layers, in their order.
     """
 
-    def __init__(self, graph: TracedModule, mode: bool, example_inputs: Any) -> None:
+    def __init__(self, graph: TracedModule, mode: Mode, example_inputs: Any) -> None:
         model = copy.deepcopy(graph).double()  # a copy, for buffers move in training
         super().__init__(model, mode, {})
         self.varies: dict[fx.Node, Any] = {}
@@ -118,7 +118,7 @@ class Constants(Runner):
         """The mask that node ``n`` makes of those of its inputs; None where all may vary."""
         layer: Any = self.layer(str(n.target)) if n.op == "call_module" else None
         padded = isinstance(layer, AVERAGES) and layer.padding not in (0, (0,) * 2, (0,) * 3)
-        if padded or (isinstance(layer, DROPOUTS) and self.mode):
+        if padded or (isinstance(layer, DROPOUTS) and self.mode.training):
             return None
         match does:
             case "get_attr":
@@ -126,7 +126,7 @@ class Constants(Runner):
             case "contraction":
                 return past_contraction(layer, args[0], source)
             case "norm":
-                return past_norm(layer, args[0], self.mode)
+                return past_norm(layer, args[0], self.mode.training)
             case "pointwise":
                 masks = [mask for mask in pytree.tree_leaves((args, kwargs)) if isinstance(mask, Tensor)]
                 return functools.reduce(torch.maximum, masks) if masks else None
@@ -141,7 +141,7 @@ class Constants(Runner):
     def reading(self, n: fx.Node) -> Reading:
         """What layer ``n`` reads."""
         value, mask = (held[n.all_input_nodes[0]] for held in (self.env, self.varies))
-        axis = value.ndim - 1 if isinstance(self.layer(str(n.target)), nn.Linear) else 1
+        axis = channel_axis(self.layer(str(n.target)), value.ndim)
         value, mask = (each.movedim(axis, 0).flatten(1) for each in (value, mask))
         low, high = value.aminmax(dim=1)
         even = high - low <= 1e-13 * (1 + high.abs())

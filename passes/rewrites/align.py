@@ -19,7 +19,7 @@ from fxprune.errors import PlanError
 from fxprune.graph.trace import named_tensors, trace
 from fxprune.graph.traced import TracedModule
 from fxprune.pipeline import example_of
-from fxprune.rewrite.rewrite import layer_attributes
+from fxprune.rewrite.attributes import layer_attributes
 
 from ._constants import kind_of
 from .fold_constants import is_tensor, values_in
@@ -93,9 +93,9 @@ def is_one_run(analysis: Analysis, group: Group, number: int) -> bool:
 def find_stiff(analysis: Analysis) -> Iterator[str]:
     """The groups that go through a node whose shapes or arguments may depend on their width."""
     graph, rows = analysis.graph, Channels.of(analysis)
-    for mode, nodes in graph.distinct_graphs().items():
-        values = analysis.values[mode]
-        for node in nodes.nodes:
+    for place in analysis.places():
+        values = place.values
+        for node in place.graph.nodes:
             if (
                 node.op in ("placeholder", "output", "get_attr")
                 or not is_tensor(values[node.name])

@@ -10,12 +10,12 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fxprune.channels.analysis import analyze
+from fxprune.graph.layers import BATCH_NORMS, TRANSPOSED
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import EXAMPLE
-from fxprune.rewrite.branches import NORMS
 
-from ._constants import LAYERS, TRANSPOSED
+from ._constants import LAYERS
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class FoldBatchNorm(PassBase):
             for node in graph.nodes:
                 if node.op == "call_module":
                     calls.setdefault(str(node.target), []).append(node)
-        shapes = analyze(model, example).values[False] if example is not None else {}
+        shapes = analyze(model, example).values[Mode.EVAL][""] if example is not None else {}
         for path, nodes in calls.items():
             norm = model.get_submodule(path)
-            if type(norm) not in NORMS or norm.running_mean is None:
+            if type(norm) not in BATCH_NORMS or norm.running_mean is None:
                 continue
             before = {str(node.args[0].target) if isinstance(node.args[0], fx.Node) else "" for node in nodes}
             layer = before.pop() if len(before) == 1 else ""

@@ -17,13 +17,14 @@ from fxprune.channels.interpret import describe_place
 from fxprune.channels.labels import label_along
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value
+from fxprune.graph.layers import TRANSPOSED, channel_axis, is_depthwise
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of
 from fxprune.plan import Plan
 from fxprune.rewrite.rewrite import rewrite
 
-from ._constants import TRANSPOSED, Constants, Reading, is_padded, kind_of
+from ._constants import Constants, Reading, is_padded, kind_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class FoldConstants(PassBase):
         example = example_of(graph_module, self.example_inputs)
         graph = trace(graph_module, example)
         analysis = analyze(graph, example)
-        found = _Constants(graph, analysis, example, (False,) if self.inference_only else (False, True))
+        found = _Constants(graph, analysis, example, (Mode.EVAL,) if self.inference_only else tuple(Mode))
         keep, carriers = found.decide()
         found.warn()
         plan = Plan(keep, analysis.sizes, analysis.options)
@@ -74,7 +75,7 @@ class FoldConstants(PassBase):
 class _Constants:
     """The channels of a model, and which of them hold a constant for all that read them."""
 
-    def __init__(self, graph: TracedModule, analysis: Analysis, example: Any, modes: tuple[bool, ...]) -> None:
+    def __init__(self, graph: TracedModule, analysis: Analysis, example: Any, modes: tuple[Mode, ...]) -> None:
         self.graph, self.analysis, self.rows = graph, analysis, Channels.of(analysis)
         count = len(self.rows.group)
         self.read, self.constant = np.zeros(count, dtype=bool), np.ones(count, dtype=bool)
@@ -84,7 +85,7 @@ class _Constants:
         for mode in modes:
             run = Constants(graph, mode, example)
             readings = {reading.node.name: reading for reading in run.readings}
-            values = analysis.values[mode if mode in analysis.values else False]
+            values = analysis.values.get(mode, analysis.values[Mode.EVAL])[""]
             for node in graph.graphs[mode].nodes:
                 does = kind_of(graph, node)
                 if does == "contraction":
@@ -97,9 +98,8 @@ class _Constants:
         """Take down what a layer reads."""
         path = str(reading.node.target)
         layer: Any = self.graph.get_submodule(path)
-        label = label_along(source.labels, len(source.shape) - 1 if isinstance(layer, nn.Linear) else 1)
-        groups = getattr(layer, "groups", 1)
-        if label is None or (groups > 1 and layer.weight.shape[1] == 1):  # depthwise: its channels go along
+        label = label_along(source.labels, channel_axis(layer, len(source.shape)))
+        if label is None or is_depthwise(layer):  # whose channels go along
             return
         channel = self.rows.of_root[self.analysis.names.find(label).ravel()]
         if len(channel) != len(reading.value):  # they vary along another axis too
@@ -112,7 +112,7 @@ class _Constants:
         self.read[channel[here]] = True
         same = np.isclose(value, its, rtol=1e-12, atol=1e-12)
         self.constant[channel[here & ~(constant & same)]] = False
-        if groups > 1 or isinstance(layer, TRANSPOSED) or path in self.shared:
+        if getattr(layer, "groups", 1) > 1 or isinstance(layer, TRANSPOSED) or path in self.shared:
             why = "shares its weights" if path in self.shared else "is grouped or transposed"
             self.block(channel[here & (value != 0)], f"{path}, which reads it, {why}")
 

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PlanError
+from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS
 from fxprune.graph.traced import TracedModule
-from fxprune.rewrite.branches import NORMS, is_sum
+from fxprune.rewrite.branches import is_sum
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class GateChannels(PassBase):
         result = {}
         for path, nodes in calls.items():
             conv: Any = model.get_submodule(path)
-            if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or conv.groups > 1 or conv._buffers:  # gated already
+            if type(conv) not in CONVOLUTIONS or conv.groups > 1 or conv._buffers:  # gated already
                 continue
             if owners[id(conv.weight)] > 1 or any(len(node.args) != 1 for node in nodes):
                 continue
@@ -118,7 +119,7 @@ def norm_after(model: nn.Module, node: fx.Node, twice: set[str]) -> str:
     """The batch norm that alone uses what ``node`` gives, and that only a sum uses; "" if there is none."""
     norm = next(iter(node.users)) if len(node.users) == 1 else node
     layer = model.get_submodule(str(norm.target)) if norm.op == "call_module" else None
-    alone = isinstance(layer, NORMS) and layer.affine and str(norm.target) not in twice
+    alone = isinstance(layer, BATCH_NORMS) and layer.affine and str(norm.target) not in twice
     sums = len(norm.users) == 1 and is_sum(next(iter(norm.users)))
     return str(norm.target) if alone and sums else ""
 

@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxprune.budget.timing import in_turns, make_forward, ratio_of_times
 from fxprune.errors import PlanError
 from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.layers import is_depthwise
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, in_eval
 from fxprune.pipeline import example_of
@@ -104,7 +105,7 @@ def why_not_rewritten(model: TracedModule, path: str, conv: nn.Conv2d) -> str:
         return f"padding_mode={conv.padding_mode!r}"
     if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
         return "padding='same' is not the same on both sides"
-    if conv.groups > 1 and conv.weight.shape[1] == 1:
+    if is_depthwise(conv):
         return "it is depthwise"
     return "" if conv.weight.any() else "all its weights are zero"
 

@@ -12,12 +12,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.channels.analysis import analyze
 from fxprune.errors import PlanError
+from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE, TRANSPOSED
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of
-from fxprune.rewrite.branches import CONTRACTIONS, ELEMENTWISE, NORMS, Branch, is_sum, remove_from
-
-from ._constants import TRANSPOSED
+from fxprune.rewrite.branches import Branch, is_sum, remove_from
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,10 @@ class RemoveBranches(PassBase):
                         layer.weight.masked_fill_(silent, 0.0)
         return copied
 
-    def find(self, graph: TracedModule) -> dict[bool, list[Branch]]:
+    def find(self, graph: TracedModule) -> dict[Mode, list[Branch]]:
         """The branches of each mode's graph, in all that have them."""
         analysis = analyze(graph, example_of(graph, self.example_inputs))
-        found = {
-            mode: list(self.constant(graph, nodes, analysis.values[mode]))
-            for mode, nodes in graph.distinct_graphs().items()
-        }
+        found = {place.mode: list(self.constant(graph, place.graph, place.values)) for place in analysis.places()}
         calls = Counter(node.target for nodes in graph.distinct_graphs().values() for node in nodes.nodes)
         within = Counter(path for each in found.values() for branch in each for path in find_replaced(graph, branch))
         return {
@@ -99,7 +95,7 @@ class RemoveBranches(PassBase):
     def is_silent(self, graph: TracedModule, branch: Branch) -> bool:
         """Whether each channel has no weight in the last contraction, or the scale zero in a norm behind it."""
         layers = [graph.get_submodule(str(node.target)) for node in (branch.end, *branch.tail)]
-        norms = [layer for layer in layers if isinstance(layer, NORMS) and layer.weight is not None]
+        norms = [layer for layer in layers if isinstance(layer, BATCH_NORMS) and layer.weight is not None]
         return bool(torch.stack([self.silent(layer) for layer in (layers[0], *norms)]).any(0).all())
 
     def silent(self, layer: Any) -> Tensor:
@@ -113,7 +109,7 @@ class RemoveBranches(PassBase):
 def find_replaced(graph: TracedModule, branch: Branch) -> list[str]:
     """The layers of which something else stays; nobody else may call them."""
     paths = [str(node.target) for node in (branch.end, *branch.tail)]
-    return [path for path in paths if isinstance(graph.get_submodule(path), (*CONTRACTIONS, *NORMS))]
+    return [path for path in paths if isinstance(graph.get_submodule(path), (*CONTRACTIONS, *BATCH_NORMS))]
 
 
 def axis_of(layer: nn.Module) -> int:
@@ -131,7 +127,7 @@ def chain_to(graph: TracedModule, last: fx.Node) -> list[fx.Node]:
         if isinstance(layer, CONTRACTIONS):
             plain = "weight" in layer._parameters and not (isinstance(layer, TRANSPOSED) and layer.groups > 1)
             return chain if plain else []
-        if not isinstance(layer, (*NORMS, *ELEMENTWISE)):
+        if not isinstance(layer, (*BATCH_NORMS, *ELEMENTWISE)):
             return []
         node = node.all_input_nodes[0]
     return []

@@ -18,7 +18,7 @@ from fxprune.channels.interpret import name_within
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.traced import of_region, regions_of
+from fxprune.graph.traced import Mode, regions_of
 from fxprune.options import allow_count, allow_number, allow_words, check_options
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
@@ -131,7 +131,8 @@ class ActivationDensity(TrainingPass[Densities]):
             memory.counts[name] = [tensor.to(device) for tensor in memory.counts.get(name, fresh)]
         counters = {name: make_counter(label, *memory.counts[name]) for name, label in memory.measured}
         for path, region in regions_of(run.graph).items():
-            region.observe(of_region(counters, path))
+            nodes = {node.name: name_within(path, node.name) for node in region.graphs[Mode.TRAIN].nodes}
+            region.observe({node: counters[name] for node, name in nodes.items() if name in counters})
 
     def close(self, run: Run, memory: Densities) -> None:
         """Count no more."""
@@ -239,8 +240,8 @@ def find_activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
     """The nodes of the train graphs that give exact zeros, with the names of the channels there."""
     rows = Channels.of(analysis)
     for path, region in regions_of(analysis.graph).items():
-        values = of_region(analysis.values.get(True, {}), path) or of_region(analysis.values[False], path)
-        for node in region.graphs[True].nodes:
+        values = analysis.values.get(Mode.TRAIN, {}).get(path) or analysis.values[Mode.EVAL].get(path, {})
+        for node in region.graphs[Mode.TRAIN].nodes:
             value = values.get(node.name)
             if not gives_zeros(region, node) or not isinstance(value, Value):
                 continue

@@ -13,6 +13,7 @@ from torch.optim import SGD
 from fxprune.budget.cost import Floats
 from fxprune.channels.names import Bools
 from fxprune.errors import PlanError, SessionError
+from fxprune.graph.layers import is_depthwise
 from fxprune.options import allow_count, allow_number, allow_words, check_options
 from fxprune.plan import Plan
 from fxprune.rewrite.branches import emptied_groups
@@ -217,8 +218,4 @@ def nothing_to_prune(run: Run, still: set[str]) -> str:
 
 def depthwise_weights(model: nn.Module) -> set[str]:
     """The weights of depthwise convolutions: one input channel a filter."""
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and module.weight.shape[1] == 1
-    }
+    return {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if is_depthwise(module)}

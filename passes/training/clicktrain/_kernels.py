@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.traced import Model, regions_of
-from fxprune.rewrite.branches import NORMS, is_sum
+from fxprune.graph.layers import BATCH_NORMS
+from fxprune.graph.traced import Mode, Model, regions_of
+from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.param_map import ParamMap
 
 from .._norms import EPSILON, at_least_float32
@@ -83,7 +84,7 @@ def find_convolutions(model: Model) -> list[Layer]:
 def eval_graphs(model: Model) -> Iterator[tuple[str, fx.Graph]]:
     """The graph of each region in eval mode, and what its paths begin with."""
     for path, region in regions_of(model).items():
-        yield (f"{path}." if path else ""), region.graphs[False]
+        yield (f"{path}." if path else ""), region.graphs[Mode.EVAL]
 
 
 def first_convolution(model: Model) -> str:
@@ -100,7 +101,9 @@ def find_shortcuts(model: Model) -> Iterator[str]:
     for prefix, graph in eval_graphs(model):
         for join in filter(is_sum, graph.nodes):
             for mine, other in (join.args, join.args[::-1]):
-                while mine.op == "call_module" and isinstance(model.get_submodule(f"{prefix}{mine.target}"), NORMS):
+                while mine.op == "call_module" and isinstance(
+                    model.get_submodule(f"{prefix}{mine.target}"), BATCH_NORMS
+                ):
                     mine = mine.args[0]
                 layer: Any = model.get_submodule(f"{prefix}{mine.target}") if mine.op == "call_module" else None
                 if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and comes_from(other, mine.args[0]):

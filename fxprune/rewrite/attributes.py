@@ -1,0 +1,34 @@
+"""Attributes: what layers of torch.nn say of their sizes, made to say what their weights are now."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Shape = tuple[int, ...]
+Attributes = Callable[[Any, Shape, Shape], dict[str, Any]]
+ATTRIBUTES: dict[type[nn.Module], Attributes] = {}  # ops/ fills it
+
+
+def attributes(*layers: type[nn.Module]) -> Callable[[Attributes], Attributes]:
+    """Say which attributes of a layer follow from its weights: decorates ``f(layer, given, out) -> {name: value}``.
+
+    ``given`` and ``out`` are the shapes of what the layer is given and gives, after the cut.
+
+    Args:
+        layers: classes; what derives from them counts too, unless it has attributes of its own.
+    """
+
+    def register(function: Attributes) -> Attributes:
+        ATTRIBUTES.update(dict.fromkeys(layers, function))
+        return function
+
+    return register
+
+
+def layer_attributes(layer: nn.Module, given: Shape, out: Shape) -> dict[str, Any]:
+    """The attributes of a layer that follow from its weights and the shapes of its input and output."""
+    for kind in type(layer).__mro__:
+        if kind in ATTRIBUTES:
+            return ATTRIBUTES[kind](layer, given, out)
+    return {}
