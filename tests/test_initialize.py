@@ -71,7 +71,7 @@ def test_any_subset_in_any_order_is_the_same(kind: str, monkeypatch: pytest.Monk
 
 def test_another_process_and_other_threads_give_the_same() -> None:
     program = (
-        "import sys, torch; from fxprune.start import *; torch.set_num_threads(int(sys.argv[1]));"
+        "import sys, torch; from fxprune.files.start import *; torch.set_num_threads(int(sys.argv[1]));"
         "s = Start(5, {kind: Origin(kind, 0.3, (40, 30, 3, 3)) for kind in KINDS});"
         "sys.stdout.buffer.write(b''.join(s.values(kind).numpy().tobytes() for kind in KINDS))"
     )

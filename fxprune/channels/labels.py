@@ -187,7 +187,7 @@ def give_way(names: Names, operands: Sequence[Operand], ndim: int) -> Sequence[O
 def regroup_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest independent parts: (axes before, axes after) with equal products.
 
-    >>> regroup((2, 12, 5), (2, 3, 4, 5))
+    >>> regroup_axes((2, 12, 5), (2, 3, 4, 5))
     [([0], [0]), ([1], [1, 2]), ([2], [3])]
     """
     parts: list[tuple[list[int], list[int]]] = []
