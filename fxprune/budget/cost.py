@@ -36,34 +36,38 @@ def flops(model: nn.Module, example_inputs: Any) -> int:
 
     A model with plain Python in it, which may look at values, runs on the example itself.
     """
-    return int(count_operations(model, example_inputs).get_total_flops())
+    return count_flops(model, example_inputs)[""]
 
 
-def flops_by_module(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """The same for each module, by its path; what stands in a module counts for it too, and "" is the model."""
-    found = count_operations(model, example_inputs).get_flop_counts()
-    flops = Counter({path.partition(".")[2]: sum(its.values()) for path, its in found.items() if path != "Global"})
+def count_flops(model: nn.Module, example_inputs: Any) -> Counter[str]:
+    """The same for each module, by its path; what stands in a module counts for it too, and "" is the model.
+
+    In a traced model, a function counts for the module whose forward called it: tracing went through that.
+    """
     if isinstance(model, TracedModule):
-        functions = Functions(model, Mode.of(model), state_on_meta(model))
-        functions.start(map_tensors(on_meta, bind_inputs(example_inputs)))
-        flops += functions.flops
-    return flops
-
-
-def count_operations(model: nn.Module, example_inputs: Any) -> "FlopCounterMode":
-    """The counter after one forward pass."""
+        nodes = NodeCounter(model, Mode.of(model), state_on_meta(model))
+        nodes.start(map_tensors(on_meta, bind_inputs(example_inputs)))
+        return nodes.flops
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     counter = FlopCounterMode(display=False)
-    if is_traced(model) and not isinstance(model, TracedModule):
-        args, kwargs = bind_inputs(example_inputs)
-        with counter, torch.no_grad(), torch.random.fork_rng():
-            model(*args, **kwargs)
-        return counter
-    args, kwargs = map_tensors(on_meta, bind_inputs(example_inputs))
+    args, kwargs = bind_inputs(example_inputs)
     with counter, torch.no_grad():
-        functional_call(model, state_on_meta(model), args, kwargs)
-    return counter
+        if is_traced(model):
+            with torch.random.fork_rng():
+                model(*args, **kwargs)
+        else:
+            functional_call(model, state_on_meta(model), *map_tensors(on_meta, (args, kwargs)))
+    return flops_within("", counter)
+
+
+def flops_within(path: str, counter: "FlopCounterMode") -> Counter[str]:
+    """What a counter has seen of a module, by the paths of what stands in it. ``path`` is its own."""
+    flops = Counter({path: counter.get_total_flops()})
+    for name, counts in counter.get_flop_counts().items():
+        if inner := name.partition(".")[2]:  # the first part is the module's class
+            flops[f"{path}.{inner}".strip(".")] += sum(counts.values())
+    return flops
 
 
 def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
@@ -72,23 +76,24 @@ def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
     return {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}
 
 
-class Functions(Runner):
-    """Counts the FLOPs of functions, for the module whose forward called them: tracing went through that."""
+class NodeCounter(Runner):
+    """Counts the FLOPs of each node for its module, and for the model."""
 
     def __init__(self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor]) -> None:
         super().__init__(module, mode, state)
-        self.flops = Counter[str]()
+        self.flops = Counter({"": 0})
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node, and count if it is a function of a module."""
+        """Run one node, and count."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        if n.op == "call_module" or not n.meta.get("nn_module_stack"):
-            return super().run_node(n)
-        path, _ = list(n.meta["nn_module_stack"].values())[-1]
         with FlopCounterMode(display=False) as counter:
             result = super().run_node(n)
-        self.flops[path] += counter.get_total_flops()
+        stack = [path for path, _ in n.meta.get("nn_module_stack", {}).values()]
+        path = str(n.target) if n.op == "call_module" else "".join(stack[-1:])
+        self.flops[""] += counter.get_total_flops()
+        if path:
+            self.flops += flops_within(path, counter)
         return result
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.budget.cost import flops_by_module
+from fxprune.budget.cost import count_flops
 from fxprune.budget.timing import Spread, by_module, in_turns, ratio_of_times
 from fxprune.errors import BenchError, FxpruneError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
@@ -130,7 +130,7 @@ def bench(
     with in_eval(*models.values()):
         try:
             traced = [trace(model, inputs) for model in models.values()]
-            counted = [flops_by_module(model, inputs) for model in traced]
+            counted = [count_flops(model, inputs) for model in traced]
         except Exception as error:
             raise BenchError(f"a model does not run on these inputs: {type(error).__name__}: {error}") from error
         if not all(isinstance(model, TracedModule) for model in traced):

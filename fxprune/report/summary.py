@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from fxprune.budget.cost import Channels, cost_of, flops_by_module
+from fxprune.budget.cost import Channels, cost_of, count_flops
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 from fxprune.graph.layers import writes_second_axis
@@ -152,7 +152,7 @@ def total_costs(analysis: Analysis) -> dict[str, float]:
 def layer_rows(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     """The layers with weights, in the order of the model."""
     with in_eval(before.graph, after.graph):
-        flops = [flops_by_module(each.graph, each.example_inputs) for each in (before, after)]
+        flops = [count_flops(each.graph, each.example_inputs) for each in (before, after)]
     modules = [weighted_modules(each.graph) for each in (before, after)]
     groups: dict[str, list[str]] = {}
     for group in before.groups.values():
