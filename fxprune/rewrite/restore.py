@@ -6,6 +6,7 @@ Very Deep Neural Networks" (2017), section 3.1, on every layer that is linear in
 later ones make up for what earlier ones leave.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from fxprune.training.progress import track_progress
 
 Rows = tuple[Tensor, Tensor, Tensor]  # float[groups, rows, columns], and twice float[groups, rows, outputs]
 METHODS = ("least_squares", "batch_norm")
+ROUNDING = 30  # times the precision of a value: smaller differences are none
+MOST_ROUNDING = 0.03  # of a value, in half precision
 HELD_OUT = 8  # one batch, or sample, of so many decides and is not fitted
 EXPECTED = "A batch holds what the model takes, and labels behind it if you like. compact is unchanged."
 NORMS = nn.modules.batchnorm._BatchNorm
@@ -288,7 +291,7 @@ def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamM
     originals = {node.name: node for node in graph.graphs[False].nodes}
     uses = count_uses(compact)
     generator = torch.Generator().manual_seed(0)
-    rows = []
+    rows, apart = [], list[str]()
     for node in walk_together(graph, compact, pairs):
         original, layer = originals.get(node.name), find_linear_layer(compact, node)
         if original is None or layer is None:
@@ -297,12 +300,16 @@ def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamM
         if dense is None:
             continue
         place = Place(compact, node, original, layer, kept_outputs(dense, param_map[layer.name]), pairs)
+        if not place.is_comparable():
+            apart.append(layer.name)
+            continue
         if (found := restore_layer(place, uses[id(layer.weight)], generator)) is None:
             continue
         rows.append(found)
         for pair in pairs:
             pair.compact.advance(node)
-    return Restoration("least_squares", tuple(rows))
+    note = f"left as cut, for more than the channels of what they give went: {', '.join(apart)}" if apart else ""
+    return Restoration("least_squares", tuple(rows), note)
 
 
 def count_uses(model: TracedModule) -> Mapping[int, int]:
@@ -359,6 +366,13 @@ class Place:
     def source(self) -> fx.Node:
         """What the layer reads in the compact model."""
         return self.node.all_input_nodes[0]
+
+    def is_comparable(self) -> bool:
+        """Whether what the layer gives was cut along its channels only."""
+        pair = self.pairs[0]
+        given, wanted = pair.compact.env[self.node], pair.dense.env[self.original]
+        same: bool = given.shape == self.at_kept(wanted).shape
+        return same
 
     def missing(self, pair: Pair, tail: "Tail") -> Tensor:
         """What the layer should give and does not: shaped like its output, in float32 at least."""
@@ -445,7 +459,7 @@ def widen(value: Tensor) -> Tensor:
 def restore_layer(place: Place, uses: int, generator: torch.Generator) -> RestoredLayer | None:
     """Restore one layer; None where it gives what it gave."""
     layer, tail = place.layer, follow_layer(place)
-    if not any(place.missing(pair, tail).any() for pair in place.pairs):
+    if not has_changed(place, tail):
         return None
     changes: list[Change] = []
     outcome = why_left(place, uses)
@@ -458,6 +472,18 @@ def restore_layer(place: Place, uses: int, generator: torch.Generator) -> Restor
         return RestoredLayer(layer.name, before / size, before / size, outcome)
     apply_change(place, tail, changes[best])
     return RestoredLayer(layer.name, before / size, after[best] / size, "restored")
+
+
+def has_changed(place: Place, tail: Tail) -> bool:
+    """Whether the layer gives something else than it gave, by more than rounding."""
+    dtype = place.pairs[0].compact.env[place.node].dtype
+    missing, given = 0.0, 0.0
+    for pair in place.pairs:
+        missing += float(place.missing(pair, tail).double().square().sum())
+        given += float(pair.compact.env[place.node].double().square().sum())
+    if not math.isfinite(missing):
+        raise RestoreError(f"on this data the layer of {place.layer.name} gives values that are not finite. {EXPECTED}")
+    return missing**0.5 > min(ROUNDING * torch.finfo(dtype).eps, MOST_ROUNDING) * given**0.5
 
 
 def why_left(place: Place, uses: int) -> str:
