@@ -371,8 +371,7 @@ class Place:
         """Whether what the layer gives was cut along its channels only."""
         pair = self.pairs[0]
         given, wanted = pair.compact.env[self.node], pair.dense.env[self.original]
-        same: bool = given.shape == self.at_kept(wanted).shape
-        return same
+        return tuple(given.shape) == tuple(self.at_kept(wanted).shape)
 
     def missing(self, pair: Pair, tail: "Tail") -> Tensor:
         """What the layer should give and does not: shaped like its output, in float32 at least."""
@@ -483,7 +482,7 @@ def has_changed(place: Place, tail: Tail) -> bool:
         given += float(pair.compact.env[place.node].double().square().sum())
     if not math.isfinite(missing):
         raise RestoreError(f"on this data the layer of {place.layer.name} gives values that are not finite. {EXPECTED}")
-    return missing**0.5 > min(ROUNDING * torch.finfo(dtype).eps, MOST_ROUNDING) * given**0.5
+    return math.sqrt(missing) > min(ROUNDING * torch.finfo(dtype).eps, MOST_ROUNDING) * math.sqrt(given)
 
 
 def why_left(place: Place, uses: int) -> str:
