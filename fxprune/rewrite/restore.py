@@ -19,7 +19,7 @@ from fxprune.budget.cost import device_of
 from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause, describe_place
 from fxprune.errors import RestoreError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
-from fxprune.graph.traced import Model, TracedModule, in_eval, require_traced
+from fxprune.graph.traced import Mode, Model, TracedModule, in_eval, require_traced
 from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.least_squares import Change, count_rows, fit_changes
 from fxprune.rewrite.param_map import ParamMap
@@ -95,7 +95,7 @@ class Live(Runner):
     """One batch on its way through the eval graph of a model. A value is let go when its last reader is done."""
 
     def __init__(self, model: TracedModule, inputs: Bound) -> None:
-        super().__init__(model, False, {})
+        super().__init__(model, Mode.EVAL, {})
         self.args_iter = bind_placeholders(self.graph, inputs)
         self.last: dict[fx.Node, list[fx.Node]] = {}
         read: set[fx.Node] = set()
@@ -228,7 +228,7 @@ def argument_names(model: nn.Module) -> list[str] | None:
     """The arguments of a graph that must be given; None where plain Python takes them."""
     if not isinstance(model, TracedModule):
         return None
-    nodes = [node for node in model.graphs[False].nodes if node.op == "placeholder"]
+    nodes = [node for node in model.graphs[Mode.EVAL].nodes if node.op == "placeholder"]
     return [str(node.target) for node in nodes if not node.args or node.users]
 
 
@@ -288,7 +288,7 @@ def renew_averages(compact: nn.Module, batches: Sequence[Bound], note: str = "")
 
 def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamMap, pairs: list[Pair]) -> Restoration:
     """Walk both models and restore each layer whose input has changed."""
-    originals = {node.name: node for node in graph.graphs[False].nodes}
+    originals = {node.name: node for node in graph.graphs[Mode.EVAL].nodes}
     uses = count_uses(compact)
     generator = torch.Generator().manual_seed(0)
     rows, apart = [], list[str]()
@@ -315,7 +315,7 @@ def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamM
 def count_uses(model: TracedModule) -> Mapping[int, int]:
     """How many nodes of the eval graph use each parameter, by its id."""
     uses: dict[int, int] = {}
-    for node in model.graphs[False].nodes:
+    for node in model.graphs[Mode.EVAL].nodes:
         layer = find_linear_layer(model, node)
         if layer is not None:
             uses[id(layer.weight)] = uses.get(id(layer.weight), 0) + 1
@@ -324,9 +324,9 @@ def count_uses(model: TracedModule) -> Mapping[int, int]:
 
 def walk_together(graph: TracedModule, compact: TracedModule, pairs: Sequence[Pair]) -> Iterator[fx.Node]:
     """The nodes of ``compact`` in order, each when all batches have its value in both models."""
-    waiting = iter(graph.graphs[False].nodes)
-    names = {node.name for node in graph.graphs[False].nodes}
-    nodes = list(compact.graphs[False].nodes)
+    waiting = iter(graph.graphs[Mode.EVAL].nodes)
+    names = {node.name for node in graph.graphs[Mode.EVAL].nodes}
+    nodes = list(compact.graphs[Mode.EVAL].nodes)
     for node in track_progress(nodes, "restoring"):
         passed = list[fx.Node]()
         while node.name in names and (not passed or passed[-1].name != node.name):
