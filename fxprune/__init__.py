@@ -17,6 +17,7 @@ from fxprune.prune import prune
 from fxprune.report.bench import bench
 from fxprune.report.summary import summarize
 from fxprune.rewrite.param_map import ParamMap
+from fxprune.rewrite.restore import Restoration, restore
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.rewrite.verify import verify
 from fxprune.training.run import TrainingPass
@@ -31,6 +32,7 @@ __all__ = [
     "ParamMap",
     "Pipeline",
     "Plan",
+    "Restoration",
     "Session",
     "TracedModule",
     "TrainingPass",
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "prune",
     "register_operator",
+    "restore",
     "rewrite",
     "save",
     "staircase",

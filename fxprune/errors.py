@@ -42,6 +42,10 @@ class VerificationError(FxpruneError):
     """The compact model is not the masked original; names the output or gradient that differs, and by how much."""
 
 
+class RestoreError(FxpruneError):
+    """A compact model can't be restored from the original on this data. It is unchanged."""
+
+
 class MigrationError(FxpruneError):
     """An optimizer's state can't be carried over. The optimizer is unchanged."""
 

@@ -1,5 +1,6 @@
-"""One call: trace, analyze, plan, rewrite, verify."""
+"""One call: trace, analyze, plan, rewrite, verify, restore."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,8 +12,11 @@ from fxprune.errors import BudgetError, PlanError, require_type
 from fxprune.graph.trace import trace
 from fxprune.plan import Plan
 from fxprune.report.dump import Dump
+from fxprune.rewrite.restore import restore
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.rewrite.verify import verify as check
+
+logger = logging.getLogger("fxprune")
 
 
 class Plans(Protocol):
@@ -30,6 +34,7 @@ def prune(
     budget: Budget,
     keep: Sequence[str] = (),
     verify: bool = True,
+    data: Any = None,
 ) -> Any:
     """Prune ``model`` to ``budget`` and return the compact model: a GraphModule, or what ``trace`` makes of such a one.
 
@@ -43,7 +48,9 @@ def prune(
         criterion: says which channels matter, for example ``passes.Magnitude()``.
         budget: what may remain.
         keep: patterns of layers whose channels all stay ("layer4.*", "conv1").
-        verify: check in float64 that the compact model is the masked original.
+        verify: check in float64 that the compact model is the masked original, before it is restored.
+        data: batches to restore the compact model on, as ``restore`` takes them; labels are not looked at. The table by
+            layer goes to the log "fxprune". Default, the cut weights stay as they are.
 
     Raises:
         FxpruneError: a subclass for each stage that can fail; see the stages.
@@ -60,6 +67,8 @@ def prune(
     dump.write("compact", compact, analysis.after(plan, compact))
     if verify:
         check(graph, compact, param_map, example_inputs)
+    if data is not None:
+        logger.info("restored after the cut\n%s", restore(graph, compact, param_map, data))
     if finish := getattr(criterion, "finish", None):
         finish(graph, compact, param_map)
     return compact

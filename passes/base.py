@@ -7,14 +7,17 @@ their options.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.budget.budget import Bounds, Budget, patterns_of
-from fxprune.budget.cost import Floats
+from fxprune.budget.cost import Floats, marginal
 from fxprune.budget.solve import solve_budget
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import Group
 from fxprune.errors import BudgetError, PlanError, require_type
 from fxprune.graph.layers import reads_axis
 from fxprune.plan import Plan
@@ -23,7 +26,13 @@ from fxprune.rewrite.param_map import ParamMap
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion(Bounds, ABC):
-    """Scores channels; ``plan`` removes those of the lowest scores. Its options are those of ``Bounds``."""
+    """Scores channels; ``plan`` removes those of the lowest scores. Its options are those of ``Bounds``.
+
+    Attributes:
+        per_cost: whether ``plan`` divides the score of a channel by what goes with it of what the budget limits.
+    """
+
+    per_cost: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
@@ -50,7 +59,10 @@ class Criterion(Bounds, ABC):
             round_to=self.round_to,
             scope=self.scope,
         )
-        return solve_budget(analysis, self.score(analysis), budget, bounds)
+        scores = self.score(analysis)
+        if self.per_cost:
+            scores = divide_by_cost(analysis, scores, budget)
+        return solve_budget(analysis, scores, budget, bounds)
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
         """What a method does to ``compact`` after the cut from ``graph``: nothing, for most."""
@@ -66,6 +78,24 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
             "the weights are on the meta device and have no values to score. Use passes.Random, or load them."
         )
     return found
+
+
+def divide_by_cost(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget) -> dict[str, Floats]:
+    """Scores over what goes with each channel of what ``budget`` limits first; over FLOPs where it limits time."""
+    kind = next((kind for kind, _ in budget.limits()), "flops")
+    costs = marginal(analysis, kind)
+    return {name: its / np.maximum(costs[name], 1.0) for name, its in scores.items()}
+
+
+def share_in_layers(analysis: Analysis, group: Group, scores: Floats) -> Floats:
+    """How much of how many layers goes with each channel, float64[channels].
+
+    That is its share of its group's scores, times the layers with weights that the group goes through: a channel of a
+    residual stream is missed by all of them, one inside a block by two.
+    """
+    layers = sum(len(analysis.shapes[member.parameter]) > 1 for member in group.members)
+    total = scores.sum()
+    return max(layers, 1) * (np.full(group.size, 1 / group.size) if total == 0 else scores / total)
 
 
 def normalize_scores(scores: Floats) -> Floats:

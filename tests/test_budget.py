@@ -266,7 +266,7 @@ def test_widths_are_multiples(round_to: Any, multiple: int) -> None:
     analysis = zoo("resnet18")
     plan = passes.Magnitude(round_to=round_to).plan(analysis, Budget(flops=0.5))
     uneven = [name for name, width in plan.widths.items() if width % min(multiple, analysis.sizes[name] // 4)]
-    assert len(uneven) <= 2
+    assert len(uneven) <= 3
     loose = passes.Magnitude(round_to=round_to).plan(analysis, Budget(flops=0.5, tolerance=0.5))
     assert all(width % min(multiple, analysis.sizes[name] // 4) == 0 for name, width in loose.widths.items())
 

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 import fxprune
 from fxprune import Analysis, Budget, Plan, passes
+from fxprune.budget.budget import Bounds
+from fxprune.budget.solve import solve_budget
 from fxprune.budget.sums import Sums
 from fxprune.errors import PlanError
 
@@ -41,12 +43,13 @@ def by_hand(analysis: Analysis, of_slice: Callable[[str, Tensor], float], over: 
     return result
 
 
-def assert_proportional(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """The same scores but for one factor a group, under which their mean is 1."""
+def assert_shares(analysis: Analysis, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Scores as shares of their group, times the number of weights that the group lives on."""
     assert set(found) == set(expected)
     for name, scores in found.items():
-        wanted = np.array(expected[name])
-        np.testing.assert_allclose(scores, wanted / wanted.mean(), rtol=1e-6, err_msg=name)
+        layers = [m for m in analysis.groups[name].members if len(analysis.shapes[m.parameter]) > 1]
+        wanted = len(layers) * np.array(expected[name]) / np.sum(expected[name])
+        np.testing.assert_allclose(scores, wanted, rtol=1e-6, err_msg=name)
 
 
 # --------------------------------------------------------------------------------------------- magnitude
@@ -54,13 +57,35 @@ def assert_proportional(found: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 @pytest.mark.parametrize("p", [1.0, 2.0])
 @pytest.mark.parametrize("name", ["residual_projection", "vgg_flatten", "shufflenet", "tied_parameter"])
-def test_magnitude_is_the_norm_over_the_whole_group(name: str, p: float) -> None:
+def test_magnitude_is_the_share_of_the_whole_group(name: str, p: float) -> None:
     analysis, _ = analysed(name)
     weights = {key: w for key, w in analysis.graph.named_parameters() if w.ndim > 1}
     powers = by_hand(analysis, lambda _, w: w.abs().pow(p).sum().item(), weights)
-    assert_proportional(
-        passes.Magnitude(p=p).score(analysis), {key: np.array(value) ** (1 / p) for key, value in powers.items()}
-    )
+    assert_shares(analysis, passes.Magnitude(p=p).score(analysis), powers)
+
+
+def test_a_channel_of_a_stream_counts_in_every_layer_that_it_goes_through() -> None:
+    """Equal weights: what a channel is worth per FLOP is the same wherever it is, as the layers are."""
+    model, inputs = prepare(MODELS["residual"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    analysis = fxprune.analyze(model, inputs)
+    scores = passes.Magnitude().score(analysis)
+    for name, group in analysis.groups.items():
+        layers = sum(len(analysis.shapes[member.parameter]) > 1 for member in group.members)
+        np.testing.assert_allclose(scores[name], layers / group.size)
+
+
+@pytest.mark.parametrize("limit", ["flops", "params", "memory"])
+def test_magnitude_compares_what_is_lost_for_what_is_saved(limit: str) -> None:
+    """The plan is the one of the scores over the cost of each channel in what the budget limits."""
+    analysis, _ = analysed("vgg_flatten")
+    budget = Budget(**{limit: 0.6}, tolerance=0.3)
+    costs = fxprune.cost.marginal(analysis, limit)
+    priced = {name: its / costs[name] for name, its in passes.Magnitude().score(analysis).items()}
+    expected = solve_budget(analysis, priced, budget, Bounds(round_to=1))
+    assert passes.Magnitude(round_to=1).plan(analysis, budget) == expected
 
 
 @pytest.mark.parametrize("elements", [1, 40])
@@ -68,7 +93,7 @@ def test_large_weights_are_summed_in_parts(elements: int, monkeypatch: pytest.Mo
     analysis, _ = analysed("residual")
     whole = passes.Magnitude().score(analysis)
     monkeypatch.setattr(Sums, "PART", elements)
-    assert_proportional(passes.Magnitude().score(analysis), whole)
+    assert_shares(analysis, passes.Magnitude().score(analysis), whole)
 
 
 def test_magnitude_takes_the_smallest_channels() -> None:
@@ -134,11 +159,11 @@ def test_taylor_is_the_first_order_change_of_the_loss(name: str) -> None:
     analysis, inputs = analysed(name)
     data = [batch(inputs, seed) for seed in range(3)]
     one, several, loader = data[0], data, DataLoader(data, batch_size=None)  # type: ignore[arg-type]
-    assert_proportional(passes.Taylor(one, loss).score(analysis), taylor_by_hand(analysis, data[:1]))
-    assert_proportional(passes.Taylor(list(one), loss).score(analysis), taylor_by_hand(analysis, data[:1]))
-    assert_proportional(passes.Taylor(several, loss).score(analysis), taylor_by_hand(analysis, data))
-    assert_proportional(passes.Taylor(data[:2], loss).score(analysis), taylor_by_hand(analysis, data[:2]))
-    assert_proportional(passes.Taylor(loader, loss).score(analysis), taylor_by_hand(analysis, data))
+    assert_shares(analysis, passes.Taylor(one, loss).score(analysis), taylor_by_hand(analysis, data[:1]))
+    assert_shares(analysis, passes.Taylor(list(one), loss).score(analysis), taylor_by_hand(analysis, data[:1]))
+    assert_shares(analysis, passes.Taylor(several, loss).score(analysis), taylor_by_hand(analysis, data))
+    assert_shares(analysis, passes.Taylor(data[:2], loss).score(analysis), taylor_by_hand(analysis, data[:2]))
+    assert_shares(analysis, passes.Taylor(loader, loss).score(analysis), taylor_by_hand(analysis, data))
     assert passes.Taylor(one, loss).plan(analysis, HALF).keep
 
 
@@ -199,7 +224,7 @@ def test_fisher_is_half_the_squares_of_weight_times_gradient(name: str) -> None:
         products = {key: p * p.grad for key, p in model.named_parameters() if p.grad is not None}
         sums = by_hand(analysis, lambda _, product: product.square().sum().item() / 2, products)
         total = {group: total[group] + np.array(sums[group]) for group in total}
-    assert_proportional(passes.Fisher(data, loss).score(analysis), total)
+    assert_shares(analysis, passes.Fisher(data, loss).score(analysis), total)
 
 
 # --------------------------------------------------------------------------------------- GeometricMedian
@@ -218,7 +243,7 @@ def test_geometric_median_is_the_sum_of_distances(name: str) -> None:
                     slices[channel].append(weights[member.parameter].select(member.axis, int(position)).flatten())
         rows = [torch.cat(each) for each in slices]
         expected[group.name] = [sum((mine - its).norm().item() for its in rows) for mine in rows]
-    assert_proportional(passes.GeometricMedian().score(analysis), expected)
+    assert_shares(analysis, passes.GeometricMedian().score(analysis), expected)
 
 
 def test_geometric_median_takes_what_others_can_stand_for() -> None:
@@ -270,7 +295,7 @@ def test_activation_is_the_statistic_of_what_is_read(statistic: str, training: b
         name: (its.abs().mean(1) if statistic == "mean" else its.var(1, correction=0)).numpy()
         for name, its in values.items()
     }
-    assert_proportional(passes.Activation(data, statistic).score(analysis), expected)
+    assert_shares(analysis, passes.Activation(data, statistic).score(analysis), expected)
 
 
 @pytest.mark.parametrize(

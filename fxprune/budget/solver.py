@@ -15,6 +15,8 @@ from fxprune.graph.layers import writes_second_axis
 from fxprune.graph.traced import device_of
 from fxprune.plan import Plan
 
+TRIES = 16  # numbers of channels, where the fewest leave too much of a budget
+
 
 class Solver:
     """Finds widths for the groups, given scores: highest score stays."""
@@ -74,29 +76,32 @@ class Solver:
     def meet(self, used: Callable[[Ints], float], tolerance: float) -> Ints:
         """The widths that use up at most 1, and at least ``1 - tolerance``, of what ``used`` measures.
 
-        Where widths that are multiples use too little or too much, smaller multiples do. Raises UnreachableError, with
+        Where widths that are multiples use too little or too much, smaller multiples do; where single channels do too,
+        some more go, for others to be given back. Raises UnreachableError, with
         the nearest, where no widths are found.
         """
         nearest, step = None, self.multiple
         while True:
             if used(least := self.widths(len(self.worst_first), step)) <= 1:
-                widths = self.largest(step, used)
-                widths = self.filled(widths, step, used, 1 - tolerance)
-                if used(widths) >= 1 - tolerance:
-                    return widths
-                if nearest is None or used(widths) > used(nearest):
-                    nearest = widths
+                fewest = self.fewest(step, used)
+                tries = TRIES if (step == 1).all() else 1
+                for removed in range(fewest, min(fewest + tries, len(self.worst_first) + 1)):
+                    widths = self.filled(self.widths(removed, step), step, used, 1 - tolerance)
+                    if used(widths) >= 1 - tolerance:
+                        return widths
+                    if nearest is None or used(widths) > used(nearest):
+                        nearest = widths
             if (step == 1).all():
                 raise UnreachableError(least if nearest is None else nearest, above=nearest is None)
             step = np.maximum(1, step // 2)
 
-    def largest(self, step: Ints, used: Callable[[Ints], float]) -> Ints:
-        """The widths, multiples of ``step``, when as few channels go as the budget allows."""
+    def fewest(self, step: Ints, used: Callable[[Ints], float]) -> int:
+        """How few channels go at least, for widths that are multiples of ``step``, until the budget holds."""
         low, high = 0, len(self.worst_first)
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if used(self.widths(middle, step)) <= 1 else (middle + 1, high)
-        return self.widths(low, step)
+        return low
 
     def filled(self, widths: Ints, step: Ints, used: Callable[[Ints], float], enough: float) -> Ints:
         """``widths`` with channels given back, in ever smaller steps, until ``enough`` is used or nothing fits."""

@@ -12,6 +12,7 @@ from fxprune.budget.cost import marginal
 from fxprune.channels.analysis import Analysis
 from fxprune.report.bench import Bench
 from fxprune.report.summary import Pair, Summary, layers_of
+from fxprune.rewrite.restore import Restoration
 
 UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "memory", "channels": "channels"}
 
@@ -98,6 +99,12 @@ def frozen_table(analysis: Analysis) -> Table:
         for reason, its in found.items()
     ]
     return make_table(("frozen, because", "for example"), ("axes",), rows)
+
+
+def restoration_table(restoration: Restoration) -> Table:
+    """A row a layer: how far its output was from the original's, how far it is, and what was done."""
+    rows = [(layer.name, layer.outcome, f"{layer.before:.2%}", f"{layer.after:.2%}") for layer in restoration.layers]
+    return make_table(("layer", "outcome"), ("error, cut", "error, restored"), rows)
 
 
 def make_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

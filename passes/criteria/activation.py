@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.traced import Mode, observed_values, regions_of
 
 from .._data import Batch, mean_over, read_batches
-from ..base import Criterion, detach_weights, normalize_scores
+from ..base import Criterion, detach_weights, share_in_layers
 
 STATISTICS = ("mean", "variance")
 
@@ -26,9 +26,9 @@ STATISTICS = ("mean", "variance")
 class Activation(Criterion):
     """The mean absolute value, or the variance, of a channel's activations, where layers with weights read them.
 
-    That is behind norm and activation function; over all samples, positions and layers that read the channel, divided
-    by the mean of the group. Groups that no such layer reads stay whole. The mean is after Molchanov et al., "Pruning
-    Convolutional Neural Networks for Resource Efficient Inference" (2017), the variance after Polyak and Wolf,
+    That is behind norm and activation function; over all samples, positions and layers that read the channel. Shares
+    and costs are as for ``Magnitude``; groups that no such layer reads stay whole. The mean is after Molchanov et al.,
+    "Pruning Convolutional Neural Networks for Resource Efficient Inference" (2017), the variance after Polyak and Wolf,
     "Channel-Level Acceleration of Deep Face Representations" (2015). How the model runs is as for ``Taylor``.
 
     Attributes:
@@ -36,6 +36,7 @@ class Activation(Criterion):
         statistic: "mean" or "variance".
     """
 
+    per_cost: ClassVar[bool] = True
     data: Any
     statistic: str = "mean"
 
@@ -69,7 +70,7 @@ class Activation(Criterion):
         sizes = list(analysis.sizes.values())
         split, seen = (np.split(each, np.cumsum(sizes)[:-1]) for each in (values, found["count"]))
         return {
-            name: normalize_scores(its)
+            name: share_in_layers(analysis, analysis.groups[name], its)
             for name, its, there in zip(analysis.groups, split, seen, strict=True)
             if there.all()
         }

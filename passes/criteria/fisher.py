@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 
 from .._data import Batch, mean_over, read_batches, weights_times_gradients
-from ..base import Criterion, normalize_scores
+from ..base import Criterion, share_in_layers
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class Fisher(Criterion):
 
     Optimal Brain Damage: at a minimum, setting w to zero changes the loss by h * w^2 / 2, where the diagonal h of the
     Hessian is that of the Fisher information, the mean of (dL/dw)^2 over samples; here over batches, so batches of
-    one sample give it exactly. The score is divided by the mean of the group. After LeCun et al., "Optimal Brain
-    Damage" (1989), and Theis et al., "Faster Gaze Prediction with Dense Networks and Fisher Pruning" (2018), on whole
-    groups. How the model runs, and the attributes, are those of ``Taylor``.
+    one sample give it exactly. Shares and costs are as for ``Magnitude``. After LeCun et al., "Optimal Brain Damage"
+    (1989), and Theis et al., "Faster Gaze Prediction with Dense Networks and Fisher Pruning" (2018), on whole groups.
+    How the model runs, and the attributes, are those of ``Taylor``.
     """
 
+    per_cost: ClassVar[bool] = True
     data: Any
     loss: Callable[[Any, Any], Tensor]
 
@@ -37,4 +38,4 @@ class Fisher(Criterion):
             return {name: sums(group) for name, group in analysis.groups.items()}
 
         means = mean_over(analysis, read_batches(self.data, "Fisher"), "Fisher", changes)
-        return {name: normalize_scores(mean) for name, mean in means.items()}
+        return {name: share_in_layers(analysis, analysis.groups[name], mean) for name, mean in means.items()}

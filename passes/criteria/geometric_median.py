@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group, Member
 
-from ..base import Criterion, normalize_scores, weights_of
+from ..base import Criterion, share_in_layers, weights_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class GeometricMedian(Criterion):
     """The sum of the Euclidean distances from a channel's weights to those of every other channel of its group.
 
     score(c) = sum over channels d of |W_c - W_d|, where W_c holds all weights in the slices of c, over every member of
-    the group, divided by the mean of the group. The channels nearest to the geometric median go first. Biases and norms
-    are left out. After He et al., "Filter Pruning via Geometric Median" (2019), on whole groups.
+    the group; shares and costs are as for ``Magnitude``. The channels nearest to the geometric median go first. Biases
+    and norms are left out. After He et al., "Filter Pruning via Geometric Median" (2019), on whole groups.
     """
+
+    per_cost: ClassVar[bool] = True
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group that has weights."""
@@ -29,7 +32,7 @@ class GeometricMedian(Criterion):
         scores = {}
         for name, group in analysis.groups.items():
             if any(member.parameter in weights for member in group.members):
-                scores[name] = normalize_scores(sum_distances(group, weights))
+                scores[name] = share_in_layers(analysis, group, sum_distances(group, weights))
         return scores
 
 

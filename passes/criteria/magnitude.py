@@ -4,27 +4,30 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import ClassVar
 
 from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
 
-from ..base import Criterion, normalize_scores, weights_of
+from ..base import Criterion, share_in_layers, weights_of
 
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
-    """The p-norm of all weights of a channel, over every member of its group.
+    """The weights of a channel, over every member of its group, as a share of the group's.
 
-    For channel c: score(c) = (sum over weights w in the slices of c of |w|^p)^(1/p), divided by the mean of its group
-    so that groups compare. Biases and norms' scales are left out. After Li et al., "Pruning Filters for Efficient
+    For channel c: score(c) = layers * s(c) / (sum of s over the group), s(c) = sum over weights w in the slices of c of
+    |w|^p: how much of how many layers goes with the channel. ``plan`` divides it by what the channel costs, in FLOPs or
+    what else the budget limits. Biases and norms' scales are left out. After Li et al., "Pruning Filters for Efficient
     ConvNets" (2017), on whole groups.
 
     Attributes:
         p: the exponent, positive.
     """
 
+    per_cost: ClassVar[bool] = True
     p: float = 2.0
 
     def __post_init__(self) -> None:
@@ -36,4 +39,4 @@ class Magnitude(Criterion):
         """float64[channels] for each group."""
         weights = {name: weight for name, weight in weights_of(analysis).items() if weight.ndim > 1}
         sums = Sums(analysis, weights, lambda w: w.square() if self.p == 2 else w.abs().pow(self.p))
-        return {name: normalize_scores(sums(group) ** (1 / self.p)) for name, group in analysis.groups.items()}
+        return {name: share_in_layers(analysis, group, sums(group)) for name, group in analysis.groups.items()}

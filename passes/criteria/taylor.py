@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 
 from .._data import Batch, mean_over, read_batches, weights_times_gradients
-from ..base import Criterion, normalize_scores
+from ..base import Criterion, share_in_layers
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Taylor(Criterion):
     """|sum of w * dL/dw| over all slices of a channel, averaged over batches.
 
     Setting the slices of channel c to zero changes the loss by -sum(w * dL/dw) to first order; the score is the
-    absolute value of that, divided by the mean of the group. After Molchanov et al., "Importance Estimation for
+    absolute value; shares and costs are as for ``Magnitude``. After Molchanov et al., "Importance Estimation for
     Neural Network Pruning" (2019), on whole groups. The model runs in the mode it is in, on a copy: it is not
     changed, nor is the state of torch's random numbers. Within torch.autocast it runs in that precision; in a
     distributed run every rank gives its share of the data, and all get the mean.
@@ -31,6 +31,7 @@ class Taylor(Criterion):
         loss: a function of (output, y) that gives a scalar.
     """
 
+    per_cost: ClassVar[bool] = True
     data: Any
     loss: Callable[[Any, Any], Tensor]
 
@@ -42,4 +43,4 @@ class Taylor(Criterion):
             return {name: np.abs(sums(group)) for name, group in analysis.groups.items()}
 
         means = mean_over(analysis, read_batches(self.data, "Taylor"), "Taylor", changes)
-        return {name: normalize_scores(mean) for name, mean in means.items()}
+        return {name: share_in_layers(analysis, analysis.groups[name], mean) for name, mean in means.items()}
