@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.budget.cost import device_of
 from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause, describe_place
 from fxprune.errors import RestoreError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
-from fxprune.graph.traced import Mode, Model, TracedModule, in_eval, require_traced
+from fxprune.graph.traced import Mode, Model, TracedModule, device_of, in_eval, require_traced
 from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.least_squares import Change, count_rows, fit_changes
 from fxprune.rewrite.param_map import ParamMap
