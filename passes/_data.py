@@ -14,8 +14,8 @@ from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
 from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.traced import device_of
+from fxprune.progress import track_progress
 from fxprune.training import distributed
-from fxprune.training.progress import track_progress
 
 from .base import detach_weights, weights_of
 

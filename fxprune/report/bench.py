@@ -15,9 +15,9 @@ from fxprune.errors import BenchError, FxpruneError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, device_of, in_eval
+from fxprune.progress import track_progress
 from fxprune.report.backends import BACKENDS, batch_of, usual_backends
 from fxprune.report.summary import Pair
-from fxprune.training.progress import track_progress
 
 FELL = 0.95  # of its FLOPs: a layer with less is one that was cut
 IDLE = 0.25  # seconds saved for FLOPs saved, both in percent: where it is less, the cut hardly pays

@@ -19,6 +19,7 @@ from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause
 from fxprune.errors import RestoreError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, in_eval, require_traced
+from fxprune.progress import track_progress
 from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.least_squares import Change, count_rows, fit_changes
 from fxprune.rewrite.param_map import ParamMap
@@ -31,7 +32,6 @@ from fxprune.rewrite.rows import (
     lay_out_input,
     lay_out_output,
 )
-from fxprune.training.progress import track_progress
 
 Rows = tuple[Tensor, Tensor, Tensor]  # float[groups, rows, columns], and twice float[groups, rows, outputs]
 METHODS = ("least_squares", "batch_norm")

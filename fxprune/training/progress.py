@@ -1,31 +1,9 @@
-"""Progress bars, of a session and of any loop. Only on a terminal."""
+"""The progress of a session: a bar for the steps of an epoch. Only on a terminal."""
 
-import sys
-from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TypeVar
+from typing import Any
 
-from fxprune.training import distributed
+from fxprune.progress import is_visible
 from fxprune.training.log import Epoch
-
-T = TypeVar("T")
-
-
-def is_visible(wanted: bool | None = None) -> bool:
-    """Whether bars are shown; where it is not said, they are if standard error is a terminal."""
-    wanted = sys.stderr.isatty() if wanted is None else wanted
-    return wanted and distributed.own_rank() == 0
-
-
-def track_progress(items: Iterable[T], text: str) -> Iterator[T]:
-    """``items``, with a bar that goes when they are through."""
-    if not is_visible():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track as bar
-
-    total = len(items) if isinstance(items, Sized) else None
-    yield from bar(items, text, total=total, console=Console(stderr=True), transient=True)
 
 
 class Progress:
