@@ -1,5 +1,6 @@
 """The progress of a session: a bar for the steps of an epoch. Only on a terminal."""
 
+import sys
 from typing import Any
 
 from fxprune.progress import is_visible
