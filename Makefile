@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow test-all lint format docs bench bench-full clean
+.PHONY: help setup demo test test-slow test-all lint format lines docs bench bench-full clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ lint: $(ENV) ## ruff, its formatter and mypy --strict; changes nothing
 format: $(ENV) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+lines: ## lines of Python by room
+	@$(PYTHON) .ci/count_lines.py
 
 docs: $(DOCS_ENV) ## build the documentation into site/; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

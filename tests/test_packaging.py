@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import fxprune
 from fxprune import passes
@@ -54,6 +55,25 @@ def test_packages_on_disk_are_the_packages_listed():
     files = [dotted(path) for path in COMPILER + METHODS]
     assert {name[:-1] for name in files if name[-1] == "__init__"} == listed
     assert {name[:-1] for name in files} == listed
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "runtime"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("win32", "ARM64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+    ],
+)
+def test_one_onnxruntime_on_every_machine(system: str, machine: str, runtime: str):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in project["dependencies"]]
+    there = {"sys_platform": system, "platform_machine": machine}
+    named = [each.name for each in needed if each.marker is None or each.marker.evaluate(there)]
+    assert [name for name in named if name.startswith("onnxruntime")] == [runtime]
 
 
 def test_one_version():
