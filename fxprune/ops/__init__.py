@@ -3,7 +3,15 @@
 The decorators here are public: with them a model's own operators, and any of ATen, get rules.
 """
 
-from fxprune.channels.labels import Labels, Operand, freeze_labels, join_labels, pin_axes, settle_labels
+from fxprune.channels.labels import (
+    Labels,
+    Operand,
+    freeze_labels,
+    join_labels,
+    label_along,
+    pin_axes,
+    settle_labels,
+)
 from fxprune.channels.tensor import Call, as_operand, mark_norm, rule
 from fxprune.ops import contraction, movement, normalization, pointwise, recurrent, reduction  # noqa: F401  (fill)
 from fxprune.ops.custom import register_operator
@@ -22,6 +30,7 @@ __all__ = [
     "fitter",
     "freeze_labels",
     "join_labels",
+    "label_along",
     "mark_norm",
     "norm_over_kept",
     "pin_axes",
