@@ -285,12 +285,12 @@ def test_layers_without_zeros_are_left_alone_and_named() -> None:
 def cut(session: Session, inputs: Any, epochs: int = 2) -> Plan:
     """Epochs of one step, of which the last cuts; the plan."""
     plans: list[Plan] = []
-    reconfigure = session._reconfigure
-    session._reconfigure = lambda plan: (plans.append(plan), reconfigure(plan))[1]  # type: ignore[method-assign]
+    reconfigure = session._cut
+    session._cut = lambda plan: (plans.append(plan), reconfigure(plan))[1]  # type: ignore[method-assign]
     for _ in range(epochs):
         train(session, inputs, 1)
         record = session.epoch_end()
-    session._reconfigure = reconfigure  # type: ignore[method-assign]
+    session._cut = reconfigure  # type: ignore[method-assign]
     assert record.removed > 0
     assert len(plans) == 1
     return plans[0]

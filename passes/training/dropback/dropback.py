@@ -139,11 +139,11 @@ class DropBack(TrainingPass[Tracking]):
         if memory.layout.stale():  # the model moved to another device or memory format
             self.before_save(run, memory)
             run.prepare_pass(self, memory)
-        if not memory.settled:
-            self._settle(run, memory)
         if memory.state is not None:
             unpack_state(run.optimizer, memory.layout.parameters, memory.masks, memory.state)
             memory.state = None
+        if not memory.settled:  # after the state is back: where a cut left no more than the budget, all get tracked
+            self._settle(run, memory)
         scale = getattr(run.optimizer, "grad_scale", None)  # a fused optimizer takes the GradScaler's factor off
         for name, p, decay, group in self._decays(run, memory):
             if p.grad is not None and not group.get("decoupled_weight_decay"):
