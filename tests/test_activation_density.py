@@ -94,8 +94,8 @@ def test_a_known_share_of_negatives_is_the_density(activation: Any, dtype: torch
 
 
 def test_flops_of_the_graph_are_counted_while_it_trains_and_count_no_activation() -> None:
-    model = conv_bn(3, 8)
-    expected = fxprune.cost.flops(copy.deepcopy(model), x := torch.randn(4, 3, 8, 8))
+    model, (x,) = prepare(MODELS["residual"])
+    expected = fxprune.cost.flops(copy.deepcopy(model), x)
     session = session_of(model.train(), x)
     assert fxprune.cost.flops(session.graph.train(), x) == expected
     assert not any(tensor.any() for pair in saved(session)["counts"].values() for tensor in pair)

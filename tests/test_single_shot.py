@@ -67,6 +67,7 @@ def test_gates_are_what_autograd_says_of_gates_behind_the_norm() -> None:
 
 def test_the_caller_s_mode_changes_no_score() -> None:
     model, (x, y) = plain(), batch()
+    x = x.double()
     scores = [
         passes.SingleShot((x, y), F.cross_entropy).score(fxprune.analyze(copy.deepcopy(model).train(mode), x))
         for mode in (True, False)
