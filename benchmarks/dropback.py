@@ -86,14 +86,12 @@ class Run:
 
     def bytes(self) -> dict[str, int]:
         """What is held between two steps, by what it is for; each storage once."""
-        memories = [(memory.saved, memory.derived) for memory in self.session.memories]
+        memories = self.session.memories
         model = list(self.session.graph.parameters())
         return {
             "weights": size(model),
-            "optimizer state": size([self.session.optimizer.state, [saved.get("state") for saved, _ in memories]]),
-            "DropBack": size(
-                [{key: its for key, its in derived.items() if key != "layout"} for _, derived in memories]
-            ),
+            "optimizer state": size([self.session.optimizer.state, [memory.state for memory in memories]]),
+            "DropBack": size([(memory.marks, memory.masks, memory.start, memory.scores) for memory in memories]),
         }
 
 

@@ -17,24 +17,31 @@ import fxprune
 from fxprune import passes
 
 
+@dataclass
+class Cuts:
+    """What Gradual remembers; goes into checkpoints."""
+
+    made: int = 0
+
+
 @dataclass(frozen=True)
-class Gradual(fxprune.TrainingPass):
+class Gradual(fxprune.TrainingPass[Cuts]):
     """After each epoch ``share`` of the present FLOPs stay, ``cuts`` times."""
 
     share: float = 0.8
     cuts: int = 3
 
-    def prepare(self, session, memory):
-        memory.saved.setdefault("cuts", 0)  # goes into checkpoints
+    def begin(self, run):
+        return Cuts()
 
-    def after_epoch(self, session, memory):
-        if memory.saved["cuts"] == self.cuts:
+    def after_epoch(self, run, memory):
+        if memory.made == self.cuts:
             return None
-        memory.saved["cuts"] += 1
-        return passes.Magnitude().plan(session.analysis, fxprune.Budget(flops=self.share))
+        memory.made += 1
+        return passes.Magnitude().plan(run.analysis, fxprune.Budget(flops=self.share))
 
-    def report(self, session, memory):
-        return {"cuts": memory.saved["cuts"]}
+    def report(self, run, memory):
+        return {"cuts": memory.made}
 
 
 class Relu6(PassBase):

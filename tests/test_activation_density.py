@@ -93,6 +93,16 @@ def test_a_known_share_of_negatives_is_the_density(activation: Any, dtype: torch
     assert densities(session) == {"conv": pytest.approx(257 / 600, abs=1e-15)}
 
 
+def test_flops_of_the_graph_are_counted_while_it_trains_and_count_no_activation() -> None:
+    model, (x,) = prepare(MODELS["residual"])
+    expected = fxprune.cost.flops(copy.deepcopy(model), x)
+    session = session_of(model.train(), x)
+    assert fxprune.cost.flops(session.graph.train(), x) == expected
+    assert not any(tensor.any() for pair in saved(session)["counts"].values() for tensor in pair)
+    session.model(x)
+    assert all(tensor.any() for pair in saved(session)["counts"].values() for tensor in pair)
+
+
 def test_only_what_trains_is_counted_and_each_epoch_anew() -> None:
     model, x = Identity().double(), torch.randn(4, 6, 5, 5, dtype=torch.float64)
     session = session_of(model.train(), x)

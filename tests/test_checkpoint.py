@@ -421,6 +421,14 @@ def test_what_is_not_plain_data_can_not_be_saved(value: Any, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_pass_keeps_beside_its_fields_can_not_be_saved(tmp_path: Path) -> None:
+    session, _ = begin(passes=[Counts()])
+    session.memories[0].average = 0.5
+    with pytest.raises(FileError, match=r"Total\.average is no field of what the pass remembers"):
+        session.save(tmp_path / "run.pt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_pass_remembers_comes_back(tmp_path: Path) -> None:
     session, inputs = begin(passes=[Counts(3)])
     session.save(tmp_path / "run.pt")

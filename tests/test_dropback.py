@@ -462,6 +462,27 @@ def test_state_of_tracked_weights_only(make: str, kinds: int) -> None:
         assert held_bytes(session.optimizer) <= 4 * 8 * len(session.optimizer.state)
 
 
+@pytest.mark.parametrize("make", ["momentum", "adamw"])
+def test_kept_state_outlives_a_cut_that_leaves_no_more_than_the_budget(make: str) -> None:
+    session = begin(DropBack(0.6, tracked_state=True), EVERY_OPTIMIZER[make])
+    train(session, 3)
+    kept = {name: mask.clone() for name, mask in session.memories[0].masks.items()}
+    plan = thinner(session.analysis, 0, 0.5)
+    _, param_map = fxprune.rewrite(session.graph, session.analysis, plan)
+    session.reconfigure(plan)
+    assert size(session) <= budget(session) < sum(mask.numel() for mask in kept.values())
+    packed = copy.deepcopy(session.memories[0].state)
+    session.passes[0].after_backward(session, session.memories[0])
+    for name, p in session.graph.named_parameters():
+        tracked = param_map.slice(name, kept[name])
+        for key, values in packed[name].items():
+            state = session.optimizer.state[p][key]
+            assert torch.equal(state[tracked], values)
+            assert not state[~tracked].any()
+    train(session, 2)
+    assert session.memories[0].marks.all()
+
+
 def test_momentum_goes_with_its_weight_and_begins_at_zero() -> None:
     session = begin(DropBack(0.1, tracked_state=True), lambda p: SGD(p, lr=0.05, momentum=0.9))
     begins, momentum, lr = weights(session), {}, 0.05

@@ -463,7 +463,17 @@ def session_of(**changes: Any) -> Session:
     graph, inputs = traced("residual")
     model = changes.pop("model", copy.deepcopy(graph).requires_grad_())
     optimizer = changes.pop("optimizer", None) or SGD(model.parameters(), lr=1e-2)
-    return Session(model, changes.pop("inputs", inputs), optimizer, progress=False, **changes)
+    return Session(model, changes.pop("inputs", inputs), optimizer, **{"progress": False, **changes})
+
+
+class Begins(TrainingPass[Any]):
+    """Remembers what it is told to."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+
+    def begin(self, run: Run) -> Any:
+        return self.memory
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[FxpruneError], str]] = {
@@ -496,6 +506,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[FxpruneError], str]] = {
         lambda: session_of(batch_size=128.0),
         SessionError,
         r"batch_size=128\.0 must be a positive integer: samples a step",
+    ),
+    "a batch of nothing": (lambda: session_of(batch_size=0), SessionError, "batch_size=0 must be a positive integer"),
+    "no policy": (lambda: session_of(when=3), SessionError, r"when=3 must be a function .*, or None"),
+    "no writer": (lambda: session_of(writer="runs"), SessionError, "writer='runs' must have add_scalar"),
+    "a flag": (lambda: session_of(verify="yes"), SessionError, "verify='yes' must be True or False"),
+    "another flag": (lambda: session_of(reset_state=1), SessionError, "reset_state=1 must be True or False"),
+    "no flag": (lambda: session_of(progress=0.5), SessionError, r"progress=0\.5 must be True or False, or None"),
+    "nothing around": (lambda: session_of(around="net"), SessionError, "around='net' must be the module that has"),
+    "no memory": (
+        lambda: session_of(passes=[Begins({"cuts": 0})]),
+        SessionError,
+        r"Begins\.begin must return what the pass remembers, a dataclass .*; it returned \{'cuts': 0\}",
+    ),
+    "a frozen memory": (
+        lambda: session_of(passes=[Begins(Thin())]),
+        SessionError,
+        r"a dataclass that is not frozen; it returned Thin\(",
     ),
     "no model": (
         lambda: session_of(model=lambda x: x, optimizer=SGD(nn.Linear(7, 5).parameters(), lr=1.0)),

@@ -65,6 +65,18 @@ def test_gates_are_what_autograd_says_of_gates_behind_the_norm() -> None:
         np.testing.assert_allclose(scores[name], gradient.flatten().abs().numpy(), rtol=1e-8)
 
 
+def test_the_caller_s_mode_changes_no_score() -> None:
+    model, (x, y) = plain(), batch()
+    x = x.double()
+    scores = [
+        passes.SingleShot((x, y), F.cross_entropy).score(fxprune.analyze(copy.deepcopy(model).train(mode), x))
+        for mode in (True, False)
+    ]
+    assert all(np.array_equal(scores[0][name], scores[1][name]) for name in scores[0])
+    alone = F.cross_entropy(model.eval()(x), y) - F.cross_entropy(model.train()(x), y)
+    assert abs(alone.item()) > 1e-3, "the modes differ here"
+
+
 def test_a_gate_before_the_norm_would_be_noise() -> None:
     model = plain()
     x, y = batch()
