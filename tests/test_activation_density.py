@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from laws import EVERY_OPTIMIZER, agree, cuts_commute_with_steps, outcome, thinner
-from models import MODELS, Dense, Residual, conv_bn, head, image_net, randomize
+from models import MODELS, Dense, Residual, conv_bn, head, image_net, prepare, randomize
 from ranks import Ranks
 from runs import assert_equal, begin, nothing_changes, traced, train
 from torch import Tensor, nn
