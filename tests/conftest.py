@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,22 @@ def _defaults() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def own_tables() -> Iterator[None]:
+    """What a test says of operators is forgotten after it."""
+    from fxprune.channels import tensor
+    from fxprune.rewrite import attributes, fit, norms
+
+    tables: list[Any] = [tensor.RULES, tensor.KEEPS_ZERO, tensor.STATISTICS]
+    tables += [fit.FITTERS, attributes.ATTRIBUTES, norms.NORMS_OVER_KEPT]
+    before = [table.copy() for table in tables]
+    yield
+    for table, copy in zip(tables, before, strict=True):
+        table.clear()
+        table.update(copy)
+    tensor._resolved.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

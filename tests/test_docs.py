@@ -40,6 +40,7 @@ def names(pages: list[Path]) -> list[Any]:
     "ignore:'pin_memory' argument is set as true",
     "ignore:The given buffer is not writable",  # torch.export.load in torch 2.11
 )
+@pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize("page", names([page for page in PAGES if blocks(page, "python")]))
 def test_every_python_block_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a page in order, in one namespace, in an empty folder; a failure points at the line of the page."""

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES, SIZES, Case
 
 import fxprune  # noqa: F401  (registers the rules)
 from fxprune.channels.labels import label_along, on_axis, varying_axes
 from fxprune.channels.shapes import shape_of_result
-from fxprune.channels.tensor import ChannelTensor, Run, name_of
+from fxprune.channels.tensor import ChannelTensor, Run, as_operand, freeze_unknown, name_of, rule
 
 
 def describe(case: Case) -> str:
@@ -142,3 +143,33 @@ def test_torch_refuses_what_has_no_shape(call: tuple[Any, ...]) -> None:
     assert shape_of_result(name_of(func), args) is None
     with pytest.raises(RuntimeError):
         func(*args)
+
+
+@pytest.mark.usefixtures("own_tables")
+@pytest.mark.parametrize(("says", "frozen"), [({}, "c"), ({"keeps_zero": True}, "")])
+def test_a_rule_that_is_silent_gives_what_is_not_zero(says: dict[str, bool], frozen: str) -> None:
+    rule("roll", **says)(lambda call: as_operand(call.args[0]).labels)
+    case = Case("", lambda x: x.roll(1, 0).sum(1), "mc", "")
+    assert describe(case) == f"m | | {frozen}".strip()
+
+
+@pytest.mark.usefixtures("own_tables")
+def test_a_later_rule_takes_the_place_of_an_earlier_one() -> None:
+    case = Case("", lambda x: torch.linalg.inv(x), "cd", "")
+    assert describe(case) == "- - | | c d"
+    rule("linalg_inv_ex", keeps_zero=True)(lambda call: [as_operand(call.args[0]).labels, ()])
+    assert describe(case) == "c d | |"
+    rule("linalg_inv_ex")(freeze_unknown)
+    assert describe(case) == "- - | | c d"
+
+
+def test_an_index_is_not_zero_where_it_points_to_zeros() -> None:
+    pooled = Case("", lambda x: F.max_pool2d(x, 7, return_indices=True)[0].sum(1), "nc..", "")
+    places = Case("", lambda x: F.max_pool2d(x, 7, return_indices=True)[1].sum(1), "nc..", "")
+    assert describe(pooled) == "n - - | |"
+    assert describe(places) == "n - - | | c"
+
+
+def test_where_to_sample_is_frozen() -> None:
+    case = Case("", lambda x, grid: F.grid_sample(x, grid, align_corners=False), "nchw ntsg", "")
+    assert describe(case) == "n c - - | | A g h s t w"

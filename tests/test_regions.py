@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Analysis, Plan, passes
 from fxprune.channels.steered import Steering
-from fxprune.channels.tensor import RULES, _resolved
 from fxprune.errors import AnalysisError, ExportError, PassError, VerificationError
 from fxprune.graph.traced import regions_of
 
@@ -235,17 +234,7 @@ class Scales(nn.Module):
         return torch.ops.fxprune_tests.scale_channels(x, self.scale, self.mix)
 
 
-@pytest.fixture
-def unregistered() -> Any:
-    """Rules as they are, and put back."""
-    rules = dict(RULES)
-    yield
-    RULES.clear()
-    RULES.update(rules)
-    _resolved.clear()
-
-
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize("mix", [False, True])
 def test_a_registered_operator_prunes(mix: bool) -> None:
     model = randomize(image_net(conv_bn(8, 12), Scales(mix), cout=12)).double().eval()
@@ -265,7 +254,7 @@ def test_a_registered_operator_prunes(mix: bool) -> None:
         fxprune.verify(graph, compact, param_map, x, gradients=False)
 
 
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures("own_tables")
 @pytest.mark.parametrize(
     ("operator", "letters", "message"),
     [
@@ -282,7 +271,7 @@ def test_letters_that_can_not_be_registered(operator: str, letters: str, message
         fxprune.register_operator(operator, letters)
 
 
-@pytest.mark.usefixtures("unregistered")
+@pytest.mark.usefixtures("own_tables")
 def test_letters_that_do_not_fit_the_call() -> None:
     fxprune.register_operator("fxprune_tests::scale_channels", "b c, c -> b c")
     model = image_net(conv_bn(8, 12), Scales(False), cout=12)

@@ -190,6 +190,9 @@ def regroup_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[
     >>> regroup_axes((2, 12, 5), (2, 3, 4, 5))
     [([0], [0]), ([1], [1, 2]), ([2], [3])]
     """
+    # Both shapes number the same positions in the same order, so wherever the products of their leading sizes agree the
+    # reshape falls apart: what stands before does not mix with what comes after. Names then mix only within a part, and
+    # a label need only be spread along the axes of parts that split or join, not over the whole value.
     parts: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -198,6 +201,7 @@ def regroup_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[
         size_before = size_after = 1
         if i < len(before):
             size_before, axes_before, i = before[i], [i], i + 1
+        # An axis of size 1 that goes stands alone: put to its neighbour, it would make that look split.
         if j < len(after) and (size_before != 1 or not axes_before or after[j] == 1):
             size_after, axes_after, j = after[j], [j], j + 1
         while size_before != size_after:
@@ -215,6 +219,7 @@ def reshape_label(label: Label, before: Shape, after: Shape) -> Label:
     for axes_before, axes_after in regroup_axes(tuple(before), tuple(after)):
         if all(label.shape[axis] == 1 for axis in axes_before):
             continue
+        # Only where axes are split or joined must the names be written out in the order of positions.
         mixed = mixed or len(axes_before) > 1 or len(axes_after) > 1
         for axis in axes_before:
             spreads[axis] = before[axis]
