@@ -1,107 +1,53 @@
-"""Tables: analyses and summaries in rich tables, for the terminal and for ``print``."""
+"""Tables: rich tables of words and numbers, for the terminal, for ``print`` and for the page."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING
 
-import numpy as np
-from rich.console import Console, RenderableType
-from rich.table import Column, Table
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table  # rich is loaded when the first table is made
 
-from fxprune.budget.cost import marginal
-from fxprune.channels.analysis import Analysis
-from fxprune.report.bench import Bench
-from fxprune.report.summary import Pair, Summary, layers_of
+Pair = tuple[float, float]  # before, after
 
 UNITS = {"flops": "FLOPs", "params": "parameters", "memory": "memory", "channels": "channels"}
 
 
-def render_text(*parts: RenderableType) -> str:
+def render_text(*parts: "RenderableType") -> str:
     """Tables as plain text, as wide as they need."""
-    console = Console(file=io.StringIO(), width=1000, color_system=None, force_terminal=False)
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(file=file, width=1000, color_system=None, force_terminal=False)
     for part in parts:
         console.print(part)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def layers_table(summary: Summary) -> Table:
-    """A row a layer: the channels that it reads and writes, its parameters and FLOPs, before and after."""
-    heads = ["inputs", "outputs", "parameters", "FLOPs", "left", *["ms", "left"][: 2 * (summary.bench is not None)]]
-    rows = []
-    for each in summary.layers:
-        row = [each.name, each.kind, *map(format_change, (each.inputs, each.outputs, each.params, each.flops))]
-        row.append(format_share(each.flops))
-        if summary.bench is not None:
-            seconds = summary.bench.layers.get(each.name, (0.0, 0.0))
-            row += [" → ".join(map(format_milliseconds, seconds)), format_share(seconds)]
-        rows.append(row)
-    return make_table(("layer", "kind"), heads, rows)
+def render_html(title: str, table: "Table", is_open: bool = True) -> str:
+    """A table that folds, as HTML; nothing where it has no rows."""
+    if not table.row_count:
+        return ""
+    head = "".join(f"<th>{escape(str(column.header))}</th>" for column in table.columns)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<details class="fold-table"{" open" if is_open else ""}><summary>{escape(title)}</summary>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
+    )
 
 
-def totals_table(summary: Summary) -> Table:
-    """A row for each cost of the whole model."""
-    rows = [
-        (UNITS[kind], *(format_amount(kind, value) for value in both), format_share(both))
-        for kind, both in summary.totals.items()
-    ]
-    for each in summary.bench.rows if summary.bench is not None else ():
-        if each.before is not None and each.after is not None and each.ratio is not None:
-            times = (format_milliseconds(its.median) for its in (each.before, each.after))
-            rows.append((f"ms, {each.backend}, batch {each.batch}", *times, f"{each.ratio.median:.0%}"))
-    if summary.accuracy is not None:
-        rows.append(("accuracy", *(f"{each:.1%}" for each in summary.accuracy), ""))
-    return make_table(("",), ("before", "after", "left"), rows)
+def render_facts(facts: Mapping[str, str]) -> str:
+    """Words by their titles, as HTML."""
+    lines = "".join(f"<dt>{escape(title)}</dt><dd>{escape(words)}</dd>" for title, words in facts.items())
+    return f'<dl class="facts">{lines}</dl>' if lines else ""
 
 
-def bench_table(bench: Bench) -> Table:
-    """A row a backend and batch size: milliseconds, what is left of them beside what is left of the FLOPs."""
-    left = format_share(bench.flops)
-    rows = []
-    for each in bench.rows:
-        if each.before is None or each.after is None or each.ratio is None:
-            rows.append((each.backend, str(each.batch), each.problem or "not measured", "", "", "", ""))
-            continue
-        efficiency = "" if each.efficiency is None else f"{each.efficiency:.2f}"
-        spread = f"{each.ratio.median:.0%} ({each.ratio.low:.0%} – {each.ratio.high:.0%})"
-        times = (format_milliseconds(each.before.median), format_milliseconds(each.after.median))
-        rows.append((each.backend, str(each.batch), *times, spread, left, efficiency))
-    heads = ("batch", "before, ms", "after, ms", "time left (quartiles)", "FLOPs left", "efficiency")
-    return make_table(("backend",), heads, rows)
-
-
-def idle_table(idle: Mapping[str, tuple[float, float]], what: str = "layers") -> Table:
-    """The groups or layers that saved FLOPs but hardly any time."""
-    rows = [(name, f"{flops:.0%}", f"{seconds:.0%}") for name, (flops, seconds) in idle.items()]
-    return make_table((f"{what} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
-
-
-def groups_table(analysis: Analysis) -> Table:
-    """A row a group: its channels, the layers that they go through, and what one of them costs."""
-    costs = {kind: marginal(analysis, kind) for kind in ("flops", "params")}
-    rows = []
-    for group in analysis.groups.values():
-        paths = layers_of(group)
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        each = (float(np.mean(costs[kind][group.name])) for kind in costs)
-        rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(shorten_name, each)))
-    return make_table(("group", "goes through"), ("channels", "FLOPs each", "parameters each"), rows)
-
-
-def frozen_table(analysis: Analysis) -> Table:
-    """A row a reason: how many axes it froze, and where it arose."""
-    found: dict[str, list[Any]] = {}
-    for frozen in analysis.frozen:
-        found.setdefault(frozen.reason.text, []).append(frozen)
-    rows = [
-        (reason, ", ".join(f"{each.parameter}[{each.axis}]" for each in its[:3]), str(len(its)))
-        for reason, its in found.items()
-    ]
-    return make_table(("frozen, because", "for example"), ("axes",), rows)
-
-
-def make_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def make_table(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
     """A table with columns of words at the left and of numbers at the right."""
+    from rich.table import Column, Table
+
     columns = [Column(name, overflow="fold") for name in words]
     columns += [Column(name, justify="right", no_wrap=True) for name in numbers]
     result = Table(*columns, box=None, pad_edge=False, header_style="bold")
