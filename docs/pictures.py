@@ -1,6 +1,5 @@
 """The pictures of the documentation, drawn from models and from the results of the benchmarks. Each returns SVG."""
 
-import io
 import json
 from pathlib import Path
 
@@ -13,26 +12,10 @@ from torch import nn
 
 import fxprune
 from fxprune import passes
+from fxprune.report.pictures import INK, LOOK, draw_widths, render_svg
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-INK = "#808890"  # reads on a light page and on a dark one
 COLOURS = ("#2a78d6", "#e0742d", "#1d9a7b")
-LOOK = {
-    "svg.fonttype": "none",  # text stays text, in the fonts of the reader
-    "svg.hashsalt": "fxprune",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
-
-def svg(figure):
-    """The figure as text, on no background."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return file.getvalue()
 
 
 def axes_of(width, height, count=1):
@@ -86,7 +69,7 @@ def coupling():
     axes.text(-2.6, -7, "after the rewrite:", fontsize=10)
     axes.set(xlim=(-2.8, left), ylim=(-14.6, 4.4), aspect="equal")
     axes.axis("off")
-    return svg(figure)
+    return render_svg(figure)
 
 
 def matrix(axes, left, top, rows, columns, kept, colours):
@@ -111,15 +94,9 @@ def widths():
     example = torch.randn(1, 3, 64, 64)
     analysis = fxprune.analyze(torchvision.models.resnet18(), example)
     after = passes.Magnitude().plan(analysis, fxprune.Budget(flops=0.5)).widths
-    figure, axes = axes_of(8, 4.2)
-    for line, (name, size) in enumerate(analysis.sizes.items()):
-        colour = COLOURS[int(name[5]) % 3] if name.startswith("layer") else COLOURS[0]
-        axes.barh(line, size, 0.8, color=colour, alpha=0.25)
-        axes.barh(line, after[name], 0.8, color=colour)
-        axes.text(size + 6, line, f"{size} → {after[name]}", va="center", fontsize=9)
-    axes.set(yticks=range(len(analysis.sizes)), yticklabels=analysis.sizes, xlabel="channels of each group")
-    axes.invert_yaxis()
-    return svg(figure)
+    groups = {name: (size, after[name]) for name, size in analysis.sizes.items()}
+    colours = {name: COLOURS[int(name[5]) % 3] if name.startswith("layer") else COLOURS[0] for name in groups}
+    return render_svg(draw_widths(groups, colours))
 
 
 def before_training():
@@ -137,7 +114,7 @@ def before_training():
         )
         axes.set(title=network, xlabel="ms a training step", ylabel="test accuracy, %", xlim=(0, None))
     both[0].legend(frameon=False)
-    return svg(figure)
+    return render_svg(figure)
 
 
 def activation_density():
@@ -153,7 +130,7 @@ def activation_density():
     macs.set(xlabel="epoch", ylabel="MMACs an image", ylim=(0, None))
     accuracy.set(xlabel="epoch", ylabel="test accuracy, %")
     accuracy.legend(frameon=False)
-    return svg(figure)
+    return render_svg(figure)
 
 
 def dropback():
@@ -169,7 +146,7 @@ def dropback():
     for name, run in runs.items():
         axes.annotate(name, (run["bytes"] / 1e6, 100 * run["accuracy"]), xytext=(6, -12), textcoords="offset points")
     axes.set(xlabel="file, MB", ylabel="test accuracy, %", xlim=(0, None))
-    return svg(figure)
+    return render_svg(figure)
 
 
 def result(name):

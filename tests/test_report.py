@@ -18,7 +18,7 @@ import fxprune
 from fxprune import Budget, FxpruneError, passes
 from fxprune.errors import FileError
 from fxprune.report.page import Report
-from fxprune.report.picture import lay_out
+from fxprune.report.rows import lay_out
 
 VOID = {"html", "meta", "input", "br", "wbr", "path", "li"}  # opened and not closed
 ATTACKS = (

@@ -16,11 +16,11 @@ from fxprune.budget.budget import Budget, is_fraction
 from fxprune.budget.cost import Floats
 from fxprune.budget.solver import Solver, meet_limits
 from fxprune.budget.timing import by_module, in_turns, make_forward, stand_in
+from fxprune.channels.groups import layers_of
 from fxprune.channels.names import Ints
 from fxprune.errors import BudgetError
 from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.traced import device_of, in_eval
-from fxprune.report.summary import layers_of
 from fxprune.rewrite.rewrite import rewrite
 
 LEVELS = 16  # widths of each group that are timed

@@ -7,11 +7,11 @@ import torch
 
 from fxprune.budget.timing import by_module, stand_in
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import layers_of
 from fxprune.errors import BenchError
 from fxprune.graph.inputs import map_tensors
 from fxprune.graph.traced import device_of
 from fxprune.plan import Plan
-from fxprune.report.summary import layers_of
 from fxprune.rewrite.rewrite import rewrite
 
 WIDTHS = 8  # that are tried

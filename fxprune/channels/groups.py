@@ -68,6 +68,11 @@ class Axis:
         return len(self.names)
 
 
+def layers_of(group: Group) -> list[str]:
+    """The paths of the layers that the channels of a group go through, norms included."""
+    return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
+
+
 def settle_grids(run: Run) -> None:
     """Merge names until, on every label that varies along several axes, what may stay is always a rectangle.
 

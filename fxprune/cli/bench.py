@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 import fxprune
+from fxprune.channels.groups import layers_of
 from fxprune.cli import options
 from fxprune.cli.models import ModelError, open_model
 from fxprune.cli.say import print_output, print_progress, show_json
 from fxprune.errors import BenchError
 from fxprune.report.backends import BACKENDS
-from fxprune.report.summary import layers_of
-from fxprune.report.tables import bench_table, idle_table
+from fxprune.report.bench import bench_table, idle_table
 
 
 def bench(

@@ -12,7 +12,7 @@ from fxprune.errors import FileError
 from fxprune.files.model import read_model
 from fxprune.plan import Plan
 from fxprune.report.summary import FORMAT
-from fxprune.report.tables import UNITS, format_amount, make_table
+from fxprune.tables import UNITS, format_amount, make_table
 
 File = Annotated[
     Path, typer.Argument(help="plan.json, report.json or model.safetensors that fxprune wrote.", show_default=False)

@@ -1,17 +1,23 @@
 """``fxprune inspect``: what can be pruned, what is frozen, and why."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 import fxprune
+from fxprune.budget.cost import marginal
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import layers_of
 from fxprune.cli import options
 from fxprune.cli.models import open_model
 from fxprune.cli.say import print_note, print_output, print_progress, show_json
 from fxprune.report.summary import total_costs
-from fxprune.report.tables import frozen_table, groups_table
+from fxprune.tables import make_table, shorten_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def inspect(
@@ -48,6 +54,30 @@ def inspect(
     if not analysis.groups:
         print_note("nothing in this model can be pruned")
         raise typer.Exit(1)
+
+
+def groups_table(analysis: Analysis) -> "Table":
+    """A row a group: its channels, the layers that they go through, and what one of them costs."""
+    costs = {kind: marginal(analysis, kind) for kind in ("flops", "params")}
+    rows = []
+    for group in analysis.groups.values():
+        paths = layers_of(group)
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        each = (float(np.mean(costs[kind][group.name])) for kind in costs)
+        rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(shorten_name, each)))
+    return make_table(("group", "goes through"), ("channels", "FLOPs each", "parameters each"), rows)
+
+
+def frozen_table(analysis: Analysis) -> "Table":
+    """A row a reason: how many axes it froze, and where it arose."""
+    found: dict[str, list[Any]] = {}
+    for frozen in analysis.frozen:
+        found.setdefault(frozen.reason.text, []).append(frozen)
+    rows = [
+        (reason, ", ".join(f"{each.parameter}[{each.axis}]" for each in its[:3]), str(len(its)))
+        for reason, its in found.items()
+    ]
+    return make_table(("frozen, because", "for example"), ("axes",), rows)
 
 
 def analysis_facts(analysis: Analysis, model: str) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from fxprune.errors import ExportError, FileError
 from fxprune.files.export import Exported
 from fxprune.graph.inputs import tensors_in
 from fxprune.plan import Plan
-from fxprune.report.summary import Summary, summarize
-from fxprune.report.tables import layers_table, totals_table
+from fxprune.report.summary import Summary, layers_table, summarize, totals_table
 
 FILES = ("plan.json", "model.safetensors", "model.onnx", "report.html", "report.json")
 

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,10 @@ from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, device_of, in_eval
 from fxprune.progress import track_progress
 from fxprune.report.backends import BACKENDS, batch_of, usual_backends
-from fxprune.report.summary import Pair
+from fxprune.tables import Pair, format_milliseconds, format_share, make_table, render_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FELL = 0.95  # of its FLOPs: a layer with less is one that was cut
 IDLE = 0.25  # seconds saved for FLOPs saved, both in percent: where it is less, the cut hardly pays
@@ -82,8 +85,6 @@ class Bench:
         return asdict(self)
 
     def __str__(self) -> str:
-        from fxprune.report.tables import bench_table, render_text
-
         return render_text(bench_table(self), self.machine)
 
 
@@ -174,6 +175,28 @@ def measure_models(
     left = ratio_of_times(times["before"], times["after"])
     efficiency = flops[1] / flops[0] / left.median if all(flops) else None
     return Measured(backend, batch, Spread.of(times["before"]), Spread.of(times["after"]), left, efficiency)
+
+
+def bench_table(bench: Bench) -> "Table":
+    """A row a backend and batch size: milliseconds, what is left of them beside what is left of the FLOPs."""
+    left = format_share(bench.flops)
+    rows = []
+    for each in bench.rows:
+        if each.before is None or each.after is None or each.ratio is None:
+            rows.append((each.backend, str(each.batch), each.problem or "not measured", "", "", "", ""))
+            continue
+        efficiency = "" if each.efficiency is None else f"{each.efficiency:.2f}"
+        spread = f"{each.ratio.median:.0%} ({each.ratio.low:.0%} – {each.ratio.high:.0%})"
+        times = (format_milliseconds(each.before.median), format_milliseconds(each.after.median))
+        rows.append((each.backend, str(each.batch), *times, spread, left, efficiency))
+    heads = ("batch", "before, ms", "after, ms", "time left (quartiles)", "FLOPs left", "efficiency")
+    return make_table(("backend",), heads, rows)
+
+
+def idle_table(idle: Mapping[str, tuple[float, float]], what: str = "layers") -> "Table":
+    """The groups or layers that saved FLOPs but hardly any time."""
+    rows = [(name, f"{flops:.0%}", f"{seconds:.0%}") for name, (flops, seconds) in idle.items()]
+    return make_table((f"{what} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
 
 
 def name_processor(device: torch.device) -> str:

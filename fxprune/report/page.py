@@ -20,17 +20,17 @@ from fxprune.channels.interpret import describe_place
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
 from fxprune.graph.traced import Mode, TracedModule, regions_of
-from fxprune.report.picture import Lanes, Part, Parts, Row, counted, entry, lay_out, section
+from fxprune.report.rows import Lanes, Part, Parts, Row, choose_hue, counted, entry, lay_out, section
 
 LARGE = 120  # nodes: in a graph with more of them what is nested in nested modules starts folded
 HEADING = "Channels that belong together"
 STEERED = " torch.fx can't follow the whole model: its parts are graphs, and plain Python steers them."
 
 
-def write_html(analysis: Analysis, path: str | Path, title: str = "", pictures: str = "") -> None:
-    """Write the page of ``analysis``, with ``pictures`` above it. Raises FileError where nothing can be written."""
+def write_html(analysis: Analysis, path: str | Path, title: str = "", above: str = "") -> None:
+    """Write the page of ``analysis``, the HTML ``above`` over it. Raises FileError where nothing can be written."""
     with replace_file(path, "a page") as partial:
-        page = Report(analysis).page(title, pictures)
+        page = Report(analysis).page(title, above)
         partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
@@ -51,18 +51,18 @@ class Report:
         self.shown = set[str]()  # parameters and buffers that some row has
         self.known = dict[int, Parts]()
 
-    def page(self, title: str = "", pictures: str = "") -> str:
-        """The whole page; ``pictures`` is HTML that stands above the graph."""
+    def page(self, title: str = "", above: str = "") -> str:
+        """The whole page; ``above`` is HTML that stands over the graph."""
         template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
         script = template.partition("<script>")[2].partition("</script>")[0]
         graphs = "".join([*self.graphs(), *self.outside()])
         return Template(template).substitute(
             script=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script may run
-            colours="".join(f".g{number}{{--h:{number * 137.5 % 360:.0f}}}" for number in range(len(self.groups))),
+            colours="".join(f".g{number}{{--h:{choose_hue(number):.0f}}}" for number in range(len(self.groups))),
             title=escape(title or "channels"),
             heading=escape(title or HEADING),
             subheading=f"<h2>{HEADING}</h2>" if title else "",
-            pictures=pictures,
+            above=above,
             summary=str(self.analysis).partition("\n")[0] + ".",
             steered="" if isinstance(self.analysis.graph, TracedModule) else STEERED,
             graphs=graphs,

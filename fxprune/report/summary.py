@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +10,33 @@ import numpy as np
 from torch import nn
 
 from fxprune.budget.cost import Channels, cost_of, count_flops
+from fxprune.budget.staircase import Staircase
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.groups import Group
+from fxprune.channels.groups import layers_of
 from fxprune.graph.layers import writes_second_axis
 from fxprune.graph.traced import Mode, Model, in_eval, regions_of
 from fxprune.plan import Plan
+from fxprune.report.bench import Bench, bench_table, idle_table
+from fxprune.tables import (
+    UNITS,
+    Pair,
+    format_amount,
+    format_change,
+    format_milliseconds,
+    format_share,
+    make_table,
+    render_facts,
+    render_html,
+    render_text,
+)
 from fxprune.training.log import Log
 
 if TYPE_CHECKING:
-    from fxprune.budget.staircase import Staircase
-    from fxprune.report.bench import Bench
+    from rich.table import Table
 
-Pair = tuple[float, float]  # before, after
+FORMAT = "fxprune report 1"
+LONG = 25  # layers: a longer table starts folded
+NO_PICTURES = "<p><code>pip install 'fxprune[plots]'</code> shows the pictures: without matplotlib there are none.</p>"
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Summary:
     groups: Mapping[str, Pair]
     layers: tuple[Layer, ...]
     totals: Mapping[str, Pair]
-    bench: "Bench | None" = None
+    bench: Bench | None = None
     accuracy: Pair | None = None
     about: Mapping[str, str] = field(default_factory=dict)
 
@@ -76,7 +92,7 @@ class Summary:
         analysis: Analysis,
         *,
         log: Log | None = None,
-        stairs: "Sequence[Staircase]" = (),
+        stairs: Sequence[Staircase] = (),
         accuracies: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         """Write one HTML page that needs nothing from elsewhere: the tables, pictures, and the graph of the model.
@@ -92,22 +108,28 @@ class Summary:
             FileError: nothing can be written there.
         """
         from fxprune.report.page import write_html
-        from fxprune.report.slides import pictures
 
         title = f"report on {self.about['model']}" if "model" in self.about else "report"
-        write_html(analysis, path, title, pictures(self, log, stairs, accuracies or {}))
+        parts = [
+            render_facts(self.about),
+            render_html("In all", totals_table(self)),
+            draw_summary(self, log, stairs, accuracies or {}),
+            render_html("Layers", layers_table(self), is_open=len(self.layers) <= LONG),
+        ]
+        if self.bench is not None:
+            idle = idle_table(self.bench.idle(self.paths()), "groups")
+            parts[-1:-1] = [
+                render_html("Time", bench_table(self.bench)),
+                render_html("Groups that save FLOPs but hardly any time", idle),
+            ]
+        write_html(analysis, path, title, "".join(parts))
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON data."""
         return {"format": FORMAT, **asdict(self)}
 
     def __str__(self) -> str:
-        from fxprune.report.tables import layers_table, render_text, totals_table
-
         return render_text(layers_table(self), totals_table(self))
-
-
-FORMAT = "fxprune report 1"
 
 
 def summarize(
@@ -115,7 +137,7 @@ def summarize(
     plan: Plan,
     compact: Model,
     *,
-    bench: "Bench | None" = None,
+    bench: Bench | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Summary:
     """What ``plan`` does to the model of ``analysis``, of which ``rewrite`` made ``compact``.
@@ -140,6 +162,49 @@ def summarize(
         bench=bench,
         about=dict(about or {}),
     )
+
+
+def layers_table(summary: Summary) -> "Table":
+    """A row a layer: the channels that it reads and writes, its parameters and FLOPs, before and after."""
+    heads = ["inputs", "outputs", "parameters", "FLOPs", "left", *["ms", "left"][: 2 * (summary.bench is not None)]]
+    rows = []
+    for each in summary.layers:
+        row = [each.name, each.kind, *map(format_change, (each.inputs, each.outputs, each.params, each.flops))]
+        row.append(format_share(each.flops))
+        if summary.bench is not None:
+            seconds = summary.bench.layers.get(each.name, (0.0, 0.0))
+            row += [" → ".join(map(format_milliseconds, seconds)), format_share(seconds)]
+        rows.append(row)
+    return make_table(("layer", "kind"), heads, rows)
+
+
+def totals_table(summary: Summary) -> "Table":
+    """A row for each cost of the whole model."""
+    rows = [
+        (UNITS[kind], *(format_amount(kind, value) for value in both), format_share(both))
+        for kind, both in summary.totals.items()
+    ]
+    for each in summary.bench.rows if summary.bench is not None else ():
+        if each.before is not None and each.after is not None and each.ratio is not None:
+            times = (format_milliseconds(its.median) for its in (each.before, each.after))
+            rows.append((f"ms, {each.backend}, batch {each.batch}", *times, f"{each.ratio.median:.0%}"))
+    if summary.accuracy is not None:
+        rows.append(("accuracy", *(f"{each:.1%}" for each in summary.accuracy), ""))
+    return make_table(("",), ("before", "after", "left"), rows)
+
+
+def draw_summary(
+    summary: Summary,
+    log: Log | None,
+    stairs: Sequence[Staircase],
+    accuracies: Mapping[str, tuple[float, float]],
+) -> str:
+    """The pictures of a page as HTML, or what to install for them."""
+    if find_spec("matplotlib") is None:
+        return NO_PICTURES
+    from fxprune.report.pictures import draw_pictures
+
+    return draw_pictures(summary.groups, log, stairs, accuracies)
 
 
 def total_costs(analysis: Analysis) -> dict[str, float]:
@@ -175,11 +240,6 @@ def layer_rows(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
             )
         )
     return tuple(result)
-
-
-def layers_of(group: Group) -> list[str]:
-    """The paths of the layers that the channels of a group go through, norms included."""
-    return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
 
 
 def as_pair(values: Any) -> Pair:

@@ -32,6 +32,7 @@ from fxprune.rewrite.rows import (
     lay_out_input,
     lay_out_output,
 )
+from fxprune.tables import make_table, render_text
 
 Rows = tuple[Tensor, Tensor, Tensor]  # float[groups, rows, columns], and twice float[groups, rows, outputs]
 METHODS = ("least_squares", "batch_norm")
@@ -75,9 +76,10 @@ class Restoration:
     note: str = ""
 
     def __str__(self) -> str:
-        from fxprune.report.tables import render_text, restoration_table
-
-        table = render_text(restoration_table(self)) if self.layers else ""
+        if not self.layers:
+            return self.note
+        rows = [(layer.name, layer.outcome, f"{layer.before:.2%}", f"{layer.after:.2%}") for layer in self.layers]
+        table = render_text(make_table(("layer", "outcome"), ("error, cut", "error, restored"), rows))
         return "\n".join(filter(None, (table, self.note)))
 
 

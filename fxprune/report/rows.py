@@ -1,4 +1,4 @@
-"""Picture: the rows, bars and lanes of a graph as HTML. Every text that comes from a model is escaped here."""
+"""Rows: the rows, bars and lanes of a graph as HTML. Every text that comes from a model is escaped here."""
 
 import itertools
 import math
@@ -207,3 +207,8 @@ def breakable(text: str) -> str:
 def counted(number: int, one: str, many: str) -> str:
     """A number with its noun."""
     return f"{number} {one if number == 1 else many}"
+
+
+def choose_hue(number: int) -> float:
+    """The hue of a group in degrees: neighbours differ by the golden angle."""
+    return number * 137.5 % 360

@@ -1,23 +1,25 @@
-"""Reports: the summary's numbers stand on the page, charts stay in their frame, nothing comes from elsewhere."""
+"""Reports: the summary's numbers stand on the page and in its pictures, and nothing comes from elsewhere."""
 
 import copy
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from test_report import ATTACKS, Named, Page
 from torch import Tensor, nn
 
 import fxprune
 from fxprune import Budget, passes
-from fxprune.budget.staircase import find_tallest
+from fxprune.budget.staircase import Staircase, find_tallest
 from fxprune.errors import BenchError, FileError, PlanError
-from fxprune.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, around, figure, ticks
-from fxprune.report.slides import pictures
-from fxprune.report.summary import Summary
+from fxprune.report import pictures
+from fxprune.report.summary import NO_PICTURES, Summary
 from fxprune.training.log import Epoch, Log
 
 X = torch.randn(2, 3, 8, 8)
@@ -108,36 +110,63 @@ def test_a_plan_of_another_model() -> None:
         fxprune.summarize(analysis, fxprune.Plan({}, {"z": 3}), analysis.graph)
 
 
+RESULTS = {"dense": (0.2, 0.9), "half <b>": (0.1, 0.8)}  # seconds and accuracy
+
+
 def test_the_page(tmp_path: Path) -> None:
     analysis, summary = summarized(measure=True)
     stairs = fxprune.staircase(analysis, "0", widths=[4, 8, summary.groups["0"][1], 16], seconds=0.0)
-    log = run_of(analysis)
     path = tmp_path / "report.html"
-    summary.to_html(path, analysis, log=log, stairs=[stairs], accuracies={"dense": (0.2, 0.9), "half <b>": (0.1, 0.8)})
+    summary.to_html(path, analysis, log=run_of(analysis), stairs=[stairs], accuracies=RESULTS)
     text = path.read_text()
     page = Page(text)
     assert not re.findall(r"(?:src|href)=\"(?!#)", text), "nothing comes from elsewhere"
-    for words in (
-        "report on net &amp; co",
-        "Median norm of",
-        "top 1",
+    assert re.findall("<figcaption>(.*?)</figcaption><svg", text) == [
+        "Channels of each group, before (pale) and after",
+        "Time of the layers of 0, by its width",
+        "The training run; dotted lines are cuts",
         "Accuracy against time",
-        "half &lt;b&gt;",
-        "eager",
-    ):
-        assert words in text
-    assert "300 s saved" in text
-    assert "chosen" in text
-    assert text.count('class="cut"') == 5, "one cut, in each of the five charts of the run"
-    for name, (before, after) in summary.groups.items():
-        assert f'title="{name}: {before} → {after}"' in text
+    ]
+    ids = page.all("id")
+    assert len(ids) == len(set(ids)), "no two pictures share a clip or a marker"
+    words = re.findall("<text[^>]*>([^<]*)</text>", text)
+    changes = [f"{before} → {after}" for before, after in summary.groups.values()]
+    wanted = {*summary.groups, *changes, "chosen", "top 1", "ms a step; 300 s saved", "dense", "half &lt;b&gt;"}
+    assert wanted - set(words) == set(), "text can be found and copied"
+    assert "report on net &amp; co" in text
     assert page.text.keys() >= {f"g{at}" for at in range(len(summary.groups))}, "the graph with its groups is there"
+
+
+def test_the_tables_of_the_page_are_those_of_the_terminal(tmp_path: Path) -> None:
+    analysis, summary = summarized(measure=True)
+    summary.to_html(tmp_path / "report.html", analysis)
+    text = (tmp_path / "report.html").read_text()
+    rows = re.findall("<tr>(.*?)</tr>", text)
+    cells = {" ".join(" ".join(re.findall("<t[hd]>(.*?)</t[hd]>", row)).split()) for row in rows}
+    lines = {" ".join(line.split()) for line in f"{summary}\n{summary.bench}".splitlines()}
+    assert summary.bench is not None
+    assert lines - cells == {summary.bench.machine}
+    assert all(f"<summary>{title}</summary>" in text for title in ("In all", "Time", "Layers"))
+
+
+def test_a_page_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fxprune.report.pictures")
+    analysis, summary = summarized()
+    summary.to_html(tmp_path / "report.html", analysis, accuracies=RESULTS)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count(NO_PICTURES) == 1
+    assert "pip install 'fxprune[plots]'" in NO_PICTURES
+    assert "<figure" not in text
+    assert text.count("<table") == 2
+    Page(text)
 
 
 def test_a_page_without_measurements() -> None:
     _, summary = summarized()
-    assert "Measured" not in pictures(summary, None, (), {})
-    assert "Measured" not in pictures(summary, Log(), (), {})
+    assert pictures.draw_pictures(summary.groups, None, (), {}).count("<figure") == 1
+    assert pictures.draw_pictures(summary.groups, Log(), (), {}).count("<figure") == 1
+    assert "<figure" not in pictures.draw_pictures({}, None, (), {})
 
 
 def test_names_of_a_model_are_text(tmp_path: Path) -> None:
@@ -155,49 +184,79 @@ def test_nothing_can_be_written(tmp_path: Path) -> None:
         summary.to_html(tmp_path / "no" / "report.html", analysis)
 
 
-# ----------------------------------------------------------------------------------------------- charts
+# --------------------------------------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize(
-    "points",
-    [
-        [(1, 0.0)],
-        [(1, 5.0), (2, 5.0)],
-        [(0.001, 1e-9), (0.002, 1e9)],
-        [(1, -3.0), (100, 7.0)],
-        [(float(at), 0.3 + 0.01 * at) for at in range(80)],
-    ],
-)
-def test_charts_stay_in_their_frame(points: Sequence[tuple[float, float]], log: bool) -> None:
-    html = figure("a", [Series("", points), Series("b", points, stairs=True)], "x", "y", log=log, from_zero=False)
-    assert html.count("<circle") == (0 if len(points) > 60 else 2 * len(points))
-    for x, y in re.findall(r'cx="([\d.e+-]+)" cy="([\d.e+-]+)"', html):
-        assert LEFT <= float(x) <= WIDTH - RIGHT
-        assert TOP <= float(y) <= HEIGHT - BOTTOM
-    assert "nan" not in html
-    assert "inf" not in html
+COLOURS = {"0": (1.0, 0.0, 0.0), "3": (0.0, 1.0, 0.0)}
 
 
-def test_higher_values_stand_higher() -> None:
-    html = figure("a", [Series("", [(1, 1.0), (2, 3.0), (3, 2.0)])], "x", "y")
-    (x1, y1), (x2, y2), (x3, y3) = (map(float, each) for each in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', html))
-    assert x1 < x2 < x3
-    assert y2 < y3 < y1
+def lines_of(axes: Axes) -> list[list[tuple[float, float]]]:
+    return [list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines if line.get_linestyle() == "-"]
 
 
-def test_no_points_no_chart() -> None:
-    assert figure("a", [Series("", [])], "x", "y") == ""
+def test_bars_are_as_long_as_groups_are_wide() -> None:
+    name = "a" * 100 + ".conv"
+    (axes,) = pictures.draw_widths({"0": (16, 10), name: (8, 0)}, {"0": (1, 0, 0), name: (0, 1, 0)}).axes
+    assert [bar.get_width() for bar in axes.patches] == [16, 8, 10, 0]
+    assert [bar.get_facecolor() for bar in axes.patches][1::2] == [(0, 1, 0, 0.3), (0, 1, 0, 1)]
+    assert [label.get_text() for label in axes.texts] == ["16 → 10", "8 → 0"]
+    first, second = (label.get_text() for label in axes.get_yticklabels())
+    assert first == "0"
+    assert second.endswith(".conv")
+    assert len(second) < 50
+    bottom, top = axes.get_ylim()
+    assert bottom > top, "the first group is on top"
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.003, 0.0071), (-5, 1234), (7, 7)])
-def test_ticks_are_round_and_within(low: float, high: float) -> None:
-    found = ticks(low, high)
-    assert 1 <= len(found) <= 12
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
-    outside = around(low, high)
-    assert outside[0] <= low + 1e-9
-    assert outside[-1] >= high - 1e-9
+@pytest.mark.parametrize(("chosen", "marks"), [(6, [[(6, 3.0)]]), (2, [])])
+def test_the_chosen_width_stands_on_its_staircase(chosen: float, marks: list[list[tuple[float, float]]]) -> None:
+    (axes,) = pictures.draw_staircase(Staircase("0", (4, 8), (0.002, 0.004)), chosen, (1, 0, 0)).axes
+    line, *rest = axes.lines
+    assert list(zip(*line.get_data(), strict=True)) == [(4, 2.0), (8, 4.0)]
+    assert [list(zip(*mark.get_data(), strict=True)) for mark in rest] == marks
+    assert [label.get_text() for label in axes.texts] == ["chosen"] * len(marks)
+
+
+def test_a_run_by_epoch() -> None:
+    log = run_of(fxprune.analyze(net(), X))
+    panels = {axes.get_title(): axes for axes in pictures.draw_run(log, COLOURS).axes}
+    assert {title: lines_of(axes) for title, axes in panels.items()} == {
+        "ms a step; 300 s saved": [[(each.epoch, 1e3 * each.step_time) for each in log]],
+        "FLOPs of a sample": [[(each.epoch, each.flops) for each in log]],
+        "channels of each group": [[(1, 16), (2, 14), (3, 14)], [(1, 8), (2, 6), (3, 6)]],
+        "median norm of the channels of each group": [[(each.epoch, 0.1**each.epoch) for each in log]] * 2,
+        "top 1": [[(1, 0.6), (2, 0.7), (3, 0.8)]],
+    }
+    for axes in panels.values():
+        assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [1.5], "the one cut"
+    assert [line.get_color() for line in panels["channels of each group"].lines[:2]] == list(COLOURS.values())
+
+
+def test_accuracy_against_time() -> None:
+    (axes,) = pictures.draw_tradeoff(RESULTS).axes
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines] == [(200.0, 0.9), (100.0, 0.8)]
+    assert {label.get_text(): label.xy for label in axes.texts} == {"dense": (200.0, 0.9), "half <b>": (100.0, 0.8)}
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1e9])
+@pytest.mark.parametrize("name", ["_", "$x_{$", "層", "FLOPs of a sample"])
+def test_odd_names_and_numbers_are_drawn(name: str, value: float) -> None:
+    stairs = Staircase(name, (3,), (0.0,))
+    common = {"steps": 1, "samples": None, "params": 1, "memory": 1.0, "lr": 0.1, "step_time": 0.0, "flops": 0.0}
+    log = Log([Epoch(epoch=1, widths={name: 0}, norms={name: 0.0}, values={name: value}, **common)])
+    html = pictures.draw_pictures({name: (3, 0)}, log, [stairs], {name: (0.0, value)})
+    assert html.count("<figure") == 4
+    assert f">{name}</text>" in html
+
+
+def test_the_same_picture_is_the_same_text_and_no_setting_changes() -> None:
+    before = dict(matplotlib.rcParams)
+    first, second = (pictures.draw_pictures({"0": (16, 10)}, None, (), RESULTS) for _ in range(2))
+    assert first == second
+    assert dict(matplotlib.rcParams) == before
+    assert pictures.INK not in first
+    assert "currentColor" in first, "grey is that of the page's text, in the light and in the dark"
+    assert not re.search(r"<metadata|\d{4}-\d\d-\d\d", first)
 
 
 # -------------------------------------------------------------------------------------------- staircase
