@@ -70,8 +70,10 @@ def draw_widths(groups: Mapping[str, Pair], colours: Mapping[str, Colour]) -> Fi
     for widths, alpha in zip(both.T, (0.3, 1.0), strict=True):
         axes.barh(lines, widths, color=[colours[name] for name in groups], alpha=alpha)
     for line, pair in enumerate(groups.values()):
-        axes.annotate(format_change(pair), (pair[0], line), (4, 0), textcoords="offset points", va="center")
+        words = axes.annotate(format_change(pair), (pair[0], line), (4, 0), textcoords="offset points", va="center")
+        words.set_in_layout(False)  # the margin has room for them, and hundreds would take seconds
     names = [name if len(name) <= LONGEST else f"…{name[-LONGEST:]}" for name in groups]
+    axes.margins(x=0.2)
     axes.set(yticks=lines, yticklabels=names, xlabel="channels", ylim=(len(groups) - 0.5, -0.5))
     return figure
 
