@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from models import MODELS, prepare
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import fxprune
 from fxprune import Analysis, ParamMap, Plan, Restoration, passes, restore
@@ -356,14 +357,124 @@ def test_a_weight_that_is_used_twice_is_left() -> None:
     assert [layer.outcome for layer in report.layers] == ["left as cut: its weight is used 2 times"] * 2 + ["restored"]
 
 
+class Reads(nn.Module):
+    """What ``layer`` reads comes through a bottleneck that is cut."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.layer = nn.Linear(5, 4), nn.Linear(4, 6), layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(self.second(self.first(x)))
+
+
+class Packed(nn.Module):
+    """Queries and keys from parts of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed[:4]) * F.linear(x, self.packed[4:])
+
+
+class Multiplied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.shift = nn.Parameter(torch.randn(6, 3)), nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix + self.shift
+
+
+class Windows(nn.Module):
+    """One function of torchvision has all layers of attention in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = ShiftedWindowAttention(6, [2, 2], [1, 1], 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.attention(x.unflatten(1, (4, 4)))
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
+    "parts of one weight": (Packed, (5,), ["layer.packed: linear reads what is computed from layer.packed"]),
+    "a product": (Multiplied, (2, 5), ["layer.matrix: there is no least squares for matmul"]),
+    "reparametrised": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)),
+        (5,),
+        [
+            "layer: its weight is computed from layer.parametrizations.weight.original0, "
+            "layer.parametrizations.weight.original1"
+        ],
+    ),
+    "recurrent": (lambda: nn.GRU(6, 3), (2, 5), ["layer: there is no least squares for GRU"]),
+    "window attention": (Windows, (16, 5), ["there is no least squares for window_attention"]),
+    "a norm": (lambda: nn.LayerNorm([2, 6]), (2, 5), []),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_layers_that_have_no_least_squares_are_named(name: str) -> None:
+    torch.manual_seed(0)
+    layer, size, lines = READERS[name]
+    x = torch.randn(80, *size)
+    graph, compact, param_map = cut(Reads(layer()), x[:2])
+    report = restore(graph, compact, param_map, x)
+    assert [row.outcome for row in report.layers] == ["restored"]
+    notes = report.note.splitlines()
+    assert all(
+        note.startswith("left as cut, layer") and note.endswith(line) for note, line in zip(notes, lines, strict=True)
+    )
+    assert report.note in str(report)
+
+
+def test_layers_that_read_what_they_read_are_not_named() -> None:
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = Multiplied(), Chain(nn.Linear(3, 4), nn.Linear(4, 6), nn.Linear(6, 2))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.after(self.before(x))
+
+    x = torch.randn(80, 2, 6)
+    graph, compact, param_map = cut(Before(), x[:2], "after.first")
+    report = restore(graph, compact, param_map, x)
+    assert report.layers
+    assert not report.note
+
+
+def test_a_weight_that_is_an_embedding_too_is_left() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 6)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Any:
+            return self.out(self.second(self.first(self.embedding(ids))))
+
+    ids = torch.randint(9, (80, 5), generator=torch.Generator().manual_seed(0))
+    graph, compact, param_map = cut(Tied(), ids[:2])
+    report = restore(graph, compact, param_map, ids)
+    assert report.layers[-1].outcome == "left as cut: its weight is used 2 times"
+    assert torch.equal(compact.get_parameter("embedding.weight"), graph.get_parameter("embedding.weight"))
+
+
 def test_a_layer_along_another_axis_than_the_channels_is_left() -> None:
     model, inputs = prepare(MODELS["mixer"])
     graph = fxprune.trace(model, inputs)
     analysis = fxprune.analyze(graph, inputs)
     compact, param_map = fxprune.rewrite(graph, analysis, halved(analysis))
     report = restore(graph, compact, param_map, some_batches(inputs))
-    assert report.note.startswith("left as cut, for more than the channels of what they give went: ")
-    assert report.note in str(report)
+    names = [f"tokens.{number}.weight" for number in (0, 2)]
+    assert report.note.splitlines() == [
+        f"left as cut, {name}: more than the channels of what it gives went" for name in names
+    ]
 
 
 def test_the_table_says_what_was_done() -> None:

@@ -7,7 +7,7 @@ later ones make up for what earlier ones leave.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from fxprune.progress import track_progress
 from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.least_squares import Change, count_rows, fit_changes
 from fxprune.rewrite.param_map import ParamMap
+from fxprune.rewrite.readers import allow_rounding, count_uses, describe_reader, find_weights, has_changed_input
 from fxprune.rewrite.rows import (
     LinearLayer,
     as_weight,
@@ -35,8 +36,6 @@ from fxprune.rewrite.rows import (
 
 Rows = tuple[Tensor, Tensor, Tensor]  # float[groups, rows, columns], and twice float[groups, rows, outputs]
 METHODS = ("least_squares", "batch_norm")
-ROUNDING = 30  # times the precision of a value: smaller differences are none
-MOST_ROUNDING = 0.03  # of a value, in half precision
 HELD_OUT = 8  # one batch, or sample, of so many decides and is not fitted
 EXPECTED = "A batch holds what the model takes, and labels behind it if you like. compact is unchanged."
 NORMS = nn.modules.batchnorm._BatchNorm
@@ -67,7 +66,7 @@ class Restoration:
     Attributes:
         method: that was used.
         layers: in the order of the graph, those whose input had changed.
-        note: what else there is to say.
+        note: what else there is to say, such as which layers could not be restored, and why: a line for each.
     """
 
     method: str
@@ -288,37 +287,28 @@ def renew_averages(compact: nn.Module, batches: Sequence[Bound], note: str = "")
 def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamMap, pairs: list[Pair]) -> Restoration:
     """Walk both models and restore each layer whose input has changed."""
     originals = {node.name: node for node in graph.graphs[Mode.EVAL].nodes}
-    uses = count_uses(compact)
+    uses, weights = count_uses(compact), find_weights(compact)
     generator = torch.Generator().manual_seed(0)
-    rows, apart = [], list[str]()
+    rows, left = [], list[str]()
     for node in walk_together(graph, compact, pairs):
         original, layer = originals.get(node.name), find_linear_layer(compact, node)
-        if original is None or layer is None:
-            continue
-        dense = find_linear_layer(graph, original)
-        if dense is None:
+        dense = original and find_linear_layer(graph, original)
+        if original is None or layer is None or dense is None:
+            live, source = pairs[0].compact, pairs[0].dense
+            if node.op.startswith("call") and has_changed_input(live, node, source, original, weights):
+                left.append(describe_reader(compact, live, node, weights))
             continue
         place = Place(compact, node, original, layer, kept_outputs(dense, param_map[layer.name]), pairs)
         if not place.is_comparable():
-            apart.append(layer.name)
+            left.append(f"{layer.name}: more than the channels of what it gives went")
             continue
         if (found := restore_layer(place, uses[id(layer.weight)], generator)) is None:
             continue
         rows.append(found)
         for pair in pairs:
             pair.compact.advance(node)
-    note = f"left as cut, for more than the channels of what they give went: {', '.join(apart)}" if apart else ""
+    note = "\n".join(f"left as cut, {line}" for line in dict.fromkeys(left) if line)
     return Restoration("least_squares", tuple(rows), note)
-
-
-def count_uses(model: TracedModule) -> Mapping[int, int]:
-    """How many nodes of the eval graph use each parameter, by its id."""
-    uses: dict[int, int] = {}
-    for node in model.graphs[Mode.EVAL].nodes:
-        layer = find_linear_layer(model, node)
-        if layer is not None:
-            uses[id(layer.weight)] = uses.get(id(layer.weight), 0) + 1
-    return uses
 
 
 def walk_together(graph: TracedModule, compact: TracedModule, pairs: Sequence[Pair]) -> Iterator[fx.Node]:
@@ -481,7 +471,7 @@ def has_changed(place: Place, tail: Tail) -> bool:
         given += float(pair.compact.env[place.node].double().square().sum())
     if not math.isfinite(missing):
         raise RestoreError(f"on this data the layer of {place.layer.name} gives values that are not finite. {EXPECTED}")
-    return math.sqrt(missing) > min(ROUNDING * torch.finfo(dtype).eps, MOST_ROUNDING) * math.sqrt(given)
+    return math.sqrt(missing) > allow_rounding(dtype) * math.sqrt(given)
 
 
 def why_left(place: Place, uses: int) -> str:
