@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -21,8 +22,11 @@ import fxprune
 from fxprune import passes
 from fxprune.budget.timing import Spread
 from fxprune.cli.app import app
+from fxprune.cli.data import load_images
 from fxprune.cli.models import ModelError, timm_model
+from fxprune.cli.results import describe_restoration
 from fxprune.report.bench import Bench, Measured
+from fxprune.rewrite.restore import RestoredLayer
 
 FACTORY = """
 import torch
@@ -190,21 +194,64 @@ def test_every_criterion(criterion: str, folder: Path) -> None:
     assert report["totals"]["channels"][1] <= 0.6 * report["totals"]["channels"][0]
 
 
-def photos(folder: Path, classes: int = 3) -> Path:
+def photos(folder: Path, classes: int = 3, *, varied: bool = False) -> Path:
+    generator = np.random.default_rng(0)
     for number in range(classes):
         (folder / f"class{number}").mkdir(parents=True)
         for copy in range(3):
-            Image.new("RGB", (10, 12), (80 * number, 60 * copy, 100)).save(folder / f"class{number}" / f"{copy}.png")
+            image = Image.new("RGB", (10, 12), (80 * number, 60 * copy, 100))
+            if varied:
+                image = Image.fromarray(generator.integers(256, size=(12, 10, 3), dtype=np.uint8))
+            image.save(folder / f"class{number}" / f"{copy}.png")
     return folder
 
 
-def test_data_renews_batch_norm_and_tells_the_accuracy(folder: Path) -> None:
-    report = pruned("--data", str(photos(folder / "photos")))
-    assert all(0 <= each <= 1 for each in report["accuracy"])
+def restored_by_hand(graph: nn.Module, images: Any) -> tuple[nn.Module, fxprune.Restoration]:
+    """What the plan in ``out`` makes of ``graph``, restored."""
+    traced = fxprune.trace(graph.eval(), torch.randn(1, 3, 8, 8))
+    analysis = fxprune.analyze(traced, torch.randn(1, 3, 8, 8))
+    compact, param_map = fxprune.rewrite(traced, analysis, fxprune.Plan.load("out/plan.json"))
+    return compact, fxprune.restore(traced, compact, param_map, images)
+
+
+def test_data_restores_and_tells_the_accuracy(folder: Path) -> None:
+    torch.manual_seed(7)
+    other = tiny()
+    torch.save(other.state_dict(), "other.pt")
+    images = ["--data", str(photos(folder / "photos", varied=True))]
+    report = pruned("--weights", "other.pt", *images)
+    expected, restoration = restored_by_hand(other, load_images(folder / "photos", (1, 3, 8, 8), 512, 0))
     compact = fxprune.load("out/model.safetensors", tiny())
-    pruned(out="without")
-    without = fxprune.load("without/model.safetensors", tiny())
-    assert not torch.equal(compact.get_buffer("1.running_mean"), without.get_buffer("1.running_mean"))
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(compact.state_dict()[name], tensor)
+    before, after = ([getattr(layer, when) for layer in restoration.layers] for when in ("before", "after"))
+    assert sum(after) < sum(before)
+    count, errors = len(restoration.layers), f"{sum(before) / len(before):.1%} → {sum(after) / len(after):.1%}"
+    done = sum(layer.outcome == "restored" for layer in restoration.layers)
+    assert report["about"]["restored"] == f"{done} of {count} layers by least squares, mean error {errors}"
+    assert all(0 <= share <= 1 for share in report["accuracy"])
+    assert "restored" not in pruned(out="without")["about"]
+
+    result = run("apply", "out/plan.json", "--weights", "other.pt", *images, "--no-onnx", "--no-measure", "-o", "again")
+    assert f"restored: {report['about']['restored']}" in result.stdout
+    assert re.search(rf"^3.weight +restored +{restoration.layers[0].before:.2%}", result.stdout, re.MULTILINE)
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+def test_data_of_one_image_is_refused(folder: Path) -> None:
+    photos(folder / "photos")
+    result = run("prune", *TINY, "--flops", "0.5", "--data", "photos", "--samples", "1", code=2)
+    assert "data has one sample: restoring needs two at least" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_what_is_not_restored_is_told() -> None:
+    row = RestoredLayer("a.weight", 0.5, 0.25, "restored")
+    left = fxprune.Restoration("least_squares", (row,), "left as cut, b: there is no least squares for GRU")
+    assert describe_restoration(left) == f"1 of 1 layers by least squares, mean error 50.0% → 25.0%; {left.note}"
+    averages = fxprune.Restoration("batch_norm", note="the running averages of 2 batch norms were renewed")
+    assert describe_restoration(averages) == averages.note
+    assert describe_restoration(fxprune.Restoration("least_squares")) == "no layer reads anything else than it did"
 
 
 def test_apply_puts_a_plan_on_other_weights() -> None:

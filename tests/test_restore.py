@@ -411,7 +411,7 @@ READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] =
         ],
     ),
     "recurrent": (lambda: nn.GRU(6, 3), (2, 5), ["layer: there is no least squares for GRU"]),
-    "window attention": (Windows, (16, 5), ["there is no least squares for shifted_window_attention"]),
+    "window attention": (Windows, (16, 5), ["there is no least squares for window_attention"]),
     "a norm": (lambda: nn.LayerNorm([2, 6]), (2, 5), []),
 }
 

@@ -21,7 +21,7 @@ def apply(
     example: options.Input = None,
     named: options.Named = None,
     images: Annotated[
-        Path | None, typer.Option("--data", metavar="FOLDER", help="Images to renew batch norm's averages on.")
+        Path | None, typer.Option("--data", metavar="FOLDER", help="Images to restore the layers on after the cut.")
     ] = None,
     samples: options.Samples = 512,
     seed: options.Seed = 0,

@@ -78,7 +78,7 @@ def prune(
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="Images, a folder for each class: criteria look at them, batch norm's averages are renewed on them, "
+            help="Images, a folder for each class: criteria look at them, layers are restored on them after the cut, "
             "and the accuracy is told.",
         ),
     ] = None,

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fxprune
+from fxprune import Restoration
 from fxprune.atomic import named_errors, replace_files
 from fxprune.budget.staircase import find_tallest, staircase
 from fxprune.channels.analysis import Analysis
@@ -54,11 +53,14 @@ def carry_out(
     if wanted.verify:
         print_progress("verifying in float64")
         about["verified"] = str(fxprune.verify(analysis.graph, compact, param_map, opened.inputs))
+    if batches is not None:
+        print_progress("restoring")
+        restoration = fxprune.restore(analysis.graph, compact, param_map, batches)
+        about["restored"] = describe_restoration(restoration)
+        if not wanted.as_json:
+            print_output(str(restoration), "")
     summary = summarize(analysis, plan, compact, about=about)
     if batches is not None:
-        print_progress("renewing batch norm's averages")
-        torch.optim.swa_utils.update_bn(batches, compact)
-        compact.eval()
         summary = replace(
             summary, accuracy=(data.measure_accuracy(analysis.graph, batches), data.measure_accuracy(compact, batches))
         )
@@ -75,6 +77,18 @@ def carry_out(
     print_output(*(f"{title}: {words}" for title, words in summary.about.items() if title != "model"))
     print_note(f"written to {wanted.out}: {', '.join(files)}")
     return summary
+
+
+def describe_restoration(restoration: Restoration) -> str:
+    """What was restored, in one line; the errors are means over the layers, on what was held out."""
+    layers = restoration.layers
+    if not layers:
+        return restoration.note or "no layer reads anything else than it did"
+    count = sum(layer.outcome == "restored" for layer in layers)
+    before = sum(layer.before for layer in layers) / len(layers)
+    after = sum(layer.after for layer in layers) / len(layers)
+    done = f"{count} of {len(layers)} layers by least squares, mean error {before:.1%} → {after:.1%}"
+    return "; ".join([done, *restoration.note.splitlines()])
 
 
 def write_results(
