@@ -11,6 +11,7 @@ from fxprune.atomic import replace_file
 from fxprune.errors import FileError, PlanError
 
 FORMAT = "fxprune plan 1"
+OPTIONS = ("heads", "groups")  # of ``analyze``
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Plan:
         sizes: the size of every group of the model that the plan was made for.
         options: the options of ``analyze`` under which these groups were found.
         dropped: the groups that keep none and whose branch takes its constant along.
+        source: what the command line knows of where the model is from. It changes nothing that the plan does.
     """
 
     keep: Mapping[str, Sequence[int]]
     sizes: Mapping[str, int]
     options: Mapping[str, str] = field(default_factory=dict)
     dropped: Sequence[str] = ()
+    source: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         keep: dict[str, tuple[int, ...]] = {}
@@ -49,6 +52,7 @@ class Plan:
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "sizes", dict(self.sizes))
         object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "source", dict(self.source))
         object.__setattr__(self, "dropped", tuple(sorted(self.dropped)))
         for name in self.dropped:
             if keep.get(name) != ():
@@ -85,7 +89,7 @@ class Plan:
         for name, kept in other.keep.items():
             mine = self.keep.get(name, range(self.sizes[name]))
             keep[name] = tuple(mine[channel] for channel in kept)
-        return Plan(keep, self.sizes, self.options, (*self.dropped, *other.dropped))
+        return Plan(keep, self.sizes, self.options, (*self.dropped, *other.dropped), self.source)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data."""
@@ -94,7 +98,7 @@ class Plan:
             "format": FORMAT,
             "keep": keep,
             "sizes": dict(self.sizes),
-            "options": dict(self.options),
+            "options": {**self.options, **self.source},  # one object in the file
             "dropped": list(self.dropped),
         }
 
@@ -121,7 +125,9 @@ class Plan:
                 "and dropped a list of text"
             )
         try:
-            return cls(keep, sizes, options, dropped)
+            source = {name: value for name, value in options.items() if name not in OPTIONS}
+            options = {name: value for name, value in options.items() if name in OPTIONS}
+            return cls(keep, sizes, options, dropped, source)
         except PlanError as error:
             raise FileError(f"this plan is damaged: {error}") from error
 

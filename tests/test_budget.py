@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Analysis, Budget, Plan, cost, passes
 from fxprune.budget.cost import Channels, cost_of
-from fxprune.budget.latency import Stairs
+from fxprune.budget.latency import Stairs, Tried, guess_between
 from fxprune.errors import BudgetError, PlanError
 
 KINDS = ["flops", "macs", "params", "channels", "memory"]
@@ -427,6 +427,15 @@ def test_widths_stand_on_the_staircase(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(width % 48 == 0 for width in plan.widths.values()), plan.widths
         before, after = (sum(map(taken, model.children())) for model in (analysis.graph, cut(analysis, plan)))
         assert 0.4 * before < after <= 0.6 * before
+
+
+@pytest.mark.parametrize(
+    ("times", "aim", "removed"),
+    [((1.0, 0.5), 0.75, 150), ((1.0, 0.5), 0.99, 115), ((1.0, 0.5), 0.51, 185), ((0.6, 0.6), 0.5, 185)],
+    ids=["in a line", "not at the start", "not at the end", "time that does not fall"],
+)
+def test_a_guess_lies_within_what_was_tried(times: tuple[float, float], aim: float, removed: int) -> None:
+    assert guess_between(Tried(100, times[0]), Tried(200, times[1]), aim) == removed
 
 
 def test_stairs() -> None:

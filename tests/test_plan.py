@@ -62,6 +62,19 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_where_a_model_is_from_changes_nothing(tmp_path: Path) -> None:
+    plan = Plan({"conv": [0, 2]}, SIZES, {"heads": "within"}, source={"model": "torchvision:resnet18", "input": "1,3"})
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert (again.options, again.source) == (plan.options, plan.source)
+    assert again == Plan(plan.keep, SIZES, {"heads": "within"})
+    assert again.then(Plan({}, again.widths)).source == plan.source
+    data = plan.to_json()
+    assert data["options"] == {"heads": "within", "model": "torchvision:resnet18", "input": "1,3"}, "as in older files"
+    Plan.from_json(data)
+    assert data == plan.to_json(), "reading changes nothing"
+
+
 def test_a_plan_then_another() -> None:
     first = Plan({"conv": [0, 2, 3]}, SIZES, {"heads": "whole"})
     second = Plan({"conv": [1, 2], "fc": [5]}, first.widths)

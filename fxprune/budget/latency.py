@@ -7,7 +7,7 @@ where a larger one takes hardly longer. Each candidate of the search is then bui
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from fxprune.budget.budget import Budget, is_fraction
 from fxprune.budget.cost import Floats
 from fxprune.budget.solver import Solver, meet_limits
-from fxprune.budget.timing import by_module, in_turns, make_forward, stand_in
+from fxprune.budget.timing import LAYERS, by_module, in_turns, make_forward, stand_in
 from fxprune.channels.groups import layers_of
 from fxprune.channels.names import Ints
 from fxprune.errors import BudgetError
@@ -27,7 +27,10 @@ LEVELS = 16  # widths of each group that are timed
 WORTH = 0.5  # of the share of channels that a width saves over the next larger one: that share of time at least
 ROUNDS = 10  # candidates that are timed
 CLOSE = 0.03  # of the limit: what may be left unused
+AIM = 1 - CLOSE / 2  # of the limit: the middle of what is close enough, so that noise on either side does no harm
+INSIDE = 0.15  # of the range: so far from its ends stays each guess, for time is no straight line between them
 SECONDS = 1.0  # that a candidate is run for
+AGAIN = 3.0  # times as long is a candidate run that came close
 
 
 def meet_latency(solver: Solver, budget: Budget, limits: Sequence[tuple[str, float]]) -> Ints:
@@ -43,6 +46,22 @@ def meet_latency(solver: Solver, budget: Budget, limits: Sequence[tuple[str, flo
     inputs = map_tensors(lambda tensor: stand_in(tensor, device), solver.analysis.example_inputs)
     with in_eval(graph):
         return Search(solver, inputs, budget, limits).widths()
+
+
+class Tried(NamedTuple):
+    """A candidate: the channels removed, and its time over that of the dense model."""
+
+    removed: int
+    time: float
+
+
+def guess_between(slow: Tried, fast: Tried, aim: float) -> int:
+    """How many channels to remove for a time of ``aim``, if time falls in a line: regula falsi, kept off the ends.
+
+    A guess at an end would leave the range as wide as it was.
+    """
+    share = (slow.time - aim) / max(slow.time - fast.time, 1e-9)  # both may have taken the same time
+    return slow.removed + round(float(np.clip(share, INSIDE, 1 - INSIDE)) * (fast.removed - slow.removed))
 
 
 class Search:
@@ -71,22 +90,20 @@ class Search:
         count = len(self.solver.worst_first)
         if (self.first < self.solver.sizes).any() and self.time(self.first) <= self.limit:
             return self.first
-        low, high = (0, self.time(self.first)), (count, self.time(self.at(count)))
-        if high[1] > self.limit:
+        slow, fast = Tried(0, self.time(self.first)), Tried(count, self.time(self.at(count)))
+        if fast.time > self.limit:
             raise BudgetError(
                 f"a latency of {self.limit * self.dense:.3g} s can't be met: the model takes {self.dense:.3g} s, the "
-                f"smallest plan {high[1] * self.dense:.3g} s. Ask for more than that, lower minimum=, or keep fewer "
+                f"smallest plan {fast.time * self.dense:.3g} s. Ask for more than that, lower minimum=, or keep fewer "
                 "layers."
             )
-        aim = (1 - CLOSE / 2) * self.limit
         for _ in range(ROUNDS):
-            if high[1] >= (1 - CLOSE) * self.limit or high[0] - low[0] <= 1:
+            if fast.time >= (1 - CLOSE) * self.limit or fast.removed - slow.removed <= 1:
                 break
-            share = (low[1] - aim) / max(low[1] - high[1], 1e-9)
-            middle = low[0] + round(float(np.clip(share, 0.15, 0.85)) * (high[0] - low[0]))
-            now = self.time(self.at(middle))
-            low, high = (low, (middle, now)) if now <= self.limit else ((middle, now), high)
-        return self.filled(self.at(high[0]))
+            removed = guess_between(slow, fast, AIM * self.limit)
+            tried = Tried(removed, self.time(self.at(removed)))
+            slow, fast = (slow, tried) if tried.time <= self.limit else (tried, fast)
+        return self.filled(self.at(fast.removed))
 
     def at(self, removed: int) -> Ints:
         """The widths without the ``removed`` worst channels, each rounded up to one that stands on the staircase."""
@@ -100,7 +117,7 @@ class Search:
         for _ in range(ROUNDS):
             if now >= (1 - CLOSE) * self.limit:
                 break
-            grown = self.grown(best, trust * ((1 - CLOSE / 2) * self.limit - now))
+            grown = self.grown(best, trust * (AIM * self.limit - now))
             if (grown == best).all():
                 break
             then = self.time(grown)
@@ -134,7 +151,7 @@ class Search:
         if not known or again:
             graph = self.solver.analysis.graph
             compact, _ = rewrite(graph, self.solver.analysis, self.solver.plan(widths))
-            seconds = 3 * SECONDS if again else SECONDS
+            seconds = AGAIN * SECONDS if again else SECONDS
             times = seconds_of({"dense": graph, "compact": compact.eval()}, self.inputs, seconds)
             known[:] = (np.array(times["compact"]) / np.array(times["dense"])).tolist()
             if not again and abs(np.median(known) / self.limit - 1) <= CLOSE:
@@ -172,7 +189,7 @@ def measure_staircases(solver: Solver, inputs: Any) -> list[Stairs]:
         levels.append(np.clip(rounded, solver.floor, solver.cap))
         compact, _ = rewrite(solver.analysis.graph, solver.analysis, solver.plan(levels[-1]))
         models[str(level)] = compact.eval()
-    taken = list(by_module(models, bind_inputs(inputs), SECONDS / 10).values())
+    taken = list(by_module(models, bind_inputs(inputs), LAYERS * SECONDS).values())
     found = []
     for number, group in enumerate(solver.analysis.groups.values()):
         paths = layers_of(group)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxprune.budget.timing import by_module, stand_in
+from fxprune.budget.timing import LAYERS, by_module, stand_in
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import layers_of
 from fxprune.errors import BenchError
@@ -51,7 +51,7 @@ def staircase(
     size = analysis.groups[group].size
     if widths is None:
         step = max(1, size // WIDTHS)
-        widths = range(size, max(0, size // 8 - 1), -step)
+        widths = range(size, max(0, size // WIDTHS - 1), -step)
     tried = sorted(set(widths))
     if not tried or tried[0] < 1 or tried[-1] > size:
         raise BenchError(f"group {group!r} has widths from 1 to {size}; {list(widths)} is not among them")
@@ -62,7 +62,7 @@ def staircase(
         plan = Plan({group: range(width)}, analysis.sizes, analysis.options)
         models[str(width)] = rewrite(analysis.graph, analysis, plan)[0].eval()
     with torch.no_grad():
-        times = by_module(models, inputs, seconds / 10)
+        times = by_module(models, inputs, LAYERS * seconds)
     paths = layers_of(analysis.groups[group])
     taken = [sum(times[str(width)].get(path, 0.0) for path in paths) for width in tried]
     return Staircase(group, tuple(tried), tuple(taken))

@@ -20,6 +20,7 @@ from fxprune.graph.inputs import Bound, bind_inputs
 
 BLOCK = 0.02  # seconds that a turn takes at least, where one run takes less
 ROUNDS = 5  # at least
+LAYERS = 0.1  # of the seconds that a model is run for, with a clock on every layer
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fxprune.plan import Plan
 
 
 def apply(
+    given: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json that fxprune wrote.", show_default=False)],
     weights: options.Weights = None,
     classes: options.Classes = None,
@@ -49,6 +50,5 @@ def apply(
     )
     batches = images_for(opened, images, samples, seed)
     print_progress(f"analysing {source.model}")
-    chosen = {key: value for key, value in found.options.items() if key in ("heads", "groups")}
-    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **chosen)
-    carry_out(analysis, found, opened, batches, Wanted(out, verify, onnx, measure, as_json))
+    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **found.options)
+    carry_out(analysis, found, opened, batches, options.read_fields(Wanted, {**given.params, "out": out}))

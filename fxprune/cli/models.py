@@ -37,22 +37,22 @@ class ModelError(FxpruneError):
 class Source:
     """Where a model is from: all that it takes to build it again, but for the weights.
 
-    A plan holds it among its options, so that plan.json and model.safetensors know what they were made of.
+    A plan holds it, so that plan.json and model.safetensors know what they were made of.
     """
 
     model: str
     classes: int | None = None
     input: tuple[str, ...] = ()
 
-    def options(self) -> dict[str, str]:
-        """As options of a plan."""
+    def to_plain(self) -> dict[str, str]:
+        """As a plan holds it."""
         found = {"model": self.model, "input": " ".join(self.input)}
         return found | ({} if self.classes is None else {"classes": str(self.classes)})
 
     @classmethod
     def of(cls, plan: Plan, named: str | None, path: str | Path) -> "Source":
         """The source that a plan in the file ``path`` tells, or ``named``, which the user typed."""
-        told = plan.options
+        told = plan.source
         model = named or told.get("model")
         if model is None:
             raise ModelError(f"{path} does not say which model it was made of; say so with --model")

@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -28,6 +30,14 @@ def read_amount(text: str) -> float:
     if found[2]:
         return round(value * UNITS[found[2].upper()])
     return int(value) if found[1].isdigit() else value
+
+
+T = TypeVar("T")
+
+
+def read_fields(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass, from the values of those options of a verb that are called like its fields."""
+    return kind(**{field.name: values[field.name] for field in fields(cast(Any, kind))})
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to look at; see fxprune --help.", show_default=False)]

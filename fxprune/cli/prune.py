@@ -1,6 +1,7 @@
 """``fxprune prune``: a plan that meets a budget is made and carried out."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,7 @@ def read_limit(what: str) -> Any:
 
 
 def prune(
+    given: typer.Context,
     model: options.Model,
     flops: Annotated[float | None, read_limit("FLOPs that may remain: 0.5, 50% or 2G.")] = None,
     macs: Annotated[float | None, read_limit("Multiply-accumulates that may remain; half the FLOPs.")] = None,
@@ -101,20 +103,20 @@ def prune(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    budget = budget_of(flops, macs, params, channels, memory, latency, latency_ms, tolerance)
+    budget = read_budget(given.params)
     scorer = criterion_of(criterion, images is not None)
     check_folder(out)
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
     batches = images_for(opened, images, samples, seed)
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
-    own = {"data": batches, "loss": data.compute_loss, "seed": seed}
+    own = {"data": batches, "loss": data.compute_loss, "seed": seed}  # of some criteria
     bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
 
     print_progress(f"analysing {model}")
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
     print_progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
-    wanted = Wanted(out, verify, onnx, measure, as_json)
+    wanted = options.read_fields(Wanted, {**given.params, "out": out})
     summary = carry_out(analysis, plan, opened, batches, wanted, criterion=criterion)
     check_latency(summary, budget)
 
@@ -135,32 +137,16 @@ def check_latency(summary: Summary, budget: Budget) -> None:
         )
 
 
-def budget_of(
-    flops: float | None,
-    macs: float | None,
-    params: float | None,
-    channels: float | None,
-    memory: float | None,
-    latency: float | None,
-    latency_ms: float | None,
-    tolerance: float,
-) -> Budget:
-    """The budget; what is wrong with it is wrong use."""
+def read_budget(given: Mapping[str, Any]) -> Budget:
+    """The budget, of the options that are called like its limits; what is wrong with it is wrong use."""
+    latency, latency_ms = given["latency"], given["latency_ms"]
     if latency is not None and latency_ms is not None:
         raise UsageError("give --latency or --latency-ms, not both")
     if latency is not None and latency > 1:
         raise UsageError(f"--latency {latency:g} is no fraction; say milliseconds with --latency-ms")
     try:
         time = latency if latency_ms is None else datetime.timedelta(milliseconds=latency_ms)
-        return Budget(
-            flops=flops,
-            macs=macs,
-            params=params,
-            channels=channels,
-            memory=memory,
-            latency=time,
-            tolerance=tolerance,
-        )
+        return options.read_fields(Budget, {**given, "latency": time})
     except BudgetError as error:
         raise UsageError(f"{error}. For example --flops 0.5") from error
 

@@ -46,7 +46,7 @@ def carry_out(
 
     ``batches``: images and their classes, or None. ``about``: titles and words for the report.
     """
-    plan = replace(plan, options={**plan.options, **opened.source.options()})
+    plan = replace(plan, source=opened.source.to_plain())
     about["model"] = opened.source.model
     print_progress("rewriting")
     compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)

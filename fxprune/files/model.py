@@ -99,8 +99,7 @@ def load(path: str | Path, model: nn.Module) -> Model:
                 remaining = iter(example)
                 inputs = map_tensors(lambda _: next(remaining), inputs)
             graph = trace(model, inputs)
-            options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
-            compact, param_map = rewrite(graph, analyze(graph, inputs, **options), plan)
+            compact, param_map = rewrite(graph, analyze(graph, inputs, **plan.options), plan)
             start = start and start.after(param_map)
         else:
             compact = copy.deepcopy(unwrap_model(model))

@@ -125,9 +125,8 @@ def read_checkpoint(
         raise FileError(f"{path} is not a checkpoint that Session.save wrote ({FORMAT!r})")
     try:
         state = RunState.from_plain(data)
-        options = {key: value for key, value in state.plan.options.items() if key in ("heads", "groups")}
         graph = trace(model, example_inputs)
-        compact, param_map = rewrite(graph, analyze(graph, example_inputs, **options), state.plan)
+        compact, param_map = rewrite(graph, analyze(graph, example_inputs, **state.plan.options), state.plan)
         start = start_in(data["start"], graph) if data["start"] is not None else None
         if start is not None:
             data["model"] = unpack_sparse(data["model"], data["start"], start.after(param_map))
@@ -143,7 +142,7 @@ def read_checkpoint(
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
         raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
-    return Saved(data, state, chosen, options | {"batch_size": state.batch_size}, start)
+    return Saved(data, state, chosen, {**state.plan.options, "batch_size": state.batch_size}, start)
 
 
 def check_optimizer(optimizer: Optimizer, state: dict[str, Any], param_map: ParamMap) -> None:

@@ -83,8 +83,7 @@ def put_session(
     given = owner.get_submodule(part)
     graph = trace(given, example_inputs)
     if plan is not None and lacks_plan(graph, plan):
-        options = {key: value for key, value in plan.options.items() if key in ("heads", "groups")}
-        analysis = analyze(graph, example_inputs, **options)
+        analysis = analyze(graph, example_inputs, **plan.options)
         reconfigure(graph, analysis, plan, optimizers, others=set(owner.parameters()))
     owner.set_submodule(part, graph)
     return graph
