@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import CASES, SIZES, Case
 
 import fxprune  # noqa: F401  (registers the rules)
-from fxprune.channels.labels import label_along, on_axis, varying_axes
+from fxprune.channels.labels import label_along, on_axis, pin_axes, varying_axes
 from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import ChannelTensor, Run, as_operand, freeze_unknown, name_of, rule
 
@@ -173,3 +173,12 @@ def test_an_index_is_not_zero_where_it_points_to_zeros() -> None:
 def test_where_to_sample_is_frozen() -> None:
     case = Case("", lambda x, grid: F.grid_sample(x, grid, align_corners=False), "nchw ntsg", "")
     assert describe(case) == "n c - - | | A g h s t w"
+
+
+@pytest.mark.usefixtures("own_tables")
+@pytest.mark.parametrize("axis", [1, -2])
+def test_a_rule_may_count_axes_from_the_end(axis: int) -> None:
+    rule("roll")(
+        lambda call: tuple(pin_axes(call.names, label, [axis], "") for label in as_operand(call.args[0]).labels)
+    )
+    assert describe(Case("", lambda x: x.roll(1, 0), "nch", "")) == "n - h | | c"

@@ -111,7 +111,7 @@ def pin_axes(names: Names, label: Label, axes: Iterable[int], why: str) -> Label
     first = label
     for axis in axes:
         if label.shape[axis] > 1:
-            first = narrow_label(first, axis, 0, 1)
+            first = narrow_label(first, axis % label.ndim, 0, 1)
     if first.size == label.size:
         return label
     if first.size == 1:
