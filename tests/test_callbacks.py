@@ -429,7 +429,7 @@ def on_ranks(rank: int, folder: Path) -> dict[str, list[int]]:
         weights = [parameter.tolist() for parameter in session.graph.parameters()]
         assert len({str(each) for each in distributed.gather_values(weights)}) == 1, name
         assert session.log[-1].sent > 0
-        assert any(isinstance(each, DistributedDataParallel) for each in (session.model, *session._around[0])), name
+        assert any(isinstance(each, DistributedDataParallel) for each in (session.model, *session.around[0])), name
         removed[name] = [each.removed for each in session.log]
     return removed
 

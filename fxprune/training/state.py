@@ -51,6 +51,7 @@ class RunState:
             FileError: something is not what it should be.
             LookupError, TypeError: something is missing, or not even of its kind.
         """
+        plan = Plan.from_json(data["plan"])
         numbers = {"epoch": data["epoch"], "step": data["step"], "batch_size": data["batch_size"]}
         for name, value in numbers.items():
             if type(value) is not int and not (name == "batch_size" and value is None):
@@ -61,7 +62,7 @@ class RunState:
             if not isinstance(part["saved"], dict):
                 raise FileError("it is damaged: what a pass remembers is no dictionary")
         passes = tuple(PassState(part["name"], part["saved"]) for part in data["passes"])
-        return cls(Plan.from_json(data["plan"]), passes, **numbers, log=Log.from_json(data["log"]))
+        return cls(plan, passes, **numbers, log=Log.from_json(data["log"]))
 
 
 def state_of(run: Run) -> RunState:
