@@ -369,11 +369,11 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_last(tmp_path: Path, mo
         patch.setattr(os, "fsync", full)
         with pytest.raises(FileError, match=r"can't write a checkpoint to .*run\.pt: .*No space left on device"):
             run.session.save(tmp_path / "run.pt")
-    memory = run.session.memories[1]
-    looked, memory.since = memory.since, Hostile(tmp_path)
+    memory = run.session.memories[0]
+    coefficient, memory.lambda_ = memory.lambda_, Hostile(tmp_path)
     with pytest.raises(FileError, match="something in it is not plain data and would not load again"):
         run.session.save(tmp_path / "run.pt")
-    memory.since = looked
+    memory.lambda_ = coefficient
     with pytest.raises(FileError, match=r"can't write a checkpoint to .*nowhere"):
         run.session.save(tmp_path / "nowhere" / "run.pt")
     with pytest.raises(FileError, match=r"path must be a str or Path, but it is 3 \(int\)"):
