@@ -31,7 +31,7 @@ def net() -> nn.Module:
 
 def summarized(model: nn.Module | None = None, measure: bool = False) -> tuple[fxprune.Analysis, Summary]:
     analysis = fxprune.analyze(model or net(), X)
-    plan = passes.Magnitude(round_to=1).plan(analysis, Budget(channels=0.6, tolerance=0.3))
+    plan = passes.Magnitude(scope="local", round_to=1).plan(analysis, Budget(channels=0.6, tolerance=0.3))
     compact, _ = fxprune.rewrite(analysis.graph, analysis, plan)
     bench = None
     if measure:
