@@ -14,7 +14,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-# The package must work without its extras. Only the modules named after a framework need that framework.
+# The package must work without its extras. Only the modules named after a framework need that framework, and pictures
+# need matplotlib: a page is written without them where that is missing.
 FRAMEWORKS = ("lightning", "accelerate", "transformers")
 for extra in ("matplotlib", "sklearn", "pytest", "hypothesis", "torch_pruning", *FRAMEWORKS):
     sys.modules[extra] = None  # type: ignore[assignment]
@@ -37,7 +38,7 @@ for name in ("py.typed", "report/report.html"):
     if not (installed / name).exists():
         sys.exit(f"the wheel lacks fxprune/{name}")
 for name in sorted(found):
-    if name.rpartition(".")[2] not in FRAMEWORKS:
+    if name.rpartition(".")[2] not in (*FRAMEWORKS, "pictures"):
         importlib.import_module(name)
 print(f"the wheel holds all {len(found)} modules, and each imports without the extras")
 
