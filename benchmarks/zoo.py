@@ -230,7 +230,8 @@ def check(name: str) -> dict[str, Any]:
     big = cost.params(model) > BIG or name in SINGLE
     analysis, row = analysed(model, x)
     graph = analysis.graph
-    plan = passes.Magnitude().plan(analysis, fxprune.Budget(flops=0.5))
+    # At random: a good choice hardly moves the outputs, and the proof would show little.
+    plan = passes.Random().plan(analysis, fxprune.Budget(flops=0.5))
     compact, param_map = fxprune.rewrite(graph, analysis, plan)
     result = fxprune.verify(
         graph, compact, param_map, x, dtype=torch.float32 if big else torch.float64, gradients=not big
