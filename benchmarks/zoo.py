@@ -260,7 +260,7 @@ def report(rows: list[dict[str, Any]], title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Each is pruned to half its FLOPs by the defaults of `passes.Magnitude`, with random weights and",
+        "Each is pruned to half its FLOPs by a random plan, with random weights and",
         "randomised norms. `law` is the largest difference between the masked original and the compact model,",
         "outputs and gradients, eval and train, relative to the largest value (allowed: 1e-10 in float64,",
         "1e-5 in float32). `onnx` is that between onnxruntime and PyTorch in float32. `frozen` is the share",
