@@ -250,7 +250,7 @@ def group_norm(run: Any, node: fx.Node) -> None:
 def convolution(run: Any, node: fx.Node) -> None:
     """The groups that stay."""
     if old_value(run, find_argument(node, 6, "groups", 1)) != 1:
-        source, weight = (run.env[arg] for arg in node.args[:2])
+        source, weight = (run.env[find_argument(node, at, name)] for at, name in enumerate(("input", "weight")))
         set_argument(node, 6, "groups", source.shape[1 - weight.ndim] // weight.shape[1])
 
 
@@ -258,7 +258,7 @@ def convolution(run: Any, node: fx.Node) -> None:
 def transposed_convolution(run: Any, node: fx.Node) -> None:
     """The groups that stay."""
     if old_value(run, find_argument(node, 6, "groups", 1)) != 1:
-        weight = run.env[node.args[1]]
+        weight = run.env[find_argument(node, 1, "weight")]
         channels = run.after[node.name].shape[1 - weight.ndim]
         set_argument(node, 6, "groups", channels // weight.shape[1])
 
