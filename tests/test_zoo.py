@@ -25,7 +25,7 @@ OTHERS = (
 TIMM = [  # what torchvision has none of
     f"timm:{name}"
     for name in (
-        "efficientformer_l1 ghostnet_050 hrnet_w18_small levit_128s mobilevit_xxs "
+        "crossvit_9_240 efficientformer_l1 ghostnet_050 hrnet_w18_small levit_128s mobilevit_xxs "
         "nfnet_l0 res2net50_14w_8s skresnet18 xcit_nano_12_p16_224"
     ).split()
 ]
