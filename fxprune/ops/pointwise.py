@@ -84,7 +84,7 @@ def lower_pointwise(layer: Any, tensors: Tensors, x: Tensor, training: bool) -> 
 
 
 @attributes(nn.PReLU)
-def prelu_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def prelu_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     return {"num_parameters": layer.weight.shape[0]}
 
 
@@ -171,9 +171,9 @@ def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) 
     operands = [value]
     for vector in vectors:
         if isinstance(vector, Tensor):
-            given = as_operand(vector)
-            shape = (*given.shape, *[1] * (ndim - axis - 1))
-            operands.append(Operand(tuple(label.reshape(shape) for label in given.labels), shape, given.source))
+            operand = as_operand(vector)
+            shape = (*operand.shape, *[1] * (ndim - axis - 1))
+            operands.append(Operand(tuple(label.reshape(shape) for label in operand.labels), shape, operand.source))
     return join_labels(call.names, operands, ndim)
 
 
