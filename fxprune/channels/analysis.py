@@ -31,6 +31,7 @@ from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
+from fxprune.options import allow_words, check_options
 from fxprune.plan import Plan
 
 if TYPE_CHECKING:
@@ -249,12 +250,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     Raises:
         AnalysisError: the model does not run on these inputs, or depends on their values.
     """
-    for option, value, known in (
-        ("heads", heads, ("whole", "within")),
-        ("groups", groups, ("whole", "within", "auto")),
-    ):
-        if value not in known:
-            raise AnalysisError(f"{option}={value!r} is not known; use one of {', '.join(map(repr, known))}")
+    check_options({"heads": heads}, AnalysisError, heads=allow_words("whole", "within"))
+    check_options({"groups": groups}, AnalysisError, groups=allow_words("whole", "within", "auto"))
     graph = trace(model, example_inputs)
     before = graph.meta.get("fxprune", {})  # of a compact model: it has the groups that it was cut by
     same = before.get("options") == {"heads": heads, "groups": groups}

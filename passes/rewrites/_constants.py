@@ -60,8 +60,8 @@ def kind_of(model: nn.Module, node: fx.Node) -> str:
         layer = model.get_submodule(str(node.target))
         plain = len(node.args) == 1 and not node.kwargs and not getattr(layer, "return_indices", False)
         plain = plain and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-        found = next((name for name, types in LAYERS.items() if type(layer) in types), "")
-        return found if plain and (found != "contraction" or "weight" in layer._parameters) else ""
+        kind = next((name for name, types in LAYERS.items() if type(layer) in types), "")
+        return kind if plain and (kind != "contraction" or "weight" in layer._parameters) else ""
     if node.op in ("call_function", "call_method"):
         return next((name for name, targets in FUNCTIONS.items() if node.target in targets), "")
     return node.op
@@ -142,7 +142,7 @@ class Constants(Runner):
         """What layer ``n`` reads."""
         value, mask = (held[n.all_input_nodes[0]] for held in (self.env, self.varies))
         axis = channel_axis(self.layer(str(n.target)), value.ndim)
-        value, mask = (each.movedim(axis, 0).flatten(1) for each in (value, mask))
+        value, mask = (part.movedim(axis, 0).flatten(1) for part in (value, mask))
         low, high = value.aminmax(dim=1)
         even = high - low <= 1e-13 * (1 + high.abs())
         return Reading(n, (mask.amax(1) == 0) & even, value[:, 0].clone())
@@ -164,8 +164,8 @@ def past_contraction(layer: Any, mask: Tensor, value: Tensor) -> Tensor:
 def is_padded(layer: Any) -> bool:
     """Whether a layer reads zeros beyond the border."""
     padding = getattr(layer, "padding", 0)
-    none = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))
-    return not none and layer.padding_mode == "zeros"
+    unpadded = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))
+    return not unpadded and layer.padding_mode == "zeros"
 
 
 def past_norm(norm: Any, mask: Tensor, training: bool) -> Tensor:

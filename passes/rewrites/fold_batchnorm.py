@@ -38,8 +38,8 @@ class FoldBatchNorm(PassBase):
         """Returns a new module, with the names of the old one for all that stays."""
         example = self.example_inputs if self.example_inputs is not None else graph_module.meta.get(EXAMPLE)
         copied = copy.deepcopy(trace(graph_module, () if example is None else example)).eval()
-        found = dict(self.find(copied, example))
-        for norm, layer in found.items():
+        pairs = dict(self.find(copied, example))
+        for norm, layer in pairs.items():
             module: Any = copied.get_submodule(layer)
             fuse: Any = fuse_linear_bn_eval if isinstance(module, nn.Linear) else fuse_conv_bn_eval
             transposed = {"transpose": True} if isinstance(module, TRANSPOSED) else {}
@@ -49,7 +49,7 @@ class FoldBatchNorm(PassBase):
                     node.replace_all_uses_with(node.args[0])
                     graph.erase_node(node)
             copied.delete_submodule(norm)
-        if not found:
+        if not pairs:
             return PassResult(graph_module, False)
         copied.meta.pop("fxprune", None)  # the plan does not describe it any more
         copied.train(graph_module.training).recompile()
