@@ -33,8 +33,10 @@ from fxprune.graph.traced import Mode
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument
+from fxprune.rewrite.kinds import mark_kind
 
 aten = torch.ops.aten
+mark_kind("contraction", *CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 @dataclass

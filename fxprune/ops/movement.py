@@ -4,6 +4,7 @@ Four need care: cat and stack (what has no names beside what has), pad (new posi
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,11 +46,18 @@ from fxprune.rewrite.fit import (
     set_argument,
     value_of,
 )
+from fxprune.rewrite.kinds import mark_kind
 
 VIEWS = (
     "t transpose permute expand squeeze unsqueeze movedim swapaxes split split_with_sizes unsafe_split "
     "unsafe_split_with_sizes"
 )
+mark_kind(
+    "move",
+    *(torch.reshape, "reshape", "view", torch.permute, "permute", torch.transpose, "transpose"),
+    *(torch.chunk, "chunk", torch.split, "split", operator.getitem, "squeeze", "unsqueeze"),
+)
+mark_kind("free move", torch.cat, torch.flatten, "flatten", nn.Flatten)
 
 
 @rule(*VIEWS.split(), keeps_zero=True)

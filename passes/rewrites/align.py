@@ -22,10 +22,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.options import allow_count, check_options
 from fxprune.pipeline import example_of
 from fxprune.rewrite.attributes import layer_attributes
-
-from ._constants import kind_of
-
-GROWS = (torch.cat, torch.flatten, "flatten")  # the movements that are right at any width
+from fxprune.rewrite.kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def can_grow(graph: TracedModule, node: fx.Node) -> bool:
             and layer.in_channels == layer.out_channels == layer.groups
             and not layer.transposed
         )
-    return does in ("contraction", "norm", "pointwise", "pool") or node.target in GROWS or isinstance(layer, nn.Flatten)
+    return does in ("contraction", "norm", "pointwise", "pool", "free move")
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ from fxprune.graph.layers import BATCH_NORMS, TRANSPOSED
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import EXAMPLE
-
-from ._constants import LAYERS
+from fxprune.rewrite.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class FoldBatchNorm(PassBase):
             if any(len(node.users) != 1 for node in calls[layer]):
                 continue
             module: Any = model.get_submodule(layer)
-            if type(module) not in LAYERS["contraction"] or "weight" not in module._parameters:
+            if KINDS.get(type(module)) != "contraction" or "weight" not in module._parameters:
                 continue
             flat = isinstance(module, nn.Linear) and len(getattr(shapes.get(nodes[0].name), "shape", ())) == 2
             conv = not isinstance(module, nn.Linear) and not (isinstance(module, TRANSPOSED) and module.groups > 1)

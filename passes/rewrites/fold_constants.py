@@ -21,9 +21,10 @@ from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of
 from fxprune.plan import Plan
+from fxprune.rewrite.kinds import kind_of
 from fxprune.rewrite.rewrite import rewrite
 
-from ._constants import Constants, Reading, is_padded, kind_of
+from ._constants import Constants, Reading, is_padded
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, in_eval
 from fxprune.options import allow_words, check_options
 from fxprune.pipeline import example_of
+from fxprune.rewrite.kinds import kind_of
 
 from ._boxes import Choice, Form
-from ._constants import kind_of
 
 logger = logging.getLogger("fxprune")
 SECONDS = 0.1  # that each is run for, at least

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from fxprune.budget.budget import patterns_of
 from fxprune.budget.cost import Channels, Floats
@@ -21,6 +20,7 @@ from fxprune.errors import PlanError
 from fxprune.graph.traced import Mode, regions_of
 from fxprune.options import allow_count, allow_number, allow_words, check_options
 from fxprune.plan import Plan
+from fxprune.rewrite.kinds import gives_zeros
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training.distributed import mean_over_ranks
 from fxprune.training.memory import derived_field
@@ -29,10 +29,6 @@ from fxprune.training.run import Run, TrainingPass
 
 from .._fresh import check_fresh, draw_weights
 from ._widths import keep_highest
-
-# What gives exact zeros.
-LAYERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
-FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu6, F.hardswish, "relu", "relu_")
 
 
 @dataclass
@@ -253,13 +249,6 @@ def find_activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
                 if (rows.of_root[analysis.names.find(label)] >= 0).any() and 1 in label.shape:
                     yield name_within(path, node.name), label
                     break
-
-
-def gives_zeros(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is an activation that gives exact zeros."""
-    if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), LAYERS)
-    return node.op in ("call_function", "call_method") and node.target in FUNCTIONS
 
 
 def make_counter(label: Label, nonzero: Tensor, values: Tensor) -> Callable[[Tensor], None]:
