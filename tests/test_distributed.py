@@ -17,6 +17,7 @@ from ranks import Ranks
 from runs import assert_equal, nothing_changes
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
@@ -28,6 +29,7 @@ from fxprune.passes import PruneTrain
 from fxprune.training import distributed
 from fxprune.training.memory import Memory
 from fxprune.training.run import Run
+from fxprune.training.state import cut_as_saved, state_of
 from fxprune.training.when import Decision
 from fxprune.training.wrappers import arguments_of
 
@@ -249,6 +251,17 @@ class Failing(TrainingPass):
         if hook == self.hook and self.count == 1 + (hook == "prepare") and distributed.own_rank() == 1:
             raise MemoryError("no room for it")
 
+    def begin(self, run: Run) -> Memory:
+        self.fail("begin")
+        return Memory()
+
+    def after_epoch(self, *_: Any) -> None:
+        self.fail("after_epoch")
+
+    def report(self, *_: Any) -> dict[str, float]:
+        self.fail("report")
+        return {}
+
     def after_cut(self, *_: Any) -> None:
         self.fail("after_cut")
 
@@ -288,6 +301,64 @@ def test_ranks_that_disagree_raise_and_change_nothing(ranks: Ranks, tmp_path: Pa
     ranks(2, tmp_path / "store", disagreeing)
 
 
+def same_widths(rank: int) -> None:
+    """Plans of the same widths that keep other channels, as a policy draws them, or a criterion on other weights."""
+    own = Own()
+    session = begin([own])
+    train(session)
+    sizes = session.analysis.sizes
+    kept = [[*range(4)], [*range(4, 8)]]
+    for first, second in (kept, ([0, 2], [0, 3]), ([1], [11])):
+        plans: list[Plan | None] = [Plan({"a": channels}, sizes) for channels in (first, second)]
+        own.plans = plans
+        for cut in (session.epoch_end, lambda mine=plans[rank]: session.reconfigure(mine)):
+            with nothing_changes(session), pytest.raises(SessionError, match=r"disagree on the plan: \w+ on \[0\]"):
+                cut()
+    own.plans = [Plan({"a": kept[0]}, sizes)] * 2
+    assert session.epoch_end().removed == 8
+    train(session)
+    assert_alike(session)
+
+
+def test_ranks_that_keep_as_many_but_other_channels(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", same_widths)
+
+
+def other_options(rank: int, what: str) -> None:
+    """The plans are the same on both ranks, what they are carried out on is not."""
+    passes = [replace(SHRINK, ratio=0.5 + 0.1 * rank)] if what == "the passes" else []
+    session = begin(passes, model=Crossed(rank == 1) if what == "the analysis" else None)
+    if what == "the options of the session":
+        session.verify = rank == 1
+    if what == "the steps and epochs made":
+        session.step += rank
+    sizes = session.analysis.sizes
+    first = next(iter(sizes))
+    match = rf"the ranks disagree on {what}: \w+ on \[0\], \w+ on \[1\]"
+    with nothing_changes(session), pytest.raises(SessionError, match=match):
+        session.reconfigure(Plan({first: [0]}, sizes))
+
+
+class Crossed(Net):
+    """The same parameters; the second pairs the channels of its residual the other way round."""
+
+    def __init__(self, crossed: bool) -> None:
+        super().__init__()
+        self.crossed = crossed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + (self.b(self.a(x)).flip(1) if self.crossed else self.b(self.a(x)))
+        return self.head(self.c(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "what", ["the options of the session", "the passes", "the steps and epochs made", "the analysis"]
+)
+def test_ranks_that_carry_out_a_plan_on_something_else(ranks: Ranks, tmp_path: Path, what: str) -> None:
+    ranks(2, tmp_path / "store", other_options, what)
+
+
 def failing(rank: int, hook: str) -> None:
     session = begin([SHRINK, Failing(hook)])
     train(session)
@@ -299,9 +370,134 @@ def failing(rank: int, hook: str) -> None:
     assert_alike(session)
 
 
-@pytest.mark.parametrize("hook", ["after_cut", "prepare"])
+@pytest.mark.parametrize("hook", ["after_cut", "prepare", "after_epoch", "report"])
 def test_a_cut_that_fails_on_one_rank_is_taken_back_on_all(ranks: Ranks, tmp_path: Path, hook: str) -> None:
     ranks(2, tmp_path / "store", failing, hook)
+
+
+def failing_at_first(rank: int) -> None:
+    error, message = (MemoryError, "no room") if rank == 1 else (SessionError, "rank 1: MemoryError: no room for it")
+    with pytest.raises(error, match=message):
+        begin([Failing("begin")])
+    begin()
+
+
+def test_a_session_that_can_not_begin_on_one_rank_begins_on_none(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", failing_at_first)
+
+
+def failing_policy(rank: int) -> None:
+    """A policy that fails on one rank, while the other waits for the first one's word; and one rank without a plan."""
+
+    def when(run: Run, *_: Any) -> Decision:
+        if rank == run.epoch:
+            raise OSError("the clock is gone")
+        return Decision(True, "cut", 1.0)
+
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    session = Session(DistributedDataParallel(model), batch(0, 0)[0], optimizer, [SHRINK], when=when, progress=False)
+    train(session)
+    for session.epoch in (0, 1):
+        failed = session.epoch
+        error, message = (OSError, "the clock") if rank == failed else (SessionError, f"rank {failed}: OSError: the cl")
+        with nothing_changes(session), pytest.raises(error, match=message):
+            session.epoch_end()
+    session.epoch = 2
+    assert session.epoch_end().removed > 0
+    with pytest.raises(SessionError, match=("plan must be a Plan" if rank else "rank 1: SessionError: plan must be")):
+        session.reconfigure(Plan({}, session.analysis.sizes) if rank == 0 else None)  # type: ignore[arg-type]
+
+
+def test_a_policy_that_fails_on_one_rank(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", failing_policy)
+
+
+def taking_over(rank: int) -> None:
+    """What the passes remembered fits on one rank only."""
+    session = begin()
+    train(session)
+    session.epoch_end()
+    saved = state_of(session)
+    fresh = begin()
+    spoiled = replace(saved, passes=(replace(saved.passes[0], saved={"colour": "red"}),))
+    error, message = (FileError, "colour") if rank else (SessionError, "rank 1: FileError: it remembers colour")
+    with nothing_changes(fresh), pytest.raises(error, match=message):
+        cut_as_saved(fresh, spoiled if rank else saved)
+    cut_as_saved(fresh, saved)
+    assert fresh.analysis.sizes == session.analysis.sizes
+
+
+def test_a_state_that_one_rank_can_not_take_over(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", taking_over)
+
+
+class Averaging(TrainingPass):
+    """Fails on the second rank before it gives its share of a mean; or within a block of its own."""
+
+    inner = False
+
+    def after_epoch(self, run: Run, memory: Memory) -> Plan | None:
+        if self.inner:
+            with distributed.all_or_none():
+                self.fail()
+        else:
+            self.fail()
+        distributed.mean_over_ranks(torch.ones(3))
+        return None
+
+    def fail(self) -> None:
+        if distributed.own_rank() == 1:
+            raise MemoryError("no room for it")
+
+
+def failing_mean(rank: int) -> None:
+    training_pass = Averaging()
+    session = begin([training_pass])
+    error, message = (MemoryError, "no room") if rank == 1 else (SessionError, "rank 1: MemoryError: no room for it")
+    for training_pass.inner in (False, True):
+        with pytest.raises(error, match=message) as raised:
+            session.epoch_end()
+        assert getattr(raised.value, "__notes__", []) == [distributed.TOLD] * (rank == 1)
+    mean = distributed.mean_over_ranks(torch.tensor([1.0, 2.0], dtype=torch.float64) * (rank + 1))
+    assert mean.tolist() == [1.5, 3.0]
+    assert distributed.mean_over_ranks(torch.tensor(float(rank))).item() == 0.5
+
+
+def test_a_rank_that_fails_while_others_wait_for_its_mean(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", failing_mean)
+
+
+def joining(rank: int) -> None:
+    """The second rank has one batch less, and would have another momentum. A cut waits for the end of the block."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    session = Session(DistributedDataParallel(model), batch(0, 0)[0], optimizer, progress=False)
+    sizes = session.analysis.sizes
+    calls = [
+        session.epoch_end,
+        lambda: session.reconfigure(Plan({"a": range(4)}, sizes)),
+        lambda: session.save("run.pt"),
+    ]
+    with Join([session.model]):
+        for step in range(2 - rank):
+            x, y = batch(0, step, mine())
+            F.cross_entropy(session.model(x), y).backward()
+            session.optimizer.step()
+            session.optimizer.zero_grad()
+        if rank == 0:
+            for call in calls:
+                with nothing_changes(session), pytest.raises(SessionError, match="within torch's Join"):
+                    call()
+    session.step = 2  # the second rank has made one less
+    session.epoch_end()
+    session.reconfigure(Plan({"a": range(4)}, sizes))
+    train(session)
+    assert_alike(session)
+
+
+def test_a_cut_within_join_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, tmp_path / "store", joining)
 
 
 def deciding(rank: int) -> None:
@@ -462,7 +658,7 @@ def test_without_ranks_nothing_is_sent() -> None:
     assert (distributed.count_ranks(), distributed.own_rank()) == (1, 0)
     assert distributed.gather_values("x") == ["x"]
     assert distributed.largest_over_ranks(2.0) == 2.0
-    distributed.require_agreement("the plan", "x")
+    distributed.require_agreement({"the plan": "x"})
 
 
 # -------------------------------------------------------------------------------------------- refusals

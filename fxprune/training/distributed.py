@@ -1,15 +1,21 @@
 """What the ranks of a distributed run tell each other. Without torch.distributed there is one rank."""
 
+import gc
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
 from fxprune.errors import SessionError
+
+TOLD = "The other ranks were told, and stop as well."
 
 
 def count_ranks() -> int:
@@ -23,12 +29,14 @@ def own_rank() -> int:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of ``tensor`` over all ranks, the same on each."""
+    """The mean of ``tensor`` over all ranks, the same on each.
+
+    Sent as a value, not reduced: a rank that fails in its place is heard.
+    """
     if count_ranks() == 1:
         return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / count_ranks()
+    tensors: list[Tensor] = gather_values(tensor.detach().cpu())
+    return torch.stack(tensors).mean(0).to(tensor.device)
 
 
 def largest_over_ranks(number: float) -> float:
@@ -69,26 +77,47 @@ def any_rank(truth: bool) -> bool:
     return any(gather_values(truth))
 
 
-def require_agreement(what: str, text: str) -> None:
-    """Raise SessionError on every rank unless ``text`` is the same on all.
+def require_agreement(facts: Mapping[str, object]) -> None:
+    """Raise SessionError on every rank unless each of ``facts``, plain data by name, is the same on all.
 
     Raises:
-        SessionError: names the ranks that differ.
+        SessionError: names the first fact that differs, and the ranks by what they have.
     """
-    hashes = gather_values(hashlib.sha256(text.encode()).hexdigest()[:16])
-    if len(set(hashes)) > 1:
+    hashes = gather_values({name: hash_plain(fact) for name, fact in facts.items()})
+    for name in facts:
         parties: dict[str, list[int]] = {}
-        for number, its in enumerate(hashes):
-            parties.setdefault(its, []).append(number)
+        for rank, of_rank in enumerate(hashes):
+            parties.setdefault(of_rank[name], []).append(rank)
+        if len(parties) > 1:
+            raise SessionError(
+                f"the ranks disagree on {name}: {', '.join(f'{key} on {who}' for key, who in parties.items())}. "
+                "Nothing was cut. Their weights or their passes differ: check that every rank trains the same model."
+            )
+
+
+def hash_plain(data: object) -> str:
+    """16 digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_outside_join(wrappers: Iterable[nn.Module]) -> None:
+    """Raise SessionError within torch's ``Join`` of one of ``wrappers``: ranks that have left it answer nobody.
+
+    torch leaves the mark of a Join on the wrapper after its end; its object is gone by then.
+    """
+    marked = any(getattr(getattr(wrapper, "_join_config", None), "enable", False) for wrapper in wrappers)
+    if marked and any(type(thing) is Join and thing._enable for thing in gc.get_objects()):
         raise SessionError(
-            f"the ranks disagree on {what}: {', '.join(f'{its} on {who}' for its, who in parties.items())}. Nothing "
-            "was cut. Their weights or their passes differ: check that every rank trains the same model."
+            "the session is asked to cut or save within torch's Join, where ranks that have no batches left do not "
+            "answer. Call it after the `with Join(...)` block, and keep no reference to the Join"
         )
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """A block that every rank runs. Where it fails on one, it fails on all.
+    """A block that every rank runs. Where it fails on one, it fails on all. Within it ranks talk by ``gather_values``.
+
+    Blocks may stand in each other: an error is told to the other ranks once.
 
     Raises:
         ElsewhereError: on the ranks where the block itself did not fail; names the others, and their errors.
@@ -99,6 +128,8 @@ def all_or_none() -> Iterator[None]:
     except ElsewhereError:
         raise
     except BaseException as error:
-        with suppress(ElsewhereError):
-            gather_values(Failure(f"{type(error).__name__}: {error}"))
+        if count_ranks() > 1 and TOLD not in getattr(error, "__notes__", ()):
+            error.add_note(TOLD)
+            with suppress(ElsewhereError):
+                gather_values(Failure(f"{type(error).__name__}: {error}"))
         raise

@@ -1,6 +1,7 @@
 """Memory: what a training pass remembers in one run, a dataclass of the pass's own. Here is what is done with any."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -82,6 +83,18 @@ def restore_values(memory: Any, held: Mapping[str, Any]) -> None:
             setattr(memory, part.name, held[part.name])
         elif hasattr(memory, part.name):
             delattr(memory, part.name)
+
+
+@contextmanager
+def kept_memories(memories: Sequence[Any]) -> Iterator[None]:
+    """Every assignment to ``memories`` within the block is undone where it fails."""
+    held = [held_values(memory) for memory in memories]
+    try:
+        yield
+    except BaseException:
+        for memory, values in zip(memories, held, strict=True):
+            restore_values(memory, values)
+        raise
 
 
 def forget_derived(memory: Any) -> None:

@@ -8,7 +8,7 @@ from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training import distributed
 from fxprune.training.cut import reconfigure
-from fxprune.training.memory import held_values, restore_values
+from fxprune.training.memory import kept_memories
 from fxprune.training.run import Run, find_copies
 from fxprune.training.undo import Undo
 from fxprune.training.wrappers import check_whole, wrap_again
@@ -21,15 +21,15 @@ def cut_run(run: Run, plan: Plan) -> ParamMap:
         SessionError: the model is sharded, a copy has other shapes, or the cut failed on another rank.
         FxpruneError: the cut is refused. Nothing is changed, and so it is where anything else fails.
     """
-    check_whole(run.graph)
-    copies = [copied for name, thing in run.registered.items() for copied in check_copies(run, name, thing)]
+    with distributed.all_or_none():
+        check_whole(run.graph)
+        copies = [copied for name, thing in run.registered.items() for copied in check_copies(run, name, thing)]
     optimizers = run.optimizers()
     analysis, batch_size = run.analysis, run.batch_size
-    remembered = [held_values(memory) for memory in run.memories]
     undo = Undo((run.graph, *copies), optimizers, run.registered.values())
     wrapped = False
     try:
-        with distributed.all_or_none():
+        with kept_memories(run.memories), distributed.all_or_none():
             run.analysis, param_map = reconfigure(
                 run.graph,
                 run.analysis,
@@ -49,8 +49,6 @@ def cut_run(run: Run, plan: Plan) -> ParamMap:
     except BaseException:  # a pass that fails, memory that runs out, control-C
         undo()
         run.analysis, run.batch_size = analysis, batch_size
-        for memory, held in zip(run.memories, remembered, strict=True):
-            restore_values(memory, held)
         if wrapped:
             renew_wrappers(run)
         raise

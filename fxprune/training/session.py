@@ -20,9 +20,10 @@ from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap, check_owned
 from fxprune.rewrite.rewrite import record_cut
 from fxprune.training import distributed
+from fxprune.training.agreement import require_same_cut
 from fxprune.training.checkpoint import read_checkpoint, restore_run, write_checkpoint
 from fxprune.training.log import Epoch, Writer
-from fxprune.training.memory import check_memory
+from fxprune.training.memory import check_memory, kept_memories
 from fxprune.training.meter import Meter, step_memory
 from fxprune.training.progress import Progress
 from fxprune.training.reconfigure import check_copies, cut_run
@@ -140,13 +141,15 @@ class Session(Run):
         self._meter, self._progress = Meter(), Progress(progress)
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
-        for training_pass in passes:
-            self.memories.append(training_pass.begin(self))
-            check_memory(training_pass, self.memories[-1])
+        with distributed.all_or_none():
+            for training_pass in passes:
+                self.memories.append(training_pass.begin(self))
+                check_memory(training_pass, self.memories[-1])
         self._hook()
         try:
-            for training_pass, memory in self.pairs():
-                self.prepare_pass(training_pass, memory)
+            with distributed.all_or_none():
+                for training_pass, memory in self.pairs():
+                    self.prepare_pass(training_pass, memory)
         except BaseException:
             self.close()
             raise
@@ -194,21 +197,16 @@ class Session(Run):
             FxpruneError: a cut was refused. Model, optimizer and log are as they were.
         """
         self._check_open()
-        plan = merge_plans([training_pass.after_epoch(self, memory) for training_pass, memory in self.pairs()])
-        distributed.require_agreement("the plan", str(plan))
-        record = self._meter.record(self, step_time, values)
-        notes = self._outcome(record)
-        if plan is not None and plan.keep and self._when is not None:
-            decision = distributed.gather_values(self._when(self, plan, record.step_time, record.steps))[0]
-            notes += (decision.why,)
-            plan = plan if decision.go else None
-            record = replace(record, predicted=decision.step_time if decision.go else None)
-        if plan is not None and plan.keep:
-            if self._waits():
-                self._waiting = plan
-                notes += ("gradients wait for a step: the cut follows it",)
-            else:
-                record = self._cut_in(plan, record)
+        with kept_memories(self.memories):
+            with distributed.all_or_none():
+                plan, record = self._plan_cut(step_time, values)
+            notes = record.notes
+            if plan is not None and plan.keep:
+                if self._waits():
+                    self._waiting = plan
+                    notes += ("gradients wait for a step: the cut follows it",)
+                else:
+                    record = self._cut_in(plan, record)
         self.epoch += 1
         self.log.epochs.append(replace(record, notes=notes))
         self._meter.start_epoch()
@@ -216,6 +214,19 @@ class Session(Run):
             self.log.write(self._writer)
         self._progress.epoch_ended(self.log[-1])
         return self.log[-1]
+
+    def _plan_cut(self, step_time: float | None, values: dict[str, float]) -> tuple[Plan | None, Epoch]:
+        """What to cut, and the record of the epoch: everything that asks passes and policies, and changes no model."""
+        plan = merge_plans([training_pass.after_epoch(self, memory) for training_pass, memory in self.pairs()])
+        require_same_cut(self, plan)
+        record = self._meter.record(self, step_time, values)
+        notes = self._outcome(record)
+        if plan is not None and plan.keep and self._when is not None:
+            decision = distributed.gather_values(self._when(self, plan, record.step_time, record.steps))[0]
+            notes += (decision.why,)
+            plan = plan if decision.go else None
+            record = replace(record, predicted=decision.step_time if decision.go else None)
+        return plan, replace(record, notes=notes)
 
     def reconfigure(self, plan: Plan) -> ParamMap:
         """Carry out ``plan``, made from ``session.analysis``, now.
@@ -226,14 +237,15 @@ class Session(Run):
             FxpruneError: the cut is refused. Nothing is changed.
         """
         self._check_open()
-        require_type(plan, Plan, "plan", SessionError)
-        if self._waits():
-            raise SessionError(
-                "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, then "
-                "reconfigure"
-            )
-        distributed.require_agreement("the plan", str(plan))
-        plan.check(self.analysis.sizes)
+        with distributed.all_or_none():
+            require_type(plan, Plan, "plan", SessionError)
+            if self._waits():
+                raise SessionError(
+                    "gradients wait for the optimizer's step: call optimizer.step() or optimizer.zero_grad() first, "
+                    "then reconfigure"
+                )
+            require_same_cut(self, plan)
+            plan.check(self.analysis.sizes)
         return self._cut(plan)
 
     def register(self, **things: Stateful) -> None:
@@ -342,6 +354,7 @@ class Session(Run):
     def _check_open(self) -> None:
         if not self._handles:
             raise SessionError("this session is closed")
+        distributed.require_outside_join([*self.wrappers, *self.around[0]])
 
     def _held(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""

@@ -7,6 +7,7 @@ from typing import Any
 from fxprune.errors import FileError, SessionError
 from fxprune.graph.traced import Model
 from fxprune.plan import Plan
+from fxprune.training import distributed
 from fxprune.training.log import Log
 from fxprune.training.memory import check_values, load_values, saved_values
 from fxprune.training.reconfigure import cut_run
@@ -97,15 +98,18 @@ def check_fits(run: Run, state: RunState) -> bool:
 
 def cut_as_saved(run: Run, state: RunState) -> None:
     """Cut a new run as far as ``state`` is cut; raises as ``check_fits`` does, and then nothing is changed."""
-    if check_fits(run, state):
+    with distributed.all_or_none():
+        lacks_cut = check_fits(run, state)
+    if lacks_cut:
         cut_run(run, state.plan)
 
 
 def take_over_state(run: Run, state: RunState) -> None:
     """Give the passes of a run, which is cut as ``state`` says, what they remembered; and set its counters."""
-    for (training_pass, memory), part in zip(run.pairs(), state.passes, strict=True):
-        load_values(memory, part.saved)
-        run.prepare_pass(training_pass, memory)
+    with distributed.all_or_none():
+        for (training_pass, memory), part in zip(run.pairs(), state.passes, strict=True):
+            load_values(memory, part.saved)
+            run.prepare_pass(training_pass, memory)
     run.epoch, run.step, run.batch_size = state.epoch, state.step, state.batch_size
     run.log = Log(state.log)
 
