@@ -19,6 +19,7 @@ from fxprune.report.summary import summarize
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.rewrite.restore import Restoration, restore
 from fxprune.rewrite.rewrite import rewrite
+from fxprune.rewrite.state_axes import register_optimizer
 from fxprune.rewrite.verify import verify
 from fxprune.training.run import TrainingPass
 from fxprune.training.session import Session
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "prune",
     "register_operator",
+    "register_optimizer",
     "restore",
     "rewrite",
     "save",

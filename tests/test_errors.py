@@ -14,7 +14,7 @@ from laws import random_plan
 from models import MODELS, prepare
 from random_networks import ChannelsLastNorm
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adafactor, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 import fxprune
 from fxprune import Analysis, Budget, FxpruneError, ParamMap, Plan, TracedModule, errors, passes
@@ -373,22 +373,25 @@ def test_an_optimizer_that_holds_other_parameters() -> None:
         param_map.migrate(optimizer)
 
 
-class Factored(SGD):
-    """Keeps a row and a column of statistics for each matrix, as Adafactor does."""
+class Squared(SGD):
+    """Keeps a square of statistics for each matrix, as Shampoo does."""
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["row"] = parameter.detach().flatten(1).mean(1) if parameter.ndim > 1 else None
+                rows = parameter.detach().flatten(1) if parameter.ndim > 1 else None
+                self.state[parameter]["left"] = None if rows is None else rows @ rows.T
         return loss
 
 
 @pytest.mark.parametrize(
     ("optimizer_of", "message"),
     [
-        (Factored, r"state 'row' of \S+ can't be sliced: its shape is \(\d+,\), the parameter's \(\d+, \d+, 3, 3\)"),
-        (Adafactor, r"state 'row_var' of \S+ can't be sliced: its shape is \(.*\), the parameter's \("),
+        (
+            Squared,
+            r"state 'left' of \S+ can't be sliced: its shape is \(\d+, \d+\), the parameter's \(\d+, \d+, 3, 3\)",
+        ),
         (LBFGS, "LBFGS keeps one flat history for all parameters"),
     ],
 )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fxprune.errors import InitializeError
 from fxprune.graph.trace import unwrap_model
 from fxprune.graph.traced import START, is_traced
-from fxprune.rewrite.param_map import Kept, ParamMap, compose_kept
+from fxprune.rewrite.kept import Kept, compose_kept
+from fxprune.rewrite.param_map import ParamMap
 
 GENERATOR = "splitmix64 1"  # the last number changes when any value does
 KINDS = ("uniform", "normal", "constant")

@@ -34,8 +34,8 @@ from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument, value_of
 from fxprune.rewrite.kinds import mark_kind
+from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.norms import norm_over_kept, put_back, take_kept
-from fxprune.rewrite.param_map import Kept
 
 aten = torch.ops.aten
 mark_kind("norm", *BATCH_NORMS)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxprune.channels.tensor import STATISTICS
-from fxprune.rewrite.param_map import Kept
+from fxprune.rewrite.kept import Kept
 
 OverKept = Callable[..., Any]
 NORMS_OVER_KEPT: dict[Any, OverKept] = {}  # by function; ops/ fills it

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from fxprune.errors import MigrationError, require_type
-from fxprune.graph.inputs import tensors_in
 from fxprune.graph.traced import Mode
-
-Kept = tuple[Tensor | None, ...]
+from fxprune.rewrite.kept import Kept, compose_kept, cut_tensor
+from fxprune.rewrite.state_axes import StateCutter, UnknownAxesError, check_hidden_state, optimizers_in
 
 
 class ParamMap(Mapping[str, Kept]):
@@ -95,26 +94,31 @@ class ParamMap(Mapping[str, Kept]):
     def migrate(self, optimizer: Optimizer, *, reset: bool = False) -> None:
         """Make ``optimizer`` hold the compact model's parameters, its state sliced. The object stays the same.
 
-        Every state tensor that is shaped like its parameter is cut like it; scalars stay. Gradients are cut too.
+        State of torch's optimizers is cut as its parameter is; so is that of others where ``register_optimizer`` or a
+        try on copies tells which axes it has. Scalars stay. Gradients are cut too, and optimizers within this one.
 
         Args:
             optimizer: of the model that was rewritten.
             reset: where the state of a parameter can't be sliced, drop it, as if that parameter had made no step yet.
 
         Raises:
-            MigrationError: the optimizer holds parameters of another model, or state that is neither. The optimizer
-                is unchanged then.
+            MigrationError: the optimizer holds parameters of another model, or state of which nobody knows how to cut
+                it. The optimizer is unchanged then.
         """
-        moved = self.sliced_state(optimizer, reset=reset)
-        self.drop_gone(optimizer)
-        for group in optimizer.param_groups:
+        require_type(optimizer, Optimizer, "optimizer", MigrationError)
+        moved = [(part, self.sliced_state(part, reset=reset)) for part in optimizers_in(optimizer)]
+        groups = {id(group): group for part, _ in moved for group in part.param_groups}  # inner ones may share them
+        for part, _ in moved:
+            self.drop_gone(part)
+        for group in groups.values():
             group["params"] = [self._parameters[old][1] for old in group["params"]]
-        for old, state in moved.items():
-            name, new = self._parameters[old]
-            new.grad = None if old.grad is None else cut_tensor(old.grad, self._kept[name])
-            optimizer.state.pop(old, None)
-            if state:
-                optimizer.state[new] = state
+        for part, states in moved:
+            for old, state in states.items():
+                name, new = self._parameters[old]
+                new.grad = None if old.grad is None else cut_tensor(old.grad, self._kept[name])
+                part.state.pop(old, None)
+                if state:
+                    part.state[new] = state
 
     def is_gone(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter``, of the original, went with its whole branch."""
@@ -149,28 +153,19 @@ class ParamMap(Mapping[str, Kept]):
                 "this is the map of a cut in place, whose parameters are smaller already: there is nothing left to "
                 "migrate. A second optimizer goes along with session.register(name=optimizer) before the cut."
             )
-        held = [old for group in optimizer.param_groups for old in group["params"] if old in self._parameters]
-        return {
-            old: self._sliced_state(old, optimizer.state.get(old, {}), reset) for old in held if not self.is_gone(old)
-        }
-
-    def _sliced_state(self, old: nn.Parameter, state: Mapping[str, Any], reset: bool) -> dict[str, Any]:
-        name, new = self._parameters[old]
+        check_hidden_state(optimizer, {*self._parameters, *others})
+        cutter = StateCutter(optimizer)
         result = {}
-        for key, value in state.items():
-            tensors = tensors_in(value)
-            if isinstance(value, Tensor) and value.shape == old.shape:
-                result[key] = cut_tensor(value, self._kept[name])
-            elif new.shape == old.shape or all(tensor.numel() == 1 for tensor in tensors):
-                result[key] = value
-            elif reset:
-                return {}
-            else:
-                raise MigrationError(
-                    f"the optimizer's state {key!r} of {name} can't be sliced: its shape is {tuple(tensors[0].shape)}, "
-                    f"the parameter's {tuple(old.shape)}. Use an optimizer whose state is shaped like the parameter, "
-                    "or drop such state at a cut: reset=True (reset_state=True in a Session)."
-                )
+        for old in (old for group in optimizer.param_groups for old in group["params"] if old in self._parameters):
+            name, new = self._parameters[old]
+            if name in self.gone:
+                continue
+            try:
+                result[old] = cutter(name, old, new, self._kept[name])
+            except UnknownAxesError:
+                if not reset:
+                    raise
+                result[old] = {}
         return result
 
 
@@ -183,22 +178,3 @@ def check_owned(optimizer: Optimizer, parameters: Container[nn.Parameter]) -> No
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model that "
                     "was rewritten. Make the optimizer from the parameters of that model."
                 )
-
-
-def cut_tensor(tensor: Tensor, kept: Kept) -> Tensor:
-    """A copy of ``tensor`` with only the ``kept`` indices of each axis; its memory format stays."""
-    result = tensor.detach()
-    for axis, index in enumerate(kept):
-        if index is not None:
-            result = result.index_select(axis, index.to(result.device))
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if channels_last and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=channels_last):
-        return result.clone(memory_format=channels_last)
-    return result.clone() if result.data_ptr() == tensor.data_ptr() or result is tensor else result
-
-
-def compose_kept(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Indices into the original of what ``second`` keeps of what ``first`` kept."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first[second]

@@ -36,7 +36,8 @@ from fxprune.plan import Plan
 from fxprune.rewrite.attributes import layer_attributes
 from fxprune.rewrite.branches import is_empty, remove_branches
 from fxprune.rewrite.fit import fit_node
-from fxprune.rewrite.param_map import Kept, ParamMap, cut_tensor
+from fxprune.rewrite.kept import Kept, cut_tensor
+from fxprune.rewrite.param_map import ParamMap
 
 Shape = tuple[int, ...]
 

@@ -21,8 +21,9 @@ from fxprune.errors import VerificationError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, regions_of, require_traced
+from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.norms import NormOverKept
-from fxprune.rewrite.param_map import Kept, ParamMap
+from fxprune.rewrite.param_map import ParamMap
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding

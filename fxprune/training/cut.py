@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.channels.analysis import Analysis
+from fxprune.errors import MigrationError
 from fxprune.graph.trace import same_graphs
 from fxprune.graph.traced import Mode, Model, TracedModule, is_plain, regions_of
 from fxprune.plan import Plan
-from fxprune.rewrite.param_map import ParamMap, cut_tensor
+from fxprune.rewrite.kept import cut_tensor
+from fxprune.rewrite.param_map import ParamMap
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.rewrite.verify import verify
 
@@ -27,6 +29,7 @@ def reconfigure(
     plan: Plan,
     optimizers: Sequence[Optimizer],
     copies: Sequence[Model] = (),
+    shadows: Sequence[tuple[str, Tensor]] = (),
     *,
     others: Collection[nn.Parameter] = (),
     reset_state: bool = False,
@@ -41,6 +44,7 @@ def reconfigure(
         optimizers: of parameters of the model. Momentum and every other state are cut with the parameter, and so are
             gradients.
         copies: other traced models with the same graph and shapes, such as a moving average.
+        shadows: further tensors to cut, each as the parameter or buffer of the name beside it.
         others: parameters of a larger model that has this one as a part; the optimizers may hold them too.
         reset_state: drop an optimizer's state of a parameter where it can't be sliced.
         verify_with: example inputs, to prove first, in float64, that the cut changes nothing else.
@@ -61,6 +65,13 @@ def reconfigure(
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and name not in param_map.gone
     }
+    gone = sorted({name for name, _ in shadows} & param_map.gone)
+    if gone:
+        raise MigrationError(
+            f"{gone[0]} goes with its whole branch, and what is registered keeps an average of it in a list or "
+            "dictionary, which would no longer fit. Use a torch.optim.swa_utils.AveragedModel."
+        )
+    cut_shadows = [(tensor, param_map.slice(name, tensor)) for name, tensor in shadows]
     # From here on nothing can fail.
     for parameter in model.parameters():
         parameter.grad = None
@@ -68,6 +79,8 @@ def reconfigure(
         become_compact(each, its_compact)
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
+    for tensor, smaller in cut_shadows:
+        replace_data(tensor, smaller)
     for optimizer, its in zip(optimizers, states, strict=True):
         param_map.drop_gone(optimizer)
         for parameter, state in its.items():

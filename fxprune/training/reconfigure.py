@@ -7,6 +7,7 @@ from fxprune.graph.traced import Model
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training import distributed
+from fxprune.training.averages import shadows_of
 from fxprune.training.cut import reconfigure
 from fxprune.training.memory import kept_memories
 from fxprune.training.run import Run, find_copies
@@ -24,9 +25,10 @@ def cut_run(run: Run, plan: Plan) -> ParamMap:
     with distributed.all_or_none():
         check_whole(run.graph)
         copies = [copied for name, thing in run.registered.items() for copied in check_copies(run, name, thing)]
+        shadows = [shadow for name, thing in run.registered.items() for shadow in shadows_of(run, name, thing)]
     optimizers = run.optimizers()
     analysis, batch_size = run.analysis, run.batch_size
-    undo = Undo((run.graph, *copies), optimizers, run.registered.values())
+    undo = Undo((run.graph, *copies), optimizers, run.registered.values(), [tensor for _, tensor in shadows])
     wrapped = False
     try:
         with kept_memories(run.memories), distributed.all_or_none():
@@ -36,6 +38,7 @@ def cut_run(run: Run, plan: Plan) -> ParamMap:
                 plan,
                 optimizers,
                 copies,
+                shadows,
                 others=set(run.around[1].parameters()),
                 reset_state=run.reset_state,
                 verify_with=run.example_inputs if run.verify else None,
@@ -64,7 +67,7 @@ def renew_wrappers(run: Run) -> None:
 def check_copies(run: Run, name: str, thing: object) -> list[Model]:
     """The traced models in what was registered as ``name``; SessionError unless they have this model's shapes."""
     expected = {key: tuple(tensor.shape) for key, tensor in run.graph.state_dict().items()}
-    copies = find_copies(thing)
+    copies = [copied for copied in find_copies(thing) if copied is not run.graph]
     for copied in copies:
         shapes = {key: tuple(tensor.shape) for key, tensor in copied.state_dict().items()}
         for key in dict.fromkeys((*expected, *shapes)):

@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Generic, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 from typing_extensions import TypeVar
 
 from fxprune.channels.analysis import Analysis
 from fxprune.graph.traced import Model, is_traced, regions_of
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
+from fxprune.rewrite.state_axes import optimizers_in
 from fxprune.training.log import Log
 from fxprune.training.memory import Memory, forget_derived
 
@@ -82,22 +84,35 @@ class Run:
         training_pass.prepare(self, memory)
 
     def optimizers(self) -> list[Optimizer]:
-        """The optimizer, and the registered ones of parameters of this model."""
+        """The optimizer, and the registered ones of parameters of this model; with those that they have within them."""
         others = [thing for thing in self.registered.values() if isinstance(thing, Optimizer)]
         own = set(self.graph.parameters()) if others else set()
         held = [other for other in others if any(p in own for group in other.param_groups for p in group["params"])]
-        return [self.optimizer, *held]
+        return list(dict.fromkeys(part for whole in (self.optimizer, *held) for part in optimizers_in(whole)))
 
     def copies(self) -> list[Model]:
         """The copies of the model that are registered, such as a moving average."""
-        return [copied for thing in self.registered.values() for copied in find_copies(thing)]
+        return [
+            copied for thing in self.registered.values() for copied in find_copies(thing) if copied is not self.graph
+        ]
 
 
 def find_copies(thing: object) -> list[Model]:
-    """The traced models in a module."""
-    traced = [part for part in thing.modules() if is_traced(part)] if isinstance(thing, nn.Module) else []
+    """The traced models in a module, or in an object that has modules as attributes."""
+    held = [thing] if isinstance(thing, nn.Module) else modules_in(attributes_of(thing))
+    traced = [part for whole in held for part in whole.modules() if is_traced(part)]
     parts = {region for model in traced for region in regions_of(model).values() if region is not model}
     return [model for model in traced if model not in parts]
+
+
+def attributes_of(thing: object) -> dict[str, Any]:
+    """What ``thing`` holds by name."""
+    return dict(getattr(thing, "__dict__", {}))
+
+
+def modules_in(tree: object) -> list[nn.Module]:
+    """The modules in a tree."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, nn.Module)]
 
 
 class TrainingPass(Generic[M]):

@@ -21,6 +21,7 @@ from fxprune.rewrite.param_map import ParamMap, check_owned
 from fxprune.rewrite.rewrite import record_cut
 from fxprune.training import distributed
 from fxprune.training.agreement import require_same_cut
+from fxprune.training.averages import shadows_of
 from fxprune.training.checkpoint import read_checkpoint, restore_run, write_checkpoint
 from fxprune.training.log import Epoch, Writer
 from fxprune.training.memory import check_memory, kept_memories
@@ -251,17 +252,20 @@ class Session(Run):
     def register(self, **things: Stateful) -> None:
         """Take along what belongs to the run: ``session.register(ema=ema, scheduler=scheduler, scaler=scaler)``.
 
-        Copies of the model (AveragedModel, any deep copy) are cut with it, and so is the state of further optimizers of
-        its parameters. Everything with ``state_dict`` and ``load_state_dict`` goes into checkpoints; after
-        ``Session.load``, registering loads its state.
+        Copies of the model (AveragedModel, any deep copy) are cut with it. So are averages in dictionaries by the names
+        of the model or in lists by its parameters, and the state of further optimizers of its parameters. Everything
+        with ``state_dict`` and ``load_state_dict`` goes into checkpoints; after ``Session.load``, registering loads its
+        state.
 
         Raises:
-            SessionError: something has no state_dict, or is a copy of another model.
+            SessionError: something has no state_dict, is a copy of another model, or keeps a tensor that looks like a
+                parameter and is in no such place.
         """
         for name, thing in things.items():
             if not isinstance(thing, Stateful):
                 raise SessionError(f"{name}={thing!r:.60} has no state_dict and load_state_dict")
             check_copies(self, name, thing)
+            shadows_of(self, name, thing)
         for name, thing in things.items():
             if name in self.unclaimed:
                 thing.load_state_dict(self.unclaimed[name])

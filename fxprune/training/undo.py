@@ -12,14 +12,20 @@ from fxprune.training.cut import replace_data
 
 
 class Undo:
-    """Call it to restore the tensors, modules and graphs of ``models``, and the state of ``optimizers``.
+    """Call it to restore the tensors, modules and graphs of ``models``, ``shadows``, and the state of ``optimizers``.
 
     Of ``things``, what else belongs to the run, the schedulers are restored too. Every object stays the same object, as
     in the cut itself. The old data stay in memory as long as this does.
     """
 
-    def __init__(self, models: Sequence[Model], optimizers: Sequence[Optimizer], things: Iterable[object] = ()) -> None:
-        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    def __init__(
+        self,
+        models: Sequence[Model],
+        optimizers: Sequence[Optimizer],
+        things: Iterable[object] = (),
+        shadows: Iterable[Tensor] = (),
+    ) -> None:
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())] + [*shadows]
         self._data = [(tensor, tensor.data) for tensor in tensors]
         self._gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
         traced = [region for model in models for region in regions_of(model).values()]
