@@ -1,12 +1,16 @@
 """Files appear whole or not at all: what stood there before stays until the new one is on the disk."""
 
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fxprune.errors import FileError, require_type
+
+PARTIAL = ".partial-"  # and the host and number of the process that writes there
 
 
 @contextmanager
@@ -37,10 +41,14 @@ def replace_file(path: str | Path, noun: str) -> Iterator[Path]:
 def replace_files(folder: Path) -> Iterator[Path]:
     """The same for all files that the block writes to the folder that it is given: they move to ``folder``.
 
+    What runs that were killed have left half-written there is removed.
+
     Raises:
         OSError: nothing can be written there.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+    for orphan in filter(is_orphan, folder.glob(f"{PARTIAL}*")):
+        shutil.rmtree(orphan, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{PARTIAL}{socket.gethostname()}-{os.getpid()}-") as partial:
         yield Path(partial)
         written = sorted(Path(partial).iterdir())
         for file in written:
@@ -48,6 +56,20 @@ def replace_files(folder: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         for file in written:
             os.replace(file, folder / file.name)
+
+
+def is_orphan(partial: Path) -> bool:
+    """Whether a folder of half-written files is of a process of this machine that is no more."""
+    host, _, number = partial.name.removeprefix(PARTIAL).rpartition("-")[0].rpartition("-")
+    if os.name != "posix" or host != socket.gethostname() or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from fxprune.atomic import replace_file
 from fxprune.errors import FileError, PlanError
 
 FORMAT = "fxprune plan 1"
+LARGEST = 2**48  # channels of a group: what has more is no plan
 OPTIONS = ("heads", "groups")  # of ``analyze``
 
 
@@ -119,14 +120,14 @@ class Plan:
             and isinstance(options, dict)
             and isinstance(dropped, list)
             and all(isinstance(name, str) for name in dropped)
-            and all(type(size) is int for size in sizes.values())
+            and all(type(size) is int and 0 <= size <= LARGEST for size in sizes.values())
             and all(isinstance(option, str) for option in options.values())
             and all(isinstance(kept, list) and all(type(c) is int for c in kept) for kept in keep.values())
         )
         if not sound:
             raise FileError(
-                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers and text, "
-                "and dropped a list of text"
+                "this plan is damaged: keep, sizes and options must be objects of integer lists, integers from 0 on "
+                "and text, and dropped a list of text"
             )
         try:
             source = {name: value for name, value in options.items() if name not in OPTIONS}

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from torch import nn
 
 import fxprune
 from fxprune import Plan, passes
-from fxprune.atomic import replace_file
+from fxprune.atomic import PARTIAL, replace_file
 from fxprune.errors import FileError
 from fxprune.training.log import Epoch, Log
 
@@ -85,3 +88,33 @@ def test_places_that_there_are_not(tmp_path: Path) -> None:
         Plan({}, {}).save("plan\0.json")
     with pytest.raises(FileError, match=r"path must be a str or Path, but it is 3 \(int\)"):
         Plan({}, {}).save(3)  # type: ignore[arg-type]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    """Of this machine, and of no process that lives: nobody else's."""
+    writer = "import os, sys, time; from fxprune.atomic import PARTIAL, replace_file\n"
+    writer += "with replace_file(sys.argv[1], 'a plan') as partial:\n"
+    writer += "    partial.write_text('half'); print('ready', flush=True); time.sleep(60)"
+    path = tmp_path / "plan.json"
+    process = subprocess.Popen([sys.executable, "-c", writer, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    foreign = tmp_path / f"{PARTIAL}another-machine-{process.pid}-x"
+    foreign.mkdir()
+    held = sorted(tmp_path.iterdir())
+    assert len(held) == 2
+    Plan({}, {"a": 2}).save(path)
+    assert sorted(tmp_path.iterdir()) == [*held, path]  # it lives
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    Plan({}, {"a": 3}).save(path)
+    assert sorted(tmp_path.iterdir()) == [foreign, path]
+    assert Plan.load(path).sizes == {"a": 3}
+
+
+@pytest.mark.parametrize("name", ["", "x", f"{socket.gethostname()}-x-y", f"{socket.gethostname()}-{10**20}-y"])
+def test_what_is_named_otherwise_stays(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{PARTIAL}{name}").mkdir()
+    Plan({}, {"a": 2}).save(tmp_path / "plan.json")
+    assert (tmp_path / f"{PARTIAL}{name}").is_dir()

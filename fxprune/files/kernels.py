@@ -40,19 +40,25 @@ def pack_kernels(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     return result, names
 
 
-def unpack_kernels(state: Mapping[str, Tensor], names: Sequence[str]) -> State:
-    """Undo ``packed``.
+def unpack_kernels(state: Mapping[str, Tensor], names: Sequence[str], expected: Mapping[str, Tensor]) -> State:
+    """Undo ``packed``, for a model that has the tensors ``expected``: nothing larger is made.
 
     Raises:
-        FileError: the patterns are damaged.
+        FileError: the patterns are damaged, or of another model.
     """
     result = dict(state)
     for name in names:
         pool, pattern = result.pop(name + POOL), result.pop(name + PATTERN)
+        shape = tuple(expected[name].shape)
+        if (*pattern.shape, *pool.shape[1:]) != shape or pattern.ndim != 2:
+            raise FileError(
+                f"the kernels of {name} have patterns of shape {tuple(pool.shape[1:])} at {tuple(pattern.shape)} "
+                f"places; in the model it has shape {shape}"
+            )
         if pool.dtype != torch.bool or pattern.dtype != torch.uint8 or int(pattern.max()) >= len(pool):
             raise FileError(f"the patterns of {name} are damaged")
         here = pool[pattern.long()]
-        if here.ndim != 4 or state[name].shape != (int(here.sum()),):
+        if state[name].shape != (int(here.sum()),):
             raise FileError(f"{name} does not have the weights that its patterns ask for: the file is damaged")
         result[name] = state[name].new_zeros(here.shape).masked_scatter_(here, state[name])
     return result

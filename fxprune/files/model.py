@@ -88,7 +88,6 @@ def load(path: str | Path, model: nn.Module) -> Model:
     require_type(path, (str, Path), "path", FileError)
     record, state = read_model(path)
     try:
-        state = kernels.unpack_kernels(state, record.get("kernels", []))
         sparse = record.get("start") or {}
         start = start_in(sparse, unwrap_model(model)) if sparse else None
         if "plan" in record:
@@ -103,6 +102,7 @@ def load(path: str | Path, model: nn.Module) -> Model:
             start = start and start.after(param_map)
         else:
             compact = copy.deepcopy(unwrap_model(model))
+        state = kernels.unpack_kernels(state, record.get("kernels", []), compact.state_dict())
         if start is not None:
             state = unpack_sparse(state, sparse, start)
             remember_start(compact, start)
@@ -110,7 +110,7 @@ def load(path: str | Path, model: nn.Module) -> Model:
             forget_start(compact)
         state |= {name: state[first] for name, first in record["aliases"].items()}
         check_state(compact, state)
-    except (FxpruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
     own = compact.state_dict()  # with the versions of the modules, which some look at when they load
     own.update(state)

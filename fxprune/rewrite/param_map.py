@@ -120,6 +120,10 @@ class ParamMap(Mapping[str, Kept]):
                 if state:
                     part.state[new] = state
 
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """The name of a parameter of the original."""
+        return self._parameters[parameter][0]
+
     def is_gone(self, parameter: nn.Parameter) -> bool:
         """Whether ``parameter``, of the original, went with its whole branch."""
         return parameter in self._parameters and self._parameters[parameter][0] in self.gone

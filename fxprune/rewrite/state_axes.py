@@ -129,7 +129,7 @@ def fits_axes(state: Tensor, axes: Axes, parameter: Tensor) -> bool:
     return len(axes) == state.ndim and all(axis is None or size in (1, parameter.shape[axis]) for size, axis in sizes)
 
 
-def probe_axes(optimizer: Optimizer, old: Tensor, shape: torch.Size) -> dict[str, Axes | str]:
+def probe_axes(optimizer: Optimizer, old: nn.Parameter, shape: torch.Size) -> dict[str, Axes | str]:
     """Try the optimizer on copies: the axes of each state by its name, or why they can't be told; "" is for all.
 
     Positions along one axis of the parameter and its gradients change places. State that goes along with that axis
@@ -182,7 +182,7 @@ def is_same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= ROLLED * spread)
 
 
-def run_copy(optimizer: Optimizer, old: Tensor, shape: torch.Size, roll: int | None = None) -> dict[str, Tensor]:
+def run_copy(optimizer: Optimizer, old: nn.Parameter, shape: torch.Size, roll: int | None = None) -> dict[str, Tensor]:
     """The tensors of the state of a parameter of ``shape``, like ``old``, after a few steps of a copy of ``optimizer``.
 
     ``roll``: the axis along which all its values and gradients are rolled by one position.
@@ -194,7 +194,7 @@ def run_copy(optimizer: Optimizer, old: Tensor, shape: torch.Size, roll: int | N
         return (fresh if roll is None else fresh.roll(1, roll)).to(old.device, old.dtype)
 
     parameter = nn.Parameter(values())
-    twin = copy_optimizer(optimizer, old, parameter)
+    twin = copy_optimizer(optimizer, {old: parameter})
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         for _ in range(STEPS):
@@ -204,22 +204,26 @@ def run_copy(optimizer: Optimizer, old: Tensor, shape: torch.Size, roll: int | N
     return {name_path(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
-def copy_optimizer(optimizer: Optimizer, old: Tensor, parameter: nn.Parameter) -> Optimizer:
-    """A new optimizer like ``optimizer``, without hooks, with ``parameter`` alone in the place of ``old``.
+def copy_optimizer(optimizer: Optimizer, parameters: Mapping[nn.Parameter, nn.Parameter]) -> Optimizer:
+    """A new optimizer like ``optimizer``, without state and hooks, of other ``parameters`` by those that it has.
 
-    So are those that it has within it; what two of them share, their copies share.
+    So are those that it has within it; what two of them share, their copies share. Groups that would be empty are not
+    there.
     """
     parts = optimizers_in(optimizer)
     twins = [object.__new__(type(part)) for part in parts]
+    first = next(iter(parameters.values()))
     memo: dict[int, Any] = {}
     for part, twin in zip(parts, twins, strict=True):
-        memo |= {id(held): parameter for group in part.param_groups for held in group["params"]}
+        held = [parameter for group in part.param_groups for parameter in group["params"]]
+        memo |= {id(parameter): parameters.get(parameter, first) for parameter in held}
         memo |= {id(part): twin, id(part.state): defaultdict(dict)}
     for part, twin in zip(parts, twins, strict=True):
-        groups = [group for group in part.param_groups if any(held is old for held in group["params"])]
-        for group in groups:
-            memo.setdefault(id(group), {**copy.deepcopy({**group, "params": []}, memo), "params": [parameter]})
-        memo.setdefault(id(part.param_groups), [memo[id(group)] for group in groups])
+        for group in part.param_groups:
+            own = [parameters[parameter] for parameter in group["params"] if parameter in parameters]
+            memo.setdefault(id(group), {**copy.deepcopy({**group, "params": []}, memo), "params": own})
+        filled = [memo[id(group)] for group in part.param_groups if memo[id(group)]["params"]]
+        memo.setdefault(id(part.param_groups), filled)
         for name, value in vars(part).items():
             if name.endswith("_hooks"):
                 vars(twin)[name] = OrderedDict()

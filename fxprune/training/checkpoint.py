@@ -19,9 +19,11 @@ from fxprune.files.model import check_state, without_aliases
 from fxprune.files.sparse import pack_sparse, start_in, unpack_sparse
 from fxprune.files.start import Start, start_of
 from fxprune.graph.trace import trace
-from fxprune.rewrite.param_map import ParamMap, check_owned
+from fxprune.hints import check_fields
+from fxprune.rewrite.param_map import check_owned
 from fxprune.rewrite.rewrite import rewrite
 from fxprune.training import distributed
+from fxprune.training.resumption import check_optimizer
 from fxprune.training.run import Run, TrainingPass
 from fxprune.training.state import RunState, cut_as_saved, state_of, take_over_state
 
@@ -133,29 +135,16 @@ def read_checkpoint(
         data["model"] |= {name: data["model"][first] for name, first in data["aliases"].items()}
         check_state(compact, data["model"])
         check_owned(optimizer, set(graph.parameters()))
-        check_optimizer(optimizer, data["optimizer"], param_map)
+        check_optimizer(optimizer, data["optimizer"], compact, param_map)
         check_rest(data)
         chosen = tuple(passes) if passes is not None else tuple(map(pass_of, data["passes"]))
         names = [part.name for part in state.passes]
         if [type(training_pass).__name__ for training_pass in chosen] != names:
             raise FileError(f"it has the passes {names}, not those that were given")
-    except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
         raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
     return Saved(data, state, chosen, {**state.plan.options, "batch_size": state.batch_size}, start)
-
-
-def check_optimizer(optimizer: Optimizer, state: dict[str, Any], param_map: ParamMap) -> None:
-    """Raise FileError unless the saved state is of an optimizer like ``optimizer``, cut as ``param_map`` says."""
-    kind = type(optimizer).__name__
-    if state["kind"] != kind:
-        raise FileError(f"the optimizer is {kind}, the file's {state['kind']}")
-    mine = [sum(not param_map.is_gone(p) for p in group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in state["param_groups"]]
-    if mine != theirs:
-        raise FileError(f"the optimizer has {mine} parameters in its groups, the file {theirs}")
-    if not all(isinstance(its, dict) for its in state["state"].values()):
-        raise FileError("the optimizer's state in the file is damaged")
 
 
 def check_rest(data: dict[str, Any]) -> None:
@@ -176,6 +165,8 @@ def pass_of(saved: dict[str, Any]) -> TrainingPass[Any]:
     kind = TrainingPass.known.get(saved["name"])
     if kind is None:
         raise FileError(f"it has a pass {saved['name']!r}, which is not known here: import it first, or give passes=")
+    if is_dataclass(kind):
+        check_fields(kind, saved["options"])
     return kind(**saved["options"])
 
 

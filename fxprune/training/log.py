@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from fxprune.atomic import replace_file
 from fxprune.errors import FileError
+from fxprune.hints import check_fields
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,11 @@ class Log:
 
     @classmethod
     def from_json(cls, data: Iterable[Mapping[str, Any]]) -> "Log":
-        """The opposite of ``to_json``."""
-        return cls(Epoch(**{**each, "notes": tuple(each["notes"])}) for each in data)
+        """The opposite of ``to_json``. Raises FileError, LookupError or TypeError on anything else."""
+        records = list(data)
+        for record in records:
+            check_fields(Epoch, record)
+        return cls(Epoch(**{**record, "notes": tuple(record["notes"])}) for record in records)
 
     def write(self, writer: Writer) -> None:
         """Write the last record as scalars under ``fxprune/``."""

@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from fxprune.errors import FileError, SessionError
+from fxprune.hints import check_fields
 
 
 @dataclass(slots=True)
@@ -55,13 +56,14 @@ def saved_values(memory: Any) -> dict[str, Any]:
 
 
 def check_values(memory: Any, values: Mapping[str, Any]) -> None:
-    """Raise FileError where ``values``, of a checkpoint, hold what ``memory`` has no field for."""
+    """Raise FileError where ``values``, of a checkpoint, are not what the fields of ``memory`` hold."""
     unknown = sorted(values.keys() - saved_fields(memory).keys())
     if unknown:
         raise FileError(
             f"it remembers {', '.join(unknown)}, for which {type(memory).__name__} has no field: it is of another "
             "version of this pass. Load it with that one"
         )
+    check_fields(type(memory), values, {name: part.name for name, part in saved_fields(memory).items()})
 
 
 def load_values(memory: Any, values: Mapping[str, Any]) -> None:

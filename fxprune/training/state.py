@@ -55,8 +55,8 @@ class RunState:
         plan = Plan.from_json(data["plan"])
         numbers = {"epoch": data["epoch"], "step": data["step"], "batch_size": data["batch_size"]}
         for name, value in numbers.items():
-            if type(value) is not int and not (name == "batch_size" and value is None):
-                raise FileError(f"it is damaged: {value!r:.60} stands where a int should be")
+            if not (type(value) is int and 0 <= value < 2**48) and not (name == "batch_size" and value is None):
+                raise FileError(f"it is damaged: its {name} is {value!r:.60}, which is no such number")
         for part in data["passes"]:
             if not isinstance(part, dict):
                 raise FileError(f"it is damaged: {part!r:.60} stands where a dict should be")
