@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -631,3 +632,43 @@ def test_three_cuts_are_one() -> None:
     for seed in (1, 2):
         kept = kept.then(session.reconfigure(thinner(session.analysis, seed)))
     assert_same_training(session.graph, session.optimizer, whole, its, kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", ["a signal", "an error"])
+@pytest.mark.parametrize("at", [1, 5, 20])
+def test_a_second_interrupt_waits_for_the_undo(
+    number: signal.Signals, first: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control-C, and again while the model is put back: at any tensor. It comes when that is done."""
+    session, inputs = begin("residual_projection", passes=[Thin()])
+    calls = itertools.count(1)
+    undo = sys.modules["fxprune.training.undo"]
+    replace_data = undo.replace_data
+
+    def interrupted(tensor: Tensor, new: Tensor) -> None:
+        if next(calls) == at:
+            signal.raise_signal(number)
+        replace_data(tensor, new)
+
+    def fail(*_: Any) -> None:
+        if first == "an error":
+            raise MemoryError("no room")
+        signal.raise_signal(number)
+
+    def handler(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, handler)
+    try:
+        with monkeypatch.context() as patch, nothing_changes(session):
+            patch.setattr(undo, "replace_data", interrupted)
+            patch.setattr(Thin, "after_cut", fail)
+            with pytest.raises(KeyboardInterrupt):
+                session.reconfigure(thinner(session.analysis, 0))
+        assert next(calls) > at
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    session.reconfigure(thinner(session.analysis, 0))
+    train(session, inputs)

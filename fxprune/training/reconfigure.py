@@ -9,6 +9,7 @@ from fxprune.rewrite.param_map import ParamMap
 from fxprune.training import distributed
 from fxprune.training.averages import shadows_of
 from fxprune.training.cut import reconfigure
+from fxprune.training.interrupts import shield_undo
 from fxprune.training.memory import kept_memories
 from fxprune.training.run import Run, find_copies
 from fxprune.training.undo import Undo
@@ -30,31 +31,33 @@ def cut_run(run: Run, plan: Plan) -> ParamMap:
     analysis, batch_size = run.analysis, run.batch_size
     undo = Undo((run.graph, *copies), optimizers, run.registered.values(), [tensor for _, tensor in shadows])
     wrapped = False
-    try:
-        with kept_memories(run.memories), distributed.all_or_none():
-            run.analysis, param_map = reconfigure(
-                run.graph,
-                run.analysis,
-                plan,
-                optimizers,
-                copies,
-                shadows,
-                others=set(run.around[1].parameters()),
-                reset_state=run.reset_state,
-                verify_with=run.example_inputs if run.verify else None,
-            )
-            torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
-            wrapped = True
-            renew_wrappers(run)
-            for training_pass, memory in run.pairs():
-                training_pass.after_cut(run, memory, param_map)
-                run.prepare_pass(training_pass, memory)
-    except BaseException:  # a pass that fails, memory that runs out, control-C
-        undo()
-        run.analysis, run.batch_size = analysis, batch_size
-        if wrapped:
-            renew_wrappers(run)
-        raise
+    with shield_undo() as shield, kept_memories(run.memories):
+        try:
+            with distributed.all_or_none():
+                run.analysis, param_map = reconfigure(
+                    run.graph,
+                    run.analysis,
+                    plan,
+                    optimizers,
+                    copies,
+                    shadows,
+                    others=set(run.around[1].parameters()),
+                    reset_state=run.reset_state,
+                    verify_with=run.example_inputs if run.verify else None,
+                )
+                torch.clear_autocast_cache()  # it has the old weights where the cut is made within autocast
+                wrapped = True
+                renew_wrappers(run)
+                for training_pass, memory in run.pairs():
+                    training_pass.after_cut(run, memory, param_map)
+                    run.prepare_pass(training_pass, memory)
+        except BaseException:  # a pass that fails, memory that runs out, control-C
+            shield.hold()
+            undo()
+            run.analysis, run.batch_size = analysis, batch_size
+            if wrapped:
+                renew_wrappers(run)
+            raise
     return param_map
 
 
