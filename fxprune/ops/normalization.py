@@ -33,8 +33,8 @@ from fxprune.graph.layers import BATCH_NORMS
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument, value_of
-from fxprune.rewrite.kinds import mark_kind
 from fxprune.rewrite.kept import Kept
+from fxprune.rewrite.kinds import mark_kind
 from fxprune.rewrite.norms import norm_over_kept, put_back, take_kept
 
 aten = torch.ops.aten

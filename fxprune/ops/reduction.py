@@ -13,8 +13,8 @@ from fxprune.channels.layers import Lowered, Tensors, lowering
 from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import STEPS, Call, as_operand, mark_norm, name_of, rule
 from fxprune.ops.pointwise import same_shape
-from fxprune.rewrite.kinds import mark_kind
 from fxprune.rewrite.kept import Kept
+from fxprune.rewrite.kinds import mark_kind
 from fxprune.rewrite.norms import norm_over_kept, put_back, take_kept
 
 aten = torch.ops.aten
