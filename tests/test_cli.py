@@ -151,6 +151,7 @@ def test_prune_prints_tables() -> None:
     result = run("prune", *TINY, "--flops", "50%", "--no-onnx", "--no-verify")
     assert re.search(r"^0\s+Conv2d\s+3\s+16 → \d+", result.stdout, re.MULTILINE)
     assert re.search(r"^FLOPs\s+[\d,]+\s+[\d,]+\s+(4\d|50)%", result.stdout, re.MULTILINE)
+    assert "widths: multiples of 1 in 2 of 2 groups" in result.stdout
     assert "weights of torchvision:fxprune_tiny are random" in result.stderr
     assert "written to out: model.safetensors, plan.json, report.html, report.json" in result.stderr
 

@@ -12,6 +12,7 @@ import typer
 import fxprune
 from fxprune import passes
 from fxprune.budget.budget import Budget
+from fxprune.budget.solver import describe_rounding
 from fxprune.cli import data, options
 from fxprune.cli.models import open_model, suggest_names
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
@@ -117,7 +118,8 @@ def prune(
     print_progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
     wanted = options.read_fields(Wanted, {**given.params, "out": out})
-    summary = carry_out_plan(analysis, plan, opened, batches, wanted, criterion=criterion)
+    rounding = describe_rounding(analysis, bounds["round_to"])
+    summary = carry_out_plan(analysis, plan, opened, batches, wanted, criterion=criterion, widths=rounding)
     check_latency(summary, budget)
 
 
