@@ -184,8 +184,8 @@ def test_keep_and_rounding() -> None:
 
 @pytest.mark.parametrize(
     "criterion",
-    "magnitude batch-norm-scale geometric_median taylor fisher activation single-shot random uniform erdos-renyi "
-    "precrop".split(),
+    "magnitude batch-norm-scale geometric_median optimal-brain-surgeon taylor fisher activation single-shot random "
+    "uniform erdos-renyi precrop".split(),
 )
 def test_every_criterion(criterion: str, folder: Path) -> None:
     data = ["--data", str(photos(folder / "photos"))]

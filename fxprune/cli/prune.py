@@ -24,6 +24,7 @@ CRITERIA: dict[str, type[passes.Criterion]] = {
     "magnitude": passes.Magnitude,
     "batch-norm-scale": passes.BatchNormScale,
     "geometric-median": passes.GeometricMedian,
+    "optimal-brain-surgeon": passes.OptimalBrainSurgeon,
     "taylor": passes.Taylor,
     "fisher": passes.Fisher,
     "activation": passes.Activation,
