@@ -184,8 +184,9 @@ def write_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None
         "",
         "Trained CIFAR-10 networks, cut to a part of their FLOPs and not trained again; accuracy on "
         f"{options.tested:,} test images, JPEG at 32 x 32 pixels. Averages: those of batch norm renewed. Restored: by "
-        f"fxprune.restore. Both on {options.images:,} training images without labels; Taylor and Fisher see their labels. Means over seeds of "
-        "these images, with the range of what was restored. At least a tenth of each group stays.",
+        f"fxprune.restore. Both on {options.images:,} training images without labels; Taylor and Fisher see their "
+        "labels. Means over seeds of these images, with the range of what was restored. At least a tenth of each group "
+        "stays.",
         "",
         in_words(machine("fxprune", "torch", "torch-pruning")),
     ]

@@ -68,7 +68,7 @@ def test_the_score_is_of_what_the_layer_reads() -> None:
     x = torch.randn(30, 6, dtype=torch.float64)
     rows = model[:2](x).detach()
     covariance = (rows - rows.mean(0)).mT @ (rows - rows.mean(0)) / 30
-    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(5)
+    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(5, dtype=torch.float64)
     scores = remove_in_turn(5, [Read(torch.linalg.inv(covariance), model[2].weight.detach(), torch.arange(5)[:, None])])
     (found,) = passes.OptimalBrainSurgeon([x[:10], x[10:20], x[20:]]).score(fxprune.analyze(model, x[:2])).values()
     np.testing.assert_allclose(found / found.sum(), scores / scores.sum(), rtol=1e-10)

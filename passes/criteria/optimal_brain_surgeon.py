@@ -128,7 +128,7 @@ def find_input_axis(layer: LinearLayer) -> int:
 
 
 def sum_products(analysis: Analysis, readers: Mapping[str, Reader], data: Any) -> dict[str, Floats]:
-    """Products of the inputs of each reader, and of a 1 behind them, with each other: [inputs + 1, inputs + 1], flat."""
+    """Products of all inputs of each reader, and of a 1 behind them: float64[inputs + 1, inputs + 1], flat."""
     sums: dict[str, Floats] = {}
     observed: list[nn.Module] = []
 
