@@ -14,6 +14,7 @@ from fxprune.channels.groups import Group, Member
 from fxprune.errors import PlanError
 from fxprune.graph.inputs import Bound
 from fxprune.graph.traced import observed_values, regions_of
+from fxprune.progress import track_progress
 from fxprune.rewrite.restore import read_arguments
 from fxprune.rewrite.rows import LinearLayer, find_linear_layer
 
@@ -134,9 +135,9 @@ def sum_products(analysis: Analysis, readers: Mapping[str, Reader], data: Any) -
 
     def watch(reader: Reader) -> Callable[[Tensor], None]:
         def add(value: Tensor) -> None:
-            rows = detach_weights(value).movedim(reader.channel_axis, -1).flatten(0, -2)
+            rows = value.detach().double().movedim(reader.channel_axis, -1).flatten(0, -2)
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-            products: Floats = (rows.mT @ rows).double().cpu().numpy().ravel()
+            products: Floats = (rows.mT @ rows).cpu().numpy().ravel()
             sums[reader.name] = sums[reader.name] + products if reader.name in sums else products
 
         return add
@@ -154,7 +155,8 @@ def sum_products(analysis: Analysis, readers: Mapping[str, Reader], data: Any) -
             raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
         return dict(sums)
 
-    return mean_over(analysis, read_arguments(data, analysis.graph), "OptimalBrainSurgeon", run)
+    batches = track_progress(read_arguments(data, analysis.graph), "OptimalBrainSurgeon")
+    return mean_over(analysis, batches, "OptimalBrainSurgeon", run)
 
 
 def observe(model: nn.Module, watches: Mapping[str, tuple[Reader, Callable[[Tensor], None]]]) -> None:
