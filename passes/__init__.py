@@ -12,6 +12,7 @@ from .criteria.batch_norm_scale import BatchNormScale
 from .criteria.fisher import Fisher
 from .criteria.geometric_median import GeometricMedian
 from .criteria.magnitude import Magnitude
+from .criteria.optimal_brain_surgeon import OptimalBrainSurgeon
 from .criteria.random import Random
 from .criteria.taylor import Taylor
 from .rewrites.align import Align
@@ -44,6 +45,7 @@ __all__ = [
     "GeometricMedian",
     "GrowBatch",
     "Magnitude",
+    "OptimalBrainSurgeon",
     "PatternConv",
     "PreCrop",
     "PruneTrain",

@@ -48,6 +48,7 @@ CRITERIA: dict[str, Callable[[Any], passes.Criterion]] = {
     "SingleShot": lambda inputs: passes.SingleShot(pair(inputs), loss),
     "Activation mean": lambda inputs: passes.Activation(pair(inputs)),
     "Activation variance": lambda inputs: passes.Activation(pair(inputs), "variance"),
+    "OptimalBrainSurgeon": lambda inputs: passes.OptimalBrainSurgeon(pair(inputs)),
 }
-WITH_DATA = ["Taylor", "Fisher", "SingleShot", "Activation mean", "Activation variance"]
+WITH_DATA = ["Taylor", "Fisher", "SingleShot", "Activation mean", "Activation variance", "OptimalBrainSurgeon"]
 WITHOUT_VALUES = ["Random", "Uniform", "ErdosRenyi", "PreCrop"]

@@ -285,13 +285,14 @@ def test_no_layer_is_ever_empty(name: str) -> None:
 
 @pytest.mark.parametrize(("round_to", "multiple"), [("auto", 16), (8, 8), (32, 32), (1, 1)])
 def test_widths_are_multiples(round_to: Any, multiple: int) -> None:
-    """All but a few that use up the budget; none is rounded by more than a quarter of the group."""
+    """All but a few that use up the budget; by a quarter of the group at most, a sixteenth if nobody asked for it."""
     analysis = zoo("resnet18")
+    parts = 16 if round_to == "auto" else 4
     plan = passes.Magnitude(round_to=round_to).plan(analysis, Budget(flops=0.5))
-    uneven = [name for name, width in plan.widths.items() if width % min(multiple, analysis.sizes[name] // 4)]
+    uneven = [name for name, width in plan.widths.items() if width % min(multiple, analysis.sizes[name] // parts)]
     assert len(uneven) <= 3
     loose = passes.Magnitude(round_to=round_to).plan(analysis, Budget(flops=0.5, tolerance=0.5))
-    assert all(width % min(multiple, analysis.sizes[name] // 4) == 0 for name, width in loose.widths.items())
+    assert all(width % min(multiple, analysis.sizes[name] // parts) == 0 for name, width in loose.widths.items())
 
 
 def test_small_widths_are_multiples_too_unless_the_budget_is_too_small_for_them() -> None:
@@ -306,8 +307,20 @@ def test_auto_on_half_precision_rounds_as_the_device_likes() -> None:
     from fxprune.budget.solver import round_widths
 
     model = torchvision.models.resnet18(weights=None)
-    assert set(round_widths(fxprune.analyze(model, X), "auto")) == {16}
+    assert set(round_widths(fxprune.analyze(model, X), "auto")) == {4, 8, 16}
     assert set(round_widths(fxprune.analyze(model, X), 12)) == {12}
+
+
+def test_auto_leaves_narrow_groups_free_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Groups of 16, 32 and 512 channels: multiples of 1, 2 and 16."""
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 512), nn.Linear(512, 3)
+    )
+    analysis = fxprune.analyze(model, torch.randn(2, 8))
+    with caplog.at_level("INFO", "fxprune"):
+        widths = passes.Magnitude().plan(analysis, Budget(params=0.5, tolerance=0.2)).widths
+    assert caplog.messages == ["widths are multiples of 1 in 1, of 2 in 1, of 16 in 1 of 3 groups"]
+    assert [width % multiple for width, multiple in zip(widths.values(), (1, 2, 16), strict=True)] == [0, 0, 0]
 
 
 def keeps(pattern: str, model: str = "resnet18") -> set[str]:

@@ -22,8 +22,9 @@ import fxprune
 from fxprune import passes
 from fxprune.budget.timing import Spread
 from fxprune.cli.app import app
-from fxprune.cli.data import load_images
-from fxprune.cli.models import ModelError, timm_model
+from fxprune.cli.data import load_images, warn_of_chance
+from fxprune.cli.models import ModelError, Source, timm_model
+from fxprune.cli.preprocessing import MEAN, STD, Asked, Preprocessing, choose_preprocessing
 from fxprune.cli.results import describe_restoration
 from fxprune.report.bench import Bench, Measured
 from fxprune.rewrite.restore import RestoredLayer
@@ -151,6 +152,7 @@ def test_prune_prints_tables() -> None:
     result = run("prune", *TINY, "--flops", "50%", "--no-onnx", "--no-verify")
     assert re.search(r"^0\s+Conv2d\s+3\s+16 → \d+", result.stdout, re.MULTILINE)
     assert re.search(r"^FLOPs\s+[\d,]+\s+[\d,]+\s+(4\d|50)%", result.stdout, re.MULTILINE)
+    assert "widths: multiples of 1 in 2 of 2 groups" in result.stdout
     assert "weights of torchvision:fxprune_tiny are random" in result.stderr
     assert "written to out: model.safetensors, plan.json, report.html, report.json" in result.stderr
 
@@ -183,8 +185,8 @@ def test_keep_and_rounding() -> None:
 
 @pytest.mark.parametrize(
     "criterion",
-    "magnitude batch-norm-scale geometric_median taylor fisher activation single-shot random uniform erdos-renyi "
-    "precrop".split(),
+    "magnitude batch-norm-scale geometric_median optimal-brain-surgeon taylor fisher activation single-shot random "
+    "uniform erdos-renyi precrop".split(),
 )
 def test_every_criterion(criterion: str, folder: Path) -> None:
     data = ["--data", str(photos(folder / "photos"))]
@@ -192,6 +194,9 @@ def test_every_criterion(criterion: str, folder: Path) -> None:
     report = json.loads(run("prune", *TINY, *options, *data, "--criterion", criterion, "--json").stdout)
     assert report["about"]["criterion"] == criterion
     assert report["totals"]["channels"][1] <= 0.6 * report["totals"]["channels"][0]
+
+
+PLAIN = Preprocessing(8, (8, 8), MEAN, STD, "a guess")
 
 
 def photos(folder: Path, classes: int = 3, *, varied: bool = False) -> Path:
@@ -220,7 +225,7 @@ def test_data_restores_and_tells_the_accuracy(folder: Path) -> None:
     torch.save(other.state_dict(), "other.pt")
     images = ["--data", str(photos(folder / "photos", varied=True))]
     report = pruned("--weights", "other.pt", *images)
-    expected, restoration = restored_by_hand(other, load_images(folder / "photos", (1, 3, 8, 8), 512, 0))
+    expected, restoration = restored_by_hand(other, load_images(folder / "photos", PLAIN, 512, 0))
     compact = fxprune.load("out/model.safetensors", tiny())
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(compact.state_dict()[name], tensor)
@@ -236,6 +241,54 @@ def test_data_restores_and_tells_the_accuracy(folder: Path) -> None:
     assert f"restored: {report['about']['restored']}" in result.stdout
     assert re.search(rf"^3.weight +restored +{restoration.layers[0].before:.2%}", result.stdout, re.MULTILINE)
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
+LOADER = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+images = TensorDataset(torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3)
+ready = DataLoader(images, 10)
+
+def make():
+    return ready"""
+
+
+@pytest.mark.parametrize("name", ["own.py:ready", "own.py:make"])
+def test_data_from_a_loader_of_ones_own(name: str) -> None:
+    Path("own.py").write_text(LOADER)
+    report = pruned("--data", name)
+    assert report["about"]["preprocessing"] == f"as {name} does"
+    assert "layers by least squares" in report["about"]["restored"]
+
+
+def test_preprocessing_is_told_and_as_asked(folder: Path) -> None:
+    photos(folder / "photos", varied=True)
+    report = pruned("--data", "photos", "--mean", "0.5", "--std", "0.1,0.2,0.3", "--size", "8", "--resize", "9")
+    assert report["about"]["preprocessing"] == (
+        "shorter side to 9, middle 8 x 8, mean 0.5, 0.5, 0.5, std 0.1, 0.2, 0.3 (--mean, --std, --size, --resize; mean "
+        "and std of ImageNet, a guess: say others with --mean and --std)"
+    )
+
+
+@pytest.mark.parametrize(("weights", "resize"), [("IMAGENET1K_V1", 256), ("IMAGENET1K_V2", 232), (None, 256)])
+def test_preprocessing_is_that_of_the_weights(weights: str | None, resize: int) -> None:
+    source = Source("torchvision:resnet50")
+    found = choose_preprocessing((1, 3, 224, 224), source, weights, Asked())
+    assert (found.resize, found.crop, found.mean) == (resize, (224, 224), MEAN)
+    assert found.origin == f"of torchvision's weights {weights or 'IMAGENET1K_V1'}"
+
+
+def test_a_model_that_guesses_is_told_loudly(folder: Path) -> None:
+    """Nine images of noise in three classes, random weights; and a model that is right is not suspected."""
+    photos(folder / "photos", varied=True)
+    result = run("prune", *TINY, "--flops", "0.5", "--data", "photos", "--no-onnx", "--no-measure", "-o", "chance")
+    assert re.search(
+        r"WARNING: the model is right on \d+\.\d% of this data before the cut, and guessing on 33.3%", result.stderr
+    )
+    batches = [(torch.eye(3).repeat(10, 1), torch.arange(30) % 3)]
+    assert warn_of_chance(1.0, nn.Identity(), batches, "") == ""
+    assert "right on 40.0%" in warn_of_chance(0.4, nn.Identity(), batches, "")
 
 
 def test_data_of_one_image_is_refused(folder: Path) -> None:
@@ -453,6 +506,13 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["prune", *TINY, *HALF, "--criterion", "taylor"], 2, "criterion taylor looks at data: give it images"),
     (["prune", *TINY, *HALF, "--round-to", "0"], 2, "greater than or equal to 1"),
     (["prune", *TINY, *HALF, "--minimum", "2"], 2, "minimum=2.0 must be a number at least 0 and at most 1"),
+    (["prune", "net:torch", *SHAPE, *HALF], 2, "net has no class or function 'torch': that is a module"),
+    (["prune", *TINY, *HALF, "--mean", "0.5"], 2, "--mean is of images: give them with --data FOLDER"),
+    (["prune", *TINY, *HALF, "--data", "many", "--mean", "0.5,a"], 2, "--mean '0.5,a' must be numbers such as"),
+    (["prune", *TINY, *HALF, "--data", "many", "--std", "1,1"], 2, "--std '1,1' has 2 numbers, but the model takes 3"),
+    (["prune", *TINY, *HALF, "--data", "many", "--mean", "125"], 2, "--mean '125' is of pixels from 0 to 1, not 255"),
+    (["prune", *TINY, *HALF, "--data", "net:Absent"], 2, "net has no class or function 'Absent'"),
+    (["prune", *TINY, *HALF, "--data", "net:Two"], 2, "net:Two must be batches .* got Two with 0 batches"),
     (["prune", *TINY, *HALF, "--data", "nowhere"], 2, "there is no folder nowhere"),
     (
         ["prune", *TINY, *HALF, "--data", "empty"],

@@ -32,6 +32,8 @@ def made(name: str, data: Any, loss: Any = cross_entropy) -> passes.Criterion:
     match name.split():
         case ["Activation", statistic]:
             return passes.Activation(data, statistic, round_to=1)
+        case ["OptimalBrainSurgeon"]:
+            return passes.OptimalBrainSurgeon(data, round_to=1)
         case [method]:
             found: passes.Criterion = getattr(passes, method)(data, loss, round_to=1)
             return found

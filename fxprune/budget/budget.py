@@ -77,7 +77,7 @@ class Bounds:
         keep: patterns of modules or parameters whose output channels all stay ("layer4.*", "fc"); with an axis
             ("fc.weight[1]") the channels on that axis. A module stands for all that is in it.
         round_to: widths are multiples of this, but for a few groups that use up the rest of the budget; "auto" chooses
-            from device and dtype. A group is never rounded by more than a quarter of its size.
+            from device and dtype, by a sixteenth of a group at most. A number holds but for a quarter of a group.
         scope: "global" compares scores across groups, "local" removes the same fraction of each group.
     """
 

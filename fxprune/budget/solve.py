@@ -1,17 +1,20 @@
 """Solve: the plan that meets a budget and keeps the channels of the highest scores."""
 
+import logging
 from collections.abc import Mapping
 
 from fxprune.budget.budget import Bounds, Budget
 from fxprune.budget.cost import Floats
 from fxprune.budget.latency import meet_latency
-from fxprune.budget.solver import Solver, meet_limits
+from fxprune.budget.solver import Solver, describe_rounding, meet_limits
 from fxprune.channels.analysis import Analysis
 from fxprune.plan import Plan
 
+logger = logging.getLogger("fxprune")
+
 
 def solve_budget(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget, bounds: Bounds) -> Plan:
-    """The plan that meets ``budget`` and keeps the channels of the highest scores.
+    """The plan that meets ``budget`` and keeps the channels of the highest scores. The log has their multiples.
 
     Args:
         analysis: of the model.
@@ -24,6 +27,7 @@ def solve_budget(analysis: Analysis, scores: Mapping[str, Floats], budget: Budge
         PlanError: nothing can be pruned, or a pattern in ``keep`` matches nothing.
     """
     solver = Solver(analysis, scores, bounds)
+    logger.info("widths are %s", describe_rounding(analysis, bounds.round_to))
     limits = budget.limits()
     if budget.latency is not None:
         return solver.plan(meet_latency(solver, budget, limits))

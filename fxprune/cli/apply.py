@@ -8,6 +8,7 @@ import typer
 import fxprune
 from fxprune.cli import options
 from fxprune.cli.models import Source, open_model
+from fxprune.cli.preprocessing import Asked
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
 from fxprune.cli.say import print_progress
 from fxprune.errors import FileError
@@ -22,9 +23,13 @@ def apply(
     example: options.Input = None,
     named: options.Named = None,
     images: Annotated[
-        Path | None, typer.Option("--data", metavar="FOLDER", help="Images to restore the layers on after the cut.")
+        str | None, typer.Option("--data", metavar="FOLDER", help="Images to restore the layers on after the cut.")
     ] = None,
     samples: options.Samples = 512,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    size: options.Size = None,
+    resize: options.Resize = None,
     seed: options.Seed = 0,
     out: options.Out = Path("out"),
     verify: options.Verify = True,
@@ -48,7 +53,7 @@ def apply(
         inputs=example or list(source.input) or None,
         seed=seed,
     )
-    batches = images_for(opened, images, samples, seed)
+    given_images = images_for(opened, images, samples, seed, weights, Asked(mean, std, size, resize))
     print_progress(f"analysing {source.model}")
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **loaded.options)
-    carry_out_plan(analysis, loaded, opened, batches, options.read_fields(Wanted, {**context.params, "out": out}))
+    carry_out_plan(analysis, loaded, opened, given_images, options.read_fields(Wanted, {**context.params, "out": out}))

@@ -195,6 +195,14 @@ def timm_model(name: str, options: dict[str, Any], pretrained: bool) -> Callable
 
 def find_factory(place: str, name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
     """A class or function of the user's own, in a module or a file; it is called without arguments, but ``options``."""
+    make = find_object(place, name)
+    if not callable(make):
+        raise ModelError(f"{place} has no class or function {name!r}: that is a {type(make).__name__}")
+    return lambda: make(**options)
+
+
+def find_object(place: str, name: str) -> object:
+    """What is called ``name`` in a module or a file."""
     try:
         if place.endswith(".py"):
             module = from_file(Path(place))
@@ -208,11 +216,11 @@ def find_factory(place: str, name: str, options: dict[str, Any]) -> Callable[[],
         raise
     except Exception as error:
         raise ModelError(f"{place} can't be imported: {type(error).__name__}: {error}") from error
-    make = getattr(module, name, None)
-    if not callable(make):
+    found = getattr(module, name, None)
+    if found is None:
         callables = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ModelError(f"{place} has no class or function {name!r}{suggest_names(name, callables)}")
-    return lambda: make(**options)
+    return found
 
 
 def from_file(path: Path) -> Any:

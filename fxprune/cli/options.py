@@ -65,6 +65,12 @@ Input = Annotated[
         help="Of an example input, such as 1,3,224,224, or int64:1,128 for token ids. Once for each argument.",
     ),
 ]
+Mean = Annotated[
+    str | None, typer.Option("--mean", metavar="R,G,B", help="Of pixels from 0 to 1; default, that of the weights.")
+]
+Std = Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="Pixels are divided by it; default likewise.")]
+Size = Annotated[int | None, typer.Option("--size", min=1, help="Of the middle that is cut out of an image.")]
+Resize = Annotated[int | None, typer.Option("--resize", min=1, help="Of the shorter side of an image, before that.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="How many of the images are used, at most.")]
 Verify = Annotated[bool, typer.Option(help="Check in float64 that only what was removed has changed.")]
 Onnx = Annotated[bool, typer.Option(help="Write model.onnx, and compare it with PyTorch.")]

@@ -12,8 +12,10 @@ import typer
 import fxprune
 from fxprune import passes
 from fxprune.budget.budget import Budget
+from fxprune.budget.solver import describe_rounding
 from fxprune.cli import data, options
 from fxprune.cli.models import open_model, suggest_names
+from fxprune.cli.preprocessing import Asked
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
 from fxprune.cli.say import print_progress
 from fxprune.errors import BudgetError, FxpruneError
@@ -23,6 +25,7 @@ CRITERIA: dict[str, type[passes.Criterion]] = {
     "magnitude": passes.Magnitude,
     "batch-norm-scale": passes.BatchNormScale,
     "geometric-median": passes.GeometricMedian,
+    "optimal-brain-surgeon": passes.OptimalBrainSurgeon,
     "taylor": passes.Taylor,
     "fisher": passes.Fisher,
     "activation": passes.Activation,
@@ -76,15 +79,19 @@ def prune(
     ] = 0.01,
     minimum: Annotated[float, typer.Option(help="The fraction of each group that stays at least.")] = 0.1,
     images: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="Images, a folder for each class: criteria look at them, layers are restored on them after the cut, "
-            "and the accuracy is told.",
+            help="Images, a folder for each class, or package.module:loader. Criteria look at them, layers are "
+            "restored on them after the cut, and the accuracy is told.",
         ),
     ] = None,
     samples: options.Samples = 512,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    size: options.Size = None,
+    resize: options.Resize = None,
     weights: options.Weights = None,
     classes: options.Classes = None,
     example: options.Input = None,
@@ -107,9 +114,9 @@ def prune(
     scorer = criterion_of(criterion, images is not None)
     check_folder(out)
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
-    batches = images_for(opened, images, samples, seed)
+    given_images = images_for(opened, images, samples, seed, weights, Asked(mean, std, size, resize))
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
-    own = {"data": batches, "loss": data.compute_loss, "seed": seed}  # of some criteria
+    own = {"data": given_images and given_images.batches, "loss": data.compute_loss, "seed": seed}  # of some criteria
     bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
 
     print_progress(f"analysing {model}")
@@ -117,7 +124,8 @@ def prune(
     print_progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
     wanted = options.read_fields(Wanted, {**given.params, "out": out})
-    summary = carry_out_plan(analysis, plan, opened, batches, wanted, criterion=criterion)
+    rounding = describe_rounding(analysis, bounds["round_to"])
+    summary = carry_out_plan(analysis, plan, opened, given_images, wanted, criterion=criterion, widths=rounding)
     check_latency(summary, budget)
 
 

@@ -13,6 +13,7 @@ from fxprune.budget.staircase import find_tallest, staircase
 from fxprune.channels.analysis import Analysis
 from fxprune.cli import data
 from fxprune.cli.models import Opened
+from fxprune.cli.preprocessing import Asked, DataError, choose_preprocessing
 from fxprune.cli.say import print_note, print_output, print_progress, show_json
 from fxprune.errors import ExportError, FileError
 from fxprune.files.export import Exported
@@ -38,13 +39,13 @@ def carry_out_plan(
     analysis: Analysis,
     plan: Plan,
     opened: Opened,
-    batches: Any,
+    images: "Images | None",
     wanted: Wanted,
     **about: str,
 ) -> Summary:
     """Rewrite the model of ``analysis``, check it, write all files, and print the tables.
 
-    ``batches``: images and their classes, or None. ``about``: titles and words for the report.
+    ``images``: to restore on, or None. ``about``: titles and words for the report.
     """
     plan = replace(plan, source=opened.source.to_plain())
     about["model"] = opened.source.model
@@ -53,17 +54,16 @@ def carry_out_plan(
     if wanted.verify:
         print_progress("verifying in float64")
         about["verified"] = str(fxprune.verify(analysis.graph, compact, param_map, opened.inputs))
-    if batches is not None:
+    if images is not None:
         print_progress("restoring")
-        restoration = fxprune.restore(analysis.graph, compact, param_map, batches)
+        about["preprocessing"] = images.preprocessing
+        restoration = fxprune.restore(analysis.graph, compact, param_map, images.batches)
         about["restored"] = describe_restoration(restoration)
         if not wanted.as_json:
             print_output(str(restoration), "")
     summary = summarize(analysis, plan, compact, about=about)
-    if batches is not None:
-        summary = replace(
-            summary, accuracy=(data.measure_accuracy(analysis.graph, batches), data.measure_accuracy(compact, batches))
-        )
+    if images is not None:
+        summary = replace(summary, accuracy=(images.accuracy, data.measure_accuracy(compact, images.batches)))
     if wanted.measure:
         print_progress("measuring")
         batch = input_shape(opened)[0]
@@ -139,13 +139,41 @@ def check_folder(out: Path) -> None:
             raise FileError(f"can't write to {out}: {out / name} is a folder")
 
 
-def images_for(opened: Opened, folder: Path | None, samples: int, seed: int) -> Any:
-    """Batches of the images in ``folder``, shaped like what the model takes; None without a folder."""
-    if folder is None:
+@dataclass(frozen=True)
+class Images:
+    """What was given with ``--data``.
+
+    Attributes:
+        batches: images and their classes.
+        preprocessing: how they were made, in words.
+        accuracy: of the model before the cut.
+    """
+
+    batches: Any
+    preprocessing: str
+    accuracy: float
+
+
+def images_for(
+    opened: Opened, name: str | None, samples: int, seed: int, weights: str | None, asked: Asked
+) -> Images | None:
+    """What ``--data NAME`` means for a model; None without. Says so if the model is no better than guessing on it."""
+    if name is None:
+        if said := [option for option, value in vars(asked).items() if value is not None]:
+            raise DataError(f"--{said[0]} is of images: give them with --data FOLDER")
         return None
     if len(tensors_in(opened.inputs)) > 1:
-        raise data.DataError("--data gives one tensor of images, but the model takes more than one")
-    return data.load_images(folder, input_shape(opened), samples, seed)
+        raise DataError("--data gives one tensor of images, but the model takes more than one")
+    if ":" in name and not Path(name).exists():
+        batches, words = data.load_batches(name), f"as {name} does"
+    else:
+        chosen = choose_preprocessing(input_shape(opened), opened.source, weights, asked)
+        batches, words = data.load_images(Path(name), chosen, samples, seed), str(chosen)
+    print_progress("measuring the accuracy before the cut")
+    images = Images(batches, words, data.measure_accuracy(opened.model, batches))
+    if warning := data.warn_of_chance(images.accuracy, opened.model, batches, words):
+        print_note(warning)
+    return images
 
 
 def input_shape(opened: Opened) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.budget.cost import Channels
-from fxprune.budget.solver import round_widths
+from fxprune.budget.solver import limit_multiples, prefer_multiple
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.groups import Group
 from fxprune.channels.names import Ints
@@ -39,7 +39,7 @@ class Align(PassBase):
     than batch norm, convolutions with groups that are not depthwise.
 
     Attributes:
-        round_to: the multiple; "auto" as for the criteria: by device and dtype, at most a quarter of a group.
+        round_to: the multiple; "auto" by device and dtype, at most a quarter of a group.
         example_inputs: as for ``trace``; by default those of the Pipeline.
     """
 
@@ -54,9 +54,10 @@ class Align(PassBase):
         example = example_of(graph_module, self.example_inputs)
         graph = trace(graph_module, example)
         analysis = analyze(graph, example)
-        multiple = (
-            round_widths(analysis, "auto") if self.round_to == "auto" else np.full(len(analysis.groups), self.round_to)
-        )
+        if self.round_to == "auto":
+            multiple = limit_multiples(analysis, prefer_multiple(analysis), parts=4)
+        else:
+            multiple = np.full(len(analysis.groups), self.round_to)
         missing = {
             name: int(-group.size % multiple[number])
             for number, (name, group) in enumerate(analysis.groups.items())
