@@ -30,6 +30,7 @@ class RunState:
     epoch: int
     step: int
     batch_size: int | None
+    epochs: int | None
     log: Log
 
     def to_plain(self) -> dict[str, Any]:
@@ -40,6 +41,7 @@ class RunState:
             "epoch": self.epoch,
             "step": self.step,
             "batch_size": self.batch_size,
+            "epochs": self.epochs,
             "log": self.log.to_json(),
         }
 
@@ -53,8 +55,9 @@ class RunState:
         """
         plan = Plan.from_json(data["plan"])
         numbers = {"epoch": data["epoch"], "step": data["step"], "batch_size": data["batch_size"]}
+        numbers["epochs"] = data.get("epochs")  # files of older versions lack it
         for name, value in numbers.items():
-            if type(value) is not int and not (name == "batch_size" and value is None):
+            if type(value) is not int and not (name in ("batch_size", "epochs") and value is None):
                 raise FileError(f"it is damaged: {value!r:.60} stands where a int should be")
         for part in data["passes"]:
             if not isinstance(part, dict):
@@ -75,6 +78,7 @@ def state_of(run: Run) -> RunState:
         epoch=run.epoch,
         step=run.step,
         batch_size=run.batch_size,
+        epochs=run.epochs,
         log=Log(run.log),
     )
 
@@ -107,6 +111,7 @@ def take_over_state(run: Run, state: RunState) -> None:
         load_values(memory, part.saved)
         run.prepare_pass(training_pass, memory)
     run.epoch, run.step, run.batch_size = state.epoch, state.step, state.batch_size
+    run.epochs = run.epochs or state.epochs
     run.log = Log(state.log)
 
 
