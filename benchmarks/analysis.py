@@ -201,8 +201,8 @@ def resident_bytes(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
-    _, found, rest = status.partition("VmRSS:")
-    return 1024 * int(rest.split()[0]) if found else 0
+    _, label, rest = status.partition("VmRSS:")
+    return 1024 * int(rest.split()[0]) if label else 0
 
 
 def outcome(row: Row) -> str:
@@ -216,7 +216,7 @@ def outcome(row: Row) -> str:
 
 def report(done: dict[tuple[str, str], Row], options: argparse.Namespace) -> None:
     """Print table and summary, and write them."""
-    here = machine("fxprune", "torch", "torchvision", "torch-pruning")
+    machine_facts = machine("fxprune", "torch", "torchvision", "torch-pruning")
     fxprune, torch_pruning = TOOLS
     pairs = {m: (done.get((m, fxprune)), done.get((m, torch_pruning))) for m in options.models}
     text = "\n".join(
@@ -230,7 +230,7 @@ def report(done: dict[tuple[str, str], Row], options: argparse.Namespace) -> Non
             f"Parameters: what is left. Limits: {options.limit_s:.0f} CPU seconds a repeat, "
             f"{MEMORY_LIMIT // GIB} GiB.",
             "",
-            in_words(here),
+            in_words(machine_facts),
             "",
             "\n".join(summary(pairs)),
             "",
@@ -243,7 +243,7 @@ def report(done: dict[tuple[str, str], Row], options: argparse.Namespace) -> Non
     )
     print("\n" + text)
     rows = [row for pair in pairs.values() for row in pair if row is not None]
-    write(options.out, options.name, text, {"machine": here, "rows": rows})
+    write(options.out, options.name, text, {"machine": machine_facts, "rows": rows})
 
 
 def comparison(pairs: dict[str, Pair]) -> str:

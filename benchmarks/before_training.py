@@ -55,7 +55,7 @@ def resnet18(width: int) -> nn.Module:
 
 def vgg16_bn(width: int) -> nn.Module:
     """VGG-16 with batch norm for small images: one linear layer behind the convolutions."""
-    widths = [each if isinstance(each, str) else each * width // FULL for each in cfgs["D"]]
+    widths = [entry if isinstance(entry, str) else entry * width // FULL for entry in cfgs["D"]]
     features = make_layers(widths, batch_norm=True)
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-2], 10))
 
@@ -83,12 +83,12 @@ def candidates(network: str, width: int, batch: tuple[Tensor, Tensor]) -> dict[s
     }
     graph = fxprune.trace(make(network, width).train(), batch[0][:2])
     analysis = fxprune.analyze(graph, batch[0][:2])
-    found = {"dense": graph}
+    models = {"dense": graph}
     for flops in (0.5, 0.25):
         for name, method in methods.items():
             plan = method.plan(analysis, fxprune.Budget(flops=flops))
-            found[f"{name} {flops}"] = fxprune.rewrite(graph, analysis, plan)[0].to(memory_format=LAST)
-    return found
+            models[f"{name} {flops}"] = fxprune.rewrite(graph, analysis, plan)[0].to(memory_format=LAST)
+    return models
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -108,13 +108,13 @@ class Times:
         self.cpu.append(time.process_time() - self.start[1])
         self.wall.append(time.perf_counter() - self.start[0])
 
-    def beside(self, dense: Times, what: str) -> dict[str, float]:
+    def beside(self, dense: Times, quantity: str) -> dict[str, float]:
         """Medians, and the median over the turns of the speed-up against ``dense``; the first three are warm-up."""
         turns = zip(dense.cpu[3:], self.cpu[3:], strict=True)
         return {
-            what: median(self.cpu[3:]),
-            f"{what}_wall": median(self.wall[3:]),
-            f"{what}_speedup": median(its / mine for its, mine in turns),
+            quantity: median(self.cpu[3:]),
+            f"{quantity}_wall": median(self.wall[3:]),
+            f"{quantity}_speedup": median(dense_time / own_time for dense_time, own_time in turns),
         }
 
 
@@ -238,8 +238,8 @@ def figures(models: dict[str, Any], runs: dict[str, Run], rounds: int) -> list[d
 def at_full_width(network: str, train_set: Set, steps: int, rounds: int) -> list[dict[str, Any]]:
     """Times only: some steps of the network as published."""
     x, y = normal(train_set[0][:BATCH]), train_set[1][:BATCH]
-    some = ("dense", "3SP", "Uniform")
-    models = {name: model for name, model in candidates(network, FULL, (x, y)).items() if name.startswith(some)}
+    starts = ("dense", "3SP", "Uniform")
+    models = {name: model for name, model in candidates(network, FULL, (x, y)).items() if name.startswith(starts)}
     runs = {name: Run(model, 1000) for name, model in models.items()}
     order = random.Random(0)
     for _ in range(3 + steps):
@@ -273,7 +273,7 @@ def rows_of(rows: list[dict[str, Any]]) -> str:
 
 def report(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Write what is finished."""
-    here = machine("fxprune", "torch", "torchvision", "onnxruntime", "onnxruntime-gpu")
+    machine_facts = machine("fxprune", "torch", "torchvision", "onnxruntime", "onnxruntime-gpu")
     parts = [
         "# Pruning before training, on CIFAR-10",
         "",
@@ -286,15 +286,20 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
         "medians of the processor's time, because the machine was busy (those on the wall are in the JSON). Full "
         "width: the networks as published, not trained.",
         "",
-        in_words(here),
+        in_words(machine_facts),
     ]
-    for network, found in results.items():
+    for network, tables in results.items():
         parts += ["", f"## {network}"]
-        parts += ["", rows_of(found["rows"])] if "rows" in found else []
-        parts += ["", "Full width:", "", rows_of(found["full"])] if "full" in found else []
+        parts += ["", rows_of(tables["rows"])] if "rows" in tables else []
+        parts += ["", "Full width:", "", rows_of(tables["full"])] if "full" in tables else []
     print("\n".join(parts), flush=True)
     arguments = {name: value for name, value in vars(options).items() if name not in ("data", "work", "out")}
-    write(options.out, "before_training", "\n".join(parts), {"machine": here, "options": arguments, "results": results})
+    write(
+        options.out,
+        "before_training",
+        "\n".join(parts),
+        {"machine": machine_facts, "options": arguments, "results": results},
+    )
 
 
 def load(options: argparse.Namespace) -> tuple[Set, Set]:
@@ -307,8 +312,8 @@ def load(options: argparse.Namespace) -> tuple[Set, Set]:
         np.savez(cache, **arrays)
     arrays = dict(np.load(cache))
     train_x, train_y, test_x, test_y = (torch.from_numpy(arrays[f"{s}_{a}"]) for s in ("train", "test") for a in "xy")
-    some = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))[: options.images]
-    return (train_x[some], train_y[some]), (test_x, test_y)
+    sample = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))[: options.images]
+    return (train_x[sample], train_y[sample]), (test_x, test_y)
 
 
 def main() -> None:

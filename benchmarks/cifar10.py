@@ -242,8 +242,8 @@ def load(options):
     sets = []
     for split in ("train", "test"):
         x, y = (torch.from_numpy(arrays[f"{split}_{axis}"]) for axis in "xy")
-        some = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: options.limit]
-        sets.append((x[some], y[some]) if options.limit else (x, y))
+        sample = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: options.limit]
+        sets.append((x[sample], y[sample]) if options.limit else (x, y))
     return sets
 
 
@@ -283,7 +283,7 @@ def normal(images):
 @torch.no_grad()
 def test(model, test_set):
     """The fraction that the model gets right; each rank tests a part, with the BatchNorm averages of the first."""
-    images, labels = (each[rank::ranks] for each in test_set)
+    images, labels = (tensor[rank::ranks] for tensor in test_set)
     if ranks > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -304,9 +304,9 @@ def report(runs, options):
     images = torch.randn(options.batch_size, 3, 32, 32).contiguous(memory_format=LAST)
     logs = [run.session.log for run in runs.values()]
     models = [run.session.graph.eval() for run in runs.values()]
-    minutes = [sum(each.step_time * each.steps for each in log) / 60 for log in logs]
-    busy = [sum(each.values["cpu_ms"] * each.steps for each in log) / 6e4 for log in logs]
-    work = [sum(3 * each.flops * each.samples * ranks * each.steps for each in log) / 1e15 for log in logs]
+    minutes = [sum(epoch.step_time * epoch.steps for epoch in log) / 60 for log in logs]
+    busy = [sum(epoch.values["cpu_ms"] * epoch.steps for epoch in log) / 6e4 for log in logs]
+    work = [sum(3 * epoch.flops * epoch.samples * ranks * epoch.steps for epoch in log) / 1e15 for log in logs]
     rows = [
         ("test accuracy", "{:.2%}", [log[-1].values["accuracy"] for log in logs]),
         ("training, minutes: median step x steps", "{:.1f}", minutes),
@@ -326,16 +326,16 @@ def report(runs, options):
         caption += f"; time / FLOPs saved: {saved[0] / saved[2]:.2f}" if saved[2] else ""
     names = [*runs, *["ratio"] * (len(runs) == 2)]
     table = Table("", *(Column(name, justify="right") for name in names), box=box.MARKDOWN)
-    for what, form, values in rows:
-        ratio = [f"{values[1] / values[0]:.2f}" if "accuracy" not in what else ""] if len(runs) == 2 else []
-        table.add_row(what, *map(form.format, values), *ratio)
+    for label, form, values in rows:
+        ratio = [f"{values[1] / values[0]:.2f}" if "accuracy" not in label else ""] if len(runs) == 2 else []
+        table.add_row(label, *map(form.format, values), *ratio)
     console.print(table, caption, sep="\n", soft_wrap=True)
 
     with open(options.out / "results.md", "w") as file:
         Console(file=file, width=120).print(table, caption, sep="\n", soft_wrap=True)
     results = {
         "options": described(options) | {"ranks": ranks, "threads": torch.get_num_threads()},
-        "table": {what: dict(zip(runs, values, strict=True)) for what, _, values in rows},
+        "table": {label: dict(zip(runs, values, strict=True)) for label, _, values in rows},
         "epochs": {name: run.session.log.to_json() for name, run in runs.items()},
     }
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
@@ -394,8 +394,8 @@ def described(options):
 def same_options(options):
     """Write the options into --out, or stop if checkpoints there were made with others."""
     path = options.out / "options.json"
-    there = json.loads(path.read_text()) if path.exists() and options.resume else described(options)
-    changed = [name for name, value in described(options).items() if there.get(name) != value]
+    stored = json.loads(path.read_text()) if path.exists() and options.resume else described(options)
+    changed = [name for name, value in described(options).items() if stored.get(name) != value]
     if changed:
         raise SystemExit(f"{options.out} has a run with other {', '.join(changed)}: use another --out, or --no-resume")
     if rank == 0:

@@ -52,8 +52,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     train_set, test_set = cifar.load(argparse.Namespace(out=options.out, data=options.data, limit=None))
     if options.limit:
-        some = torch.randperm(len(train_set[1]), generator=torch.Generator().manual_seed(0))[: options.limit]
-        train_set = train_set[0][some], train_set[1][some]
+        sample = torch.randperm(len(train_set[1]), generator=torch.Generator().manual_seed(0))[: options.limit]
+        train_set = train_set[0][sample], train_set[1][sample]
     if options.train:
         for epoch in range(options.epochs):
             for name in RUNS[:-1]:
@@ -168,7 +168,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
                 f"{run['bytes']:,}" if run["bytes"] else "",
             ]
         )
-    here = machine("fxprune", "torch", "torchvision")
+    machine_facts = machine("fxprune", "torch", "torchvision")
     select, hard = (getattr(pass_of("none", options)[0], at) for at in ("select", "hard"))
     text = "\n".join(
         [
@@ -181,7 +181,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
             f"four patterns, no mixup. PruneTrain: ratio={options.ratio:g}, for as much processor time as the slowest "
             "ClickTrain. One seed: differences of a point say nothing.",
             "",
-            in_words(here),
+            in_words(machine_facts),
             "",
             table(["run", "epochs", "time", "test accuracy", "to dense", "compression", "MMACs", "file, bytes"], rows),
             "",
@@ -192,12 +192,12 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
     )
     print(text)
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "results")}
-    write(options.results, "clicktrain_cifar10", text, {"machine": here, "settings": settings, "runs": runs})
+    write(options.results, "clicktrain_cifar10", text, {"machine": machine_facts, "settings": settings, "runs": runs})
 
 
 def convolution_weights(model: nn.Module) -> tuple[int, int]:
     """The weights of all convolutions, and how many of them are not zero."""
-    weights = [each.weight for each in model.modules() if isinstance(each, nn.Conv2d)]
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     return sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)
 
 

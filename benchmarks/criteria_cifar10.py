@@ -69,7 +69,7 @@ def candidates(dense: nn.Module, x: Tensor, data: list[tuple[Tensor, Tensor]]) -
     """What makes each cut model. ``dense`` is in eval mode, in which both look at the data."""
     free = {"round_to": 1, "minimum": MINIMUM}
     loss = F.cross_entropy
-    mine: dict[str, passes.Criterion] = {
+    criteria: dict[str, passes.Criterion] = {
         "magnitude": passes.Magnitude(p=2, **free),
         "BN scale": passes.BatchNormScale(**free),
         "Taylor": passes.Taylor(data, loss, **free),
@@ -79,25 +79,25 @@ def candidates(dense: nn.Module, x: Tensor, data: list[tuple[Tensor, Tensor]]) -
         "random": passes.Random(**free),
         "uniform by magnitude": passes.Uniform(by=passes.Magnitude(), **free),
     }
-    its = {
+    importances = {
         "magnitude": torch_pruning.importance.GroupMagnitudeImportance(p=2),
         "BN scale": torch_pruning.importance.BNScaleImportance(),
         "Taylor": torch_pruning.importance.GroupTaylorImportance(),
     }
-    found: dict[str, Callable[[], nn.Module]] = {}
-    for name, criterion in mine.items():
-        found[f"{name}, fxprune"] = lambda criterion=criterion: ours(dense, criterion, x)  # type: ignore[misc]
-        if name in its:
-            found[f"{name}, Torch-Pruning"] = lambda its=its[name]: theirs(dense, its, x, data)  # type: ignore[misc]
-    return found
+    makers: dict[str, Callable[[], nn.Module]] = {}
+    for name, criterion in criteria.items():
+        makers[f"{name}, fxprune"] = lambda criterion=criterion: ours(dense, criterion, x)  # type: ignore[misc]
+        if name in importances:
+            makers[f"{name}, Torch-Pruning"] = lambda importance=importances[name]: theirs(dense, importance, x, data)  # type: ignore[misc]
+    return makers
 
 
 def measured(model: nn.Module, train_set: Set, test_set: Set, epoch: int, limit: int | None) -> dict[str, float]:
     """The accuracies of a cut model, which is fine-tuned."""
-    found = {"after the cut": accuracy(model, test_set)}
+    accuracies = {"after the cut": accuracy(model, test_set)}
     renewed = copy.deepcopy(model)
     update_bn([x for (x, _), _ in zip(batches(train_set, epoch), range(20), strict=False)], renewed)
-    found["new averages"] = accuracy(renewed, test_set)
+    accuracies["new averages"] = accuracy(renewed, test_set)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
     model.train()
     for number, (x, y) in enumerate(batches(train_set, epoch)):
@@ -106,12 +106,12 @@ def measured(model: nn.Module, train_set: Set, test_set: Set, epoch: int, limit:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return found | {"one epoch": accuracy(model, test_set)}
+    return accuracies | {"one epoch": accuracy(model, test_set)}
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write what is finished."""
-    here = machine("fxprune", "torch", "torch-pruning")
+    machine_facts = machine("fxprune", "torch", "torch-pruning")
     flops = rows[0]["flops"]
     names = ["after the cut", "new averages", "one epoch"]
     lines = [
@@ -127,13 +127,15 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         f"of {BATCH}. New averages: those of batch norm, from 20 batches. One epoch: of fine-tuning at a rate of {LR}, "
         "the same batches for all.",
         "",
-        in_words(here),
+        in_words(machine_facts),
         "",
         table(["criterion", "FLOPs", "parameters", *names], lines),
     ]
     print("\n".join(text[-1:]), flush=True)
     arguments = {name: value for name, value in vars(options).items() if name not in ("data", "work", "out", "dense")}
-    write(options.out, "criteria_cifar10", "\n".join(text), {"machine": here, "options": arguments, "rows": rows})
+    write(
+        options.out, "criteria_cifar10", "\n".join(text), {"machine": machine_facts, "options": arguments, "rows": rows}
+    )
 
 
 def main() -> None:
@@ -156,8 +158,8 @@ def main() -> None:
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     train_set, test_set = load(options)
-    some = torch.randperm(len(test_set[1]), generator=torch.Generator().manual_seed(0))[: options.tested]
-    test_set = test_set[0][some], test_set[1][some]
+    sample = torch.randperm(len(test_set[1]), generator=torch.Generator().manual_seed(0))[: options.tested]
+    test_set = test_set[0][sample], test_set[1][sample]
     dense = make("ResNet-18", options.width)
     if options.dense:
         saved = torch.load(options.dense, weights_only=True)

@@ -100,19 +100,19 @@ def size(tree: Any) -> int:
     storages = {}
     waiting = [tree]
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, Tensor):
-            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-        elif isinstance(each, dict):
-            waiting += each.values()
-        elif isinstance(each, (list, tuple)):
-            waiting += each
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
     return sum(storages.values())
 
 
 def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the tables, and write them."""
-    here = machine("fxprune", "torch", "torchvision")
+    machine_facts = machine("fxprune", "torch", "torchvision")
     lines = [
         "# What DropBack costs",
         "",
@@ -120,25 +120,25 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
         f"{options.budget:.0%} of the weights tracked; medians of {options.rounds} steps, all variants in turn on the "
         "same batch.",
         "",
-        in_words(here),
+        in_words(machine_facts),
         "",
         "The forward and the backward pass are the same for all, so their median over all variants counts. A step with "
         "`select_every=10` is nine tenths of a step without a choice and one tenth of one with it (exact). Smaller "
         "images or batches make the ratio worse, larger ones better: the update depends on the weights alone.",
     ]
-    for name, its in results.items():
+    for name, result in results.items():
         lines += [
             "",
-            f"## {name}, {its['weights']:,} weights",
+            f"## {name}, {result['weights']:,} weights",
             "",
-            steps_table(its["steps"]),
+            steps_table(result["steps"]),
             "",
-            memory_table(its["bytes"]),
+            memory_table(result["bytes"]),
         ]
     text = "\n".join(lines)
     print(text)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
-    write(options.out, "dropback_steps", text, {"machine": here, "settings": settings, "results": results})
+    write(options.out, "dropback_steps", text, {"machine": machine_facts, "settings": settings, "results": results})
 
 
 def steps_table(steps: dict[str, dict[str, list[float]]]) -> str:
@@ -158,7 +158,7 @@ def steps_table(steps: dict[str, dict[str, list[float]]]) -> str:
 def memory_table(held: dict[str, dict[str, int]]) -> str:
     """Megabytes between two steps. The gradients, which are as large as the weights, come with each backward pass."""
     kinds = list(held["SGD"])
-    rows = [[variant, *(f"{its[kind] / 1e6:.1f}" for kind in kinds)] for variant, its in held.items()]
+    rows = [[variant, *(f"{sizes[kind] / 1e6:.1f}" for kind in kinds)] for variant, sizes in held.items()]
     return table(["MB held between steps", *kinds], rows)
 
 

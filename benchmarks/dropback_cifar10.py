@@ -47,8 +47,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     train_set, test_set = cifar.load(argparse.Namespace(out=options.out, data=options.data, limit=None))
     if options.limit:
-        some = torch.randperm(len(train_set[1]), generator=torch.Generator().manual_seed(0))[: options.limit]
-        train_set = train_set[0][some], train_set[1][some]
+        sample = torch.randperm(len(train_set[1]), generator=torch.Generator().manual_seed(0))[: options.limit]
+        train_set = train_set[0][sample], train_set[1][sample]
     if options.train:
         for epoch in range(options.epochs):
             for name in BUDGETS:
@@ -118,14 +118,14 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
         start = session.graph.meta["fxprune_start"]
         tracked = sum(int((p.cpu() != start.values(key)).sum()) for key, p in session.graph.named_parameters())
         buffers = sum(buffer.nbytes for buffer in again.buffers())
-        epochs = [each.values for each in session.log.epochs]
+        epochs = [record.values for record in session.log.epochs]
         runs[name] = {
             "weights": weights,
             "tracked": tracked,
             "accuracy": cifar.test(again, test_set),
             "bytes": path.stat().st_size,
             "buffers": buffers,
-            "cpu": sum(each["cpu"] for each in epochs),
+            "cpu": sum(record["cpu"] for record in epochs),
             "loss": epochs[-1]["loss"],
             "epochs": epochs,
         }
@@ -144,7 +144,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
                 f"{run['cpu'] / dense['cpu']:.2f}",
             ]
         )
-    here = machine("fxprune", "torch", "torchvision")
+    machine_facts = machine("fxprune", "torch", "torchvision")
     header = ["budget", "differ", "test accuracy", "to dense", "training loss", "file, bytes", "smaller", "bytes each"]
     text = "\n".join(
         [
@@ -156,7 +156,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
             "weight decay 5e-4, exact rule at every step; the same start, seed and batches for all. One seed: "
             "differences of a point say nothing.",
             "",
-            in_words(here),
+            in_words(machine_facts),
             "",
             table([*header, "processor time"], rows),
             "",
@@ -167,7 +167,12 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
     )
     print(text)
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "results")}
-    write(options.results, "dropback", text, {"machine": here, "settings": settings, "images": images, "runs": runs})
+    write(
+        options.results,
+        "dropback",
+        text,
+        {"machine": machine_facts, "settings": settings, "images": images, "runs": runs},
+    )
 
 
 def milestones(options: argparse.Namespace) -> list[int]:

@@ -66,7 +66,7 @@ def main() -> None:
 def thin(model: nn.Module, share: str) -> nn.Module:
     """Zeros outside one corner of each kernel, in all 3×3 convolutions but the first convolution."""
     draw = torch.Generator().manual_seed(0)
-    for layer in [each for each in model.modules() if isinstance(each, nn.Conv2d)][1:]:
+    for layer in [module for module in model.modules() if isinstance(module, nn.Conv2d)][1:]:
         if layer.kernel_size == (3, 3):
             pool = passes.training.clicktrain._patterns.static_pool("static4")
             channels = layer.out_channels if share == "filter" else layer.in_channels
@@ -85,13 +85,13 @@ def measured(name: str, share: str, size: int, batch: int, options: argparse.Nam
     row: dict[str, Any] = {"network": name, "share": share, "size": size, "batch": batch}
     choices = inference.choices(dense.eval())
     row["layers"] = {choice.layer: choice.speedup for choice in choices if choice.form}
-    lowered, every = (each(dense).graph_module.eval() for each in (inference, passes.PatternConv(None, x)))
+    lowered, every = (candidate(dense).graph_module.eval() for candidate in (inference, passes.PatternConv(None, x)))
     row["lowered"] = sum(hasattr(layer, "pack") for layer in lowered.modules())
     row["flops"] = fxprune.cost.flops(dense, x) / fxprune.cost.flops(every, x)
     with torch.no_grad():
         row["forward"] = ratio(lambda: dense.eval()(x), lambda: lowered(x), options.seconds)
     row["onnxruntime"] = ratio(
-        *(in_onnxruntime(each, x, options.threads) for each in (dense.eval(), every)), options.seconds
+        *(in_onnxruntime(candidate, x, options.threads) for candidate in (dense.eval(), every)), options.seconds
     )
     trained = training(dense).graph_module
     row["training"] = ratio(stepping(dense, x), stepping(trained, x), options.seconds)
@@ -144,9 +144,9 @@ def ratio(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(ratios) < 3:
         times = []
-        for each in (first, second):
+        for run in (first, second):
             start = time.process_time()
-            each()
+            run()
             times.append(time.process_time() - start)
         ratios.append(times[0] / times[1])
     return median(ratios)
@@ -154,7 +154,7 @@ def ratio(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """The table of the networks, and that of the layers."""
-    here = machine("fxprune", "torch", "torchvision", "onnxruntime-gpu", "onnxruntime")
+    machine_facts = machine("fxprune", "torch", "torchvision", "onnxruntime-gpu", "onnxruntime")
     order = {name: at for at, name in enumerate(NETWORKS)}
     rows = sorted(rows, key=lambda row: (SHARES.index(row["share"]), order[row["network"]], row["size"], row["batch"]))
 
@@ -176,7 +176,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     ]
     layers = [
         [f"{row['network']}, {row['share']}", str(row["size"]), str(row["batch"])]
-        + [times(each(list(row["layers"].values()))) for each in (min, median, max)]
+        + [times(statistic(list(row["layers"].values()))) for statistic in (min, median, max)]
         for row in rows
     ]
     text = "\n".join(
@@ -189,7 +189,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             "VGG ends in one linear layer, as for CIFAR. "
             f"{options.threads} thread, medians of runs in turns, processor time, channels_last.",
             "",
-            in_words(here),
+            in_words(machine_facts),
             "",
             table(
                 ["network, share", "px", "batch", "FLOPs", "lowered", "forward", "training step", "onnxruntime"],
@@ -208,7 +208,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ]
     )
     print(text)
-    write(options.results, "pattern_conv", text, {"machine": here, "threads": options.threads, "rows": rows})
+    write(options.results, "pattern_conv", text, {"machine": machine_facts, "threads": options.threads, "rows": rows})
 
 
 if __name__ == "__main__":

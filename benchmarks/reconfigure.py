@@ -38,7 +38,7 @@ def main() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(options.batch, 3, options.size, options.size), torch.randint(0, 1000, (options.batch,))
     rounds = [one_round(x, y) for _ in range(options.rounds)]
-    report({name: [each[name] for each in rounds] for name in rounds[0]}, options)
+    report({name: [timing[name] for timing in rounds] for name in rounds[0]}, options)
 
 
 def one_round(x: Tensor, y: Tensor) -> dict[str, float]:
@@ -74,7 +74,7 @@ def eighth(analysis: fxprune.Analysis) -> fxprune.Plan:
 
 def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
     """Print the table and the verdict, and write them."""
-    here = machine("fxprune", "torch", "torchvision")
+    machine_facts = machine("fxprune", "torch", "torchvision")
     labels = {
         "session": "a new session (trace and analysis)",
         "step": "a step of the whole model",
@@ -83,10 +83,16 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None
     }
     step = median(seconds["step"])
     rows = [
-        [labels[name], f"{median(its):.3f}", f"{min(its):.3f}", f"{max(its):.3f}", f"{median(its) / step:.2f}"]
-        for name, its in seconds.items()
+        [
+            labels[name],
+            f"{median(values):.3f}",
+            f"{min(values):.3f}",
+            f"{max(values):.3f}",
+            f"{median(values) / step:.2f}",
+        ]
+        for name, values in seconds.items()
     ]
-    ratios = [cut / whole for cut, whole in zip(seconds["cut"], seconds["step"], strict=True)]
+    ratios = [cut / step_time for cut, step_time in zip(seconds["cut"], seconds["step"], strict=True)]
     verdict = "reached" if median(ratios) <= AIM else "missed"
     text = "\n".join(
         [
@@ -95,7 +101,7 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None
             f"ResNet-50, SGD with momentum, batch {options.batch}, {options.size} px, {options.threads} CPU threads, "
             f"{options.rounds} rounds, the parts of each in turn: seconds.",
             "",
-            in_words(here),
+            in_words(machine_facts),
             "",
             f"A cut of one channel in eight takes {median(ratios):.2f} training steps (median over the rounds, "
             f"{min(ratios):.2f} to {max(ratios):.2f}); the aim, at most {AIM}, is {verdict}.",
@@ -105,7 +111,7 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None
     )
     print(text)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
-    write(options.out, "reconfigure", text, {"machine": here, "settings": settings, "seconds": seconds})
+    write(options.out, "reconfigure", text, {"machine": machine_facts, "settings": settings, "seconds": seconds})
 
 
 if __name__ == "__main__":

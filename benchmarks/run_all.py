@@ -82,13 +82,13 @@ def main() -> None:
     if not (options.trial or options.busy):
         wait_for_quiet()
     failed = []
-    for each in chosen(options):
-        command = [sys.executable, str(HERE / f"{each.script}.py"), *words(each, options)]
+    for benchmark in chosen(options):
+        command = [sys.executable, str(HERE / f"{benchmark.script}.py"), *words(benchmark, options)]
         print("\n==", " ".join(command[1:]), flush=True)
         begin = time.perf_counter()
         code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
-        print(f"== {each.script}: exit code {code}, {(time.perf_counter() - begin) / 60:.1f} minutes", flush=True)
-        failed += [each.script] * (code != 0)
+        print(f"== {benchmark.script}: exit code {code}, {(time.perf_counter() - begin) / 60:.1f} minutes", flush=True)
+        failed += [benchmark.script] * (code != 0)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -113,7 +113,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--full", action="store_true", help="the long ones too")
     add("--data", type=Path, help="the folder of the images, for those that train")
-    add("--only", nargs="+", choices=sorted({each.script for each in BENCHMARKS}), help="only these")
+    add("--only", nargs="+", choices=sorted({benchmark.script for benchmark in BENCHMARKS}), help="only these")
     add("--try", dest="trial", action="store_true", help=f"small settings, into {TRIALS}")
     add("--busy", action="store_true", help="run although other programs do")
     options = parser.parse_args()
@@ -124,19 +124,19 @@ def arguments() -> argparse.Namespace:
 
 def chosen(options: argparse.Namespace) -> list[Benchmark]:
     """The benchmarks that the options ask for."""
-    named = [each for each in BENCHMARKS if options.only is None or each.script in options.only]
+    named = [benchmark for benchmark in BENCHMARKS if options.only is None or benchmark.script in options.only]
     if options.trial:
-        return [each for each in named if each.trial is not None]
-    wanted = [each for each in named if options.full or not each.full]
-    return [each for each in wanted if options.data or not each.trains]
+        return [benchmark for benchmark in named if benchmark.trial is not None]
+    asked = [benchmark for benchmark in named if options.full or not benchmark.full]
+    return [benchmark for benchmark in asked if options.data or not benchmark.trains]
 
 
-def words(each: Benchmark, options: argparse.Namespace) -> list[str]:
+def words(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
     """The arguments of a script."""
-    given = (each.trial or "" if options.trial else each.options).split()
-    if each.folder:
-        given += [each.folder, str(TRIALS if options.trial else RESULTS)]
-    return given + (["--data", str(options.data)] if each.trains else [])
+    options_text = (benchmark.trial or "" if options.trial else benchmark.options).split()
+    if benchmark.folder:
+        options_text += [benchmark.folder, str(TRIALS if options.trial else RESULTS)]
+    return options_text + (["--data", str(options.data)] if benchmark.trains else [])
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def flops(model: nn.Module, x: Tensor) -> int:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the table and the verdict, and write them."""
-    here = machine("fxprune", "torch", "torch-pruning", "onnxruntime", "onnxruntime-gpu")
+    machine_facts = machine("fxprune", "torch", "torch-pruning", "onnxruntime", "onnxruntime-gpu")
     header = ["model", "GFLOPs", "reduction", "ms", "speed-up", "efficiency", "widths of 16 n"]
     dense_flops = rows[0]["flops"]
     lines = [
@@ -144,7 +144,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             f"onnxruntime, one CPU thread, batch 1, {options.runs} rounds in turns: median time, "
             "and median over the rounds of the speed-up against the dense model.",
             "",
-            in_words(here),
+            in_words(machine_facts),
             "",
             f"fxprune turns FLOPs into time with an efficiency of {reached:.2f} (aim {AIM}).",
             "",
@@ -152,7 +152,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ]
     )
     print(text)
-    write(options.out, "widths", text, {"machine": here, "runs": options.runs, "rows": rows})
+    write(options.out, "widths", text, {"machine": machine_facts, "runs": options.runs, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -154,12 +154,12 @@ def target(name: str, height: int, width: int) -> dict[str, Any]:
     """Two objects in an image, as detectors train on them."""
     import torch
 
-    found = {"boxes": torch.tensor([[5.0, 5, 60, 70], [20, 30, 80, 85]]), "labels": torch.tensor([1, 1])}
+    objects = {"boxes": torch.tensor([[5.0, 5, 60, 70], [20, 30, 80, 85]]), "labels": torch.tensor([1, 1])}
     if "mask" in name:
-        found["masks"] = (torch.rand(2, height, width) > 0.5).to(torch.uint8)
+        objects["masks"] = (torch.rand(2, height, width) > 0.5).to(torch.uint8)
     if "keypoint" in name:
-        found["keypoints"] = torch.cat([torch.rand(2, 17, 2) * 60 + 10, torch.ones(2, 17, 1)], -1)
-    return found
+        objects["keypoints"] = torch.cat([torch.rand(2, 17, 2) * 60 + 10, torch.ones(2, 17, 1)], -1)
+    return objects
 
 
 def parity(name: str) -> float:
@@ -237,14 +237,14 @@ def check(name: str) -> dict[str, Any]:
         graph, compact, param_map, x, dtype=torch.float32 if big else torch.float64, gradients=not big
     )
     graph.eval(), compact.eval()
-    whole = graph
+    dense = graph
     if not isinstance(graph, fxprune.TracedModule):  # what boxes there are depends on the weights: count on the same
-        whole = copy.deepcopy(graph)
-        mask_removed(whole, param_map)
+        dense = copy.deepcopy(graph)
+        mask_removed(dense, param_map)
     return row | {
         "model": name,
         "kind": kind_of(name),
-        "flops": cost.flops(compact, x) / cost.flops(whole, x),
+        "flops": cost.flops(compact, x) / cost.flops(dense, x),
         "params": cost.params(compact) / cost.params(graph),
         "dtype": "float32" if big else "float64",
         "outputs": result.outputs,
@@ -326,8 +326,8 @@ def main() -> None:
     every = [f"timm:{name}" for name in TIMM.split()] if options.timm else list(names())
     title = f"timm {version('timm')}, small models of its families" if options.timm else "torchvision, every model"
     path = RESULTS / ("zoo_timm.jsonl" if options.timm else "zoo.jsonl")
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = {row["model"]: row for row in found if "error" not in row}
+    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = {row["model"]: row for row in earlier if "error" not in row}
     for name in options.models.split(",") if options.models else every:
         if name in rows and options.analyses:
             rows[name] |= analysed(*made(name))[1]

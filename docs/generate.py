@@ -72,9 +72,9 @@ class Loads(html.parser.HTMLParser):
         self.found = set()
 
     def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        loaded = tag in ("script", "img", "iframe", "source") or "stylesheet" in (given.get("rel") or "")
-        address = given.get("src") or given.get("href") or ""
+        values = dict(attributes)
+        loaded = tag in ("script", "img", "iframe", "source") or "stylesheet" in (values.get("rel") or "")
+        address = values.get("src") or values.get("href") or ""
         if loaded and re.match(r"(https?:)?//", address):
             self.found.add(address)
 

@@ -103,11 +103,11 @@ def before_training():
     """Accuracy against the time of a step, for each method, on both networks."""
     networks = result("before_training")["results"]
     figure, both = axes_of(8, 3.6, len(networks))
-    for axes, (network, found) in zip(both, networks.items(), strict=True):
-        rows = found["rows"]
+    for axes, (network, results) in zip(both, networks.items(), strict=True):
+        rows = results["rows"]
         for name, colour in zip(("3SP", "Uniform", "Random"), COLOURS, strict=True):
-            its = [row for row in rows if row["model"].split()[0] in ("dense", name)]
-            x, y = [1e3 * row["step"] for row in its], [100 * row["accuracy"] for row in its]
+            points = [row for row in rows if row["model"].split()[0] in ("dense", name)]
+            x, y = [1e3 * row["step"] for row in points], [100 * row["accuracy"] for row in points]
             axes.plot(x, y, "o-", color=colour, label=name, ms=4)
         axes.annotate(
             "dense", (1e3 * rows[0]["step"], 100 * rows[0]["accuracy"]), xytext=(-14, 8), textcoords="offset points"

@@ -82,8 +82,8 @@ def draw(runs, path):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in ("3SP", "Uniform"):
-        its = [run for run in runs if run.name.startswith(("dense", name))]
-        axes.plot([run.ms for run in its], [100 * run.accuracy for run in its], "o-", label=name)
+        points = [run for run in runs if run.name.startswith(("dense", name))]
+        axes.plot([run.ms for run in points], [100 * run.accuracy for run in points], "o-", label=name)
     axes.annotate("dense", (runs[0].ms, 100 * runs[0].accuracy), xytext=(-14, -16), textcoords="offset points")
     axes.set(xlabel="ms a training step, median", ylabel="test accuracy, %", xlim=(0, None), ylim=(90, 100))
     axes.legend()

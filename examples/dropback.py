@@ -41,7 +41,7 @@ def main():
         sizes.append(path.stat().st_size)
         start = fxprune.initialize(resnet18(num_classes=10), seed=7)
         pairs = zip(again.parameters(), start.parameters(), strict=True)
-        differ = sum(int((mine != its).sum()) for mine, its in pairs)
+        differ = sum(int((trained != rebuilt).sum()) for trained, rebuilt in pairs)
         reached = accuracy(again, test_set)
         say(f"budget {budget}: {reached:.1%}")
         rows.add_row(

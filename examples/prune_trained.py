@@ -53,7 +53,7 @@ def main():
         train(compact, optimizer, train_set, epochs=3, lr=0.02)
         reached.append(accuracy(compact, test_set))
         sizes = (fxprune.cost.params(compact), fxprune.cost.flops(compact, example[:1]))
-        rows.add_row(name, *(f"{size:,}" for size in sizes), *(f"{each:.1%}" for each in reached))
+        rows.add_row(name, *(f"{size:,}" for size in sizes), *(f"{share:.1%}" for share in reached))
     console.print(rows)
 
 

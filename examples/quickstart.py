@@ -51,10 +51,12 @@ def main():
     compare(rows, "PyTorch, ms", "{:.1f}", *times[:2])
     compare(rows, "onnxruntime, ms", "{:.1f}", *times[2:])
     logs = [run.session.log for run in runs.values()]
-    work = (sum(3 * each.flops * each.steps * BATCH for each in log) for log in logs)  # backward is twice forward
+    work = (sum(3 * record.flops * record.steps * BATCH for record in log) for log in logs)  # backward is twice forward
     compare(rows, f"training FLOPs, {EPOCHS} epochs", "{:.3g}", *work)
     compare(rows, f"training time, {EPOCHS} epochs, s", "{:.1f}", dense.seconds, pruned.seconds)
-    compare(rows, "of that, cuts and their proofs, s", "{:.1f}", *(sum(each.cut_time for each in log) for log in logs))
+    compare(
+        rows, "of that, cuts and their proofs, s", "{:.1f}", *(sum(record.cut_time for record in log) for log in logs)
+    )
     compare(rows, "test accuracy", "{:.1%}", *(accuracy(model, test_set) for model in models))
     shared.console.print(rows)
     pruned.session.log.plot(OUT / "timeline.png")

@@ -33,9 +33,9 @@ def digits():
     images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
     images = F.interpolate(images.float().reshape(-1, 1, 8, 8), size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
     x, test_x, y, test_y = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-    some = few(len(y), 3 * BATCH)
+    size = few(len(y), 3 * BATCH)
     mean, std = x.mean(), x.std()
-    return ((x[:some] - mean) / std, y[:some]), ((test_x[:some] - mean) / std, test_y[:some])
+    return ((x[:size] - mean) / std, y[:size]), ((test_x[:size] - mean) / std, test_y[:size])
 
 
 def small_start():
@@ -51,8 +51,8 @@ def batches(train_set, seed, name=""):
     """The whole batches of one epoch, in the order that ``seed`` gives, with a bar on a terminal."""
     x, y = train_set
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).split(BATCH)
-    whole = order[: len(y) // BATCH]
-    for batch in track(whole, name, console=console, transient=True, disable=not console.is_terminal):
+    full = order[: len(y) // BATCH]
+    for batch in track(full, name, console=console, transient=True, disable=not console.is_terminal):
         yield x[batch], y[batch]
 
 
@@ -102,10 +102,10 @@ def say(text):
     console.print(f"{time.perf_counter() - start:4.0f} s  {text}", soft_wrap=True)
 
 
-def compare(rows, what, form, dense, pruned):
+def compare(rows, label, form, dense, pruned):
     """Add a row with two numbers and, unless they are shares, their ratio."""
     ratio = f"{pruned / dense:.2f}" if dense and "%" not in form else ""
-    rows.add_row(what, form.format(dense), form.format(pruned), ratio)
+    rows.add_row(label, form.format(dense), form.format(pruned), ratio)
 
 
 def draw_widths(before, after, path):

@@ -10,7 +10,7 @@ from fxprune.errors import FileError, require_type
 
 
 @contextmanager
-def replace_file(path: str | Path, what: str) -> Iterator[Path]:
+def replace_file(path: str | Path, noun: str) -> Iterator[Path]:
     """Gives the path to write to; at the end of the block that file takes the place of ``path``.
 
     After an error within the block, the old file stands as it was. What is no plain file, such as a pipe, is written to
@@ -18,14 +18,14 @@ def replace_file(path: str | Path, what: str) -> Iterator[Path]:
 
     Args:
         path: of the file.
-        what: it is, for the error: "a plan".
+        noun: what it is, for the error: "a plan".
 
     Raises:
         FileError: nothing can be written there.
     """
     require_type(path, (str, Path), "path", FileError)
     path = Path(path)
-    with named_errors(path, what):
+    with named_errors(path, noun):
         if path.exists() and not path.is_file():
             yield path
             return
@@ -51,9 +51,9 @@ def replace_files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def named_errors(path: Path, what: str) -> Iterator[None]:
+def named_errors(path: Path, noun: str) -> Iterator[None]:
     """What the system refuses within is a FileError. A ValueError is a path, or a kind of file, that makes no sense."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise FileError(f"can't write {what} to {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise FileError(f"can't write {noun} to {path}: {getattr(error, 'strerror', None) or error}") from error

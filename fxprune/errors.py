@@ -5,13 +5,13 @@ class FxpruneError(Exception):
     """The base of every error raised by fxprune."""
 
 
-def require_type(value: object, kind: type | tuple[type, ...], what: str, error: type[FxpruneError]) -> None:
-    """Raise ``error`` unless ``value``, which the user gave for ``what``, is a ``kind``."""
+def require_type(value: object, kind: type | tuple[type, ...], name: str, error: type[FxpruneError]) -> None:
+    """Raise ``error`` unless ``value``, which the user gave for the option ``name``, is a ``kind``."""
     if isinstance(value, kind):
         return
-    kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-    found = f"the class {value.__name__}; make an instance" if isinstance(value, type) else type(value).__name__
-    raise error(f"{what} must be a {kinds}, but it is {value!r:.60} ({found})")
+    kinds = " or ".join(choice.__name__ for choice in (kind if isinstance(kind, tuple) else (kind,)))
+    hint = f"the class {value.__name__}; make an instance" if isinstance(value, type) else type(value).__name__
+    raise error(f"{name} must be a {kinds}, but it is {value!r:.60} ({hint})")
 
 
 class TraceError(FxpruneError):

@@ -10,5 +10,5 @@ def loaded_types(*names: str) -> tuple[type[Any], ...]:
     >>> loaded_types("torch.nn.Linear", "torchvision.no.such.Layer")
     (<class 'torch.nn.modules.linear.Linear'>,)
     """
-    found = (getattr(sys.modules.get(module), name, None) for module, _, name in (n.rpartition(".") for n in names))
-    return tuple(kind for kind in found if kind is not None)
+    kinds = (getattr(sys.modules.get(module), name, None) for module, _, name in (n.rpartition(".") for n in names))
+    return tuple(kind for kind in kinds if kind is not None)

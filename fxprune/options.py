@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from operator import ge, gt, le, lt
 from typing import Any
 
@@ -24,6 +25,10 @@ class Rule:
         """The same, and None."""
         return Rule(lambda value: value is None or self.holds(value), f"{self.words}, or None")
 
+    def or_auto(self) -> "Rule":
+        """The same, and "auto"."""
+        return Rule(lambda value: value == "auto" or self.holds(value), f"{self.words}, or 'auto'")
+
 
 def check_options(options: object, error: type[FxpruneError], **rules: Rule) -> None:
     """Raise ``error`` for the first of ``options`` that breaks its rule.
@@ -45,8 +50,8 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is an int or a float; NaN is one."""
-    return is_integer(value) or isinstance(value, float)
+    """Whether ``value`` is a number on the real line, numpy's too; NaN is one, True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def allow_count(least: int = 1, why: str = "") -> Rule:
@@ -79,8 +84,8 @@ def allow_number(
 
 def allow_words(*known: str) -> Rule:
     """One of some words."""
-    *others, last = map(repr, known)
-    words = f"is not known; use {', '.join(others)} or {last}"
+    *first, last = map(repr, known)
+    words = f"is not known; use {', '.join(first)} or {last}"
     return Rule(lambda value: isinstance(value, str) and value in known, words)
 
 

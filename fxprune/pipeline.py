@@ -77,21 +77,21 @@ class Pipeline:
         self.steps = []
         dump = Dump.from_environment(self.example_inputs)
         dump.write("before", module)
-        for each in self.passes:
-            module = self.step(each, module)
+        for pass_ in self.passes:
+            module = self.step(pass_, module)
             dump.write(self.steps[-1].name, module)
             logger.info("%s", self.steps[-1])
         return PassResult(module, any(step.modified for step in self.steps))
 
-    def step(self, each: Pass, module: TracedModule) -> TracedModule:
+    def step(self, pass_: Pass, module: TracedModule) -> TracedModule:
         """Run and check one pass."""
-        name = type(each).__name__ if not hasattr(each, "__name__") else each.__name__
+        name = type(pass_).__name__ if not hasattr(pass_, "__name__") else pass_.__name__
         module.meta[EXAMPLE] = self.example_inputs
         before = copy.deepcopy(module)
         start = time.perf_counter()
         try:
-            expected = each.reference(before) if hasattr(each, "reference") else before
-            after, modified = apply_pass(each, module)
+            expected = pass_.reference(before) if hasattr(pass_, "reference") else before
+            after, modified = apply_pass(pass_, module)
             for graph in after.distinct_graphs().values():
                 graph.lint()
             after.recompile()
@@ -104,8 +104,8 @@ class Pipeline:
             raise PassError(f"{self.place(name)} says it changed nothing, but the graph is another one")
         gap = None
         if self.example_inputs is not None:
-            dtype = device_of(before)[1] if getattr(each, "computes_weights", False) else torch.float64
-            modes = (Mode.EVAL,) if getattr(each, "inference_only", False) else tuple(Mode)
+            dtype = device_of(before)[1] if getattr(pass_, "computes_weights", False) else torch.float64
+            modes = (Mode.EVAL,) if getattr(pass_, "inference_only", False) else tuple(Mode)
             gap = self.compare(name, expected, after, modes, TOLERANCE.get(dtype, 1e-2))
         self.steps.append(Step(name, modified, seconds, gap))
         return after
@@ -121,15 +121,15 @@ class Pipeline:
             where = f"{mode.value} mode"
             expected = outputs_of(old, mode, inputs, False, None).outputs
             try:
-                found = outputs_of(new, mode, inputs, False, None).outputs
+                outputs = outputs_of(new, mode, inputs, False, None).outputs
             except Exception as error:
                 raise PassError(
                     f"{self.place(name)} broke the graph: in {where} it does not run: {type(error).__name__}: {error}"
                 ) from error
-            shapes, were = [tuple(t.shape) for t in found], [tuple(t.shape) for t in expected]
+            shapes, were = [tuple(t.shape) for t in outputs], [tuple(t.shape) for t in expected]
             if shapes != were:
                 raise PassError(f"{self.place(name)} changed the output shapes in {where} from {were} to {shapes}")
-            for a, b in zip(expected, found, strict=True):
+            for a, b in zip(expected, outputs, strict=True):
                 gap = relative_difference(a, b)
                 if not gap <= tolerance:
                     raise PassError(f"{self.place(name)} changed the outputs in {where} by {gap:.2e} (relative)")
@@ -142,13 +142,13 @@ class Pipeline:
         return f"pass {name} (after {before})" if before else f"pass {name} (the first)"
 
 
-def example_of(module: fx.GraphModule, given: Any = None) -> Any:
-    """The example inputs for a pass over ``module``: ``given`` to the pass, or to the Pipeline that runs it.
+def example_of(module: fx.GraphModule, inputs: Any = None) -> Any:
+    """The example inputs for a pass over ``module``: ``inputs``, the pass's own, or those of the Pipeline that runs it.
 
     Raises:
         PassError: there are none.
     """
-    example = module.meta.get(EXAMPLE) if given is None else given
+    example = module.meta.get(EXAMPLE) if inputs is None else inputs
     if example is None:
         raise PassError(
             "this pass needs example inputs: Pipeline([...], example_inputs), or example_inputs= of the pass"
@@ -161,14 +161,14 @@ def code_of(module: TracedModule) -> list[str]:
     return [graph.python_code("self").src for graph in module.distinct_graphs().values()]
 
 
-def apply_pass(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
+def apply_pass(pass_: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
     """Run a pass on every mode's graph. Returns the module and whether the pass says it changed it."""
     modified = False
     training = module.training
     for mode in module.distinct_graphs():
         module.training = mode.training if len(module.distinct_graphs()) > 1 else training
         untouched = module.graph.python_code("self").src
-        result = each(module)
+        result = pass_(module)
         changed = getattr(result, "modified", None)
         new = result if isinstance(result, fx.GraphModule) else getattr(result, "graph_module", module)
         module = new if isinstance(new, TracedModule) else adopt_graph(module, new)
@@ -177,13 +177,13 @@ def apply_pass(each: Pass, module: TracedModule) -> tuple[TracedModule, bool]:
     return module, modified
 
 
-def adopt_graph(module: TracedModule, other: fx.GraphModule) -> TracedModule:
-    """``module`` with the graph of ``other`` in the current mode, and what that graph refers to."""
-    for node in other.graph.nodes:
+def adopt_graph(module: TracedModule, source: fx.GraphModule) -> TracedModule:
+    """``module`` with the graph of ``source`` in the current mode, and what that graph refers to."""
+    for node in source.graph.nodes:
         if node.op == "call_module":
-            module.add_submodule(node.target, other.get_submodule(node.target))
+            module.add_submodule(node.target, source.get_submodule(node.target))
         elif node.op == "get_attr":
             path, _, name = node.target.rpartition(".")
-            setattr(module.get_submodule(path), name, getattr(other.get_submodule(path), name))
-    module.graph = other.graph
+            setattr(module.get_submodule(path), name, getattr(source.get_submodule(path), name))
+    module.graph = source.graph
     return module

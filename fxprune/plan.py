@@ -40,9 +40,9 @@ class Plan:
             if size is None:
                 raise PlanError(f"the plan keeps channels of group {name!r}, which the model does not have")
             channels = tuple(kept)
-            whole = all(issubclass(kind, Integral) for kind in set(map(type, channels)))
+            integral = all(issubclass(kind, Integral) for kind in set(map(type, channels)))
             within = not channels or (channels[0] >= 0 and channels[-1] < size)
-            if not whole or sorted(set(channels)) != [*channels] or not within:
+            if not integral or sorted(set(channels)) != [*channels] or not within:
                 raise PlanError(
                     f"the channels kept of group {name!r} must be integers, sorted, distinct and in [0, {size}); "
                     f"got {list(channels[:8])}"
@@ -70,12 +70,14 @@ class Plan:
             return
         foreign = sorted(set(self.sizes) - set(sizes)) + sorted(set(sizes) - set(self.sizes))
         differ = [name for name in self.sizes if name in sizes and sizes[name] != self.sizes[name]]
-        found = (
+        difference = (
             f"group {foreign[0]!r} is in one but not in the other"
             if foreign
             else f"group {differ[0]!r} has {sizes[differ[0]]} channels, the plan expects {self.sizes[differ[0]]}"
         )
-        raise PlanError(f"this plan was made for another model: {found}. Make a plan from this model's own analysis.")
+        raise PlanError(
+            f"this plan was made for another model: {difference}. Make a plan from this model's own analysis."
+        )
 
     def then(self, other: "Plan") -> "Plan":
         """The plan that does this one and then ``other``, a plan for the model that this one leads to.
@@ -83,12 +85,14 @@ class Plan:
         That model may have fewer groups: one channel is mostly no group any more, nor is what went with a branch.
         """
         widths = self.widths
-        whole = other.sizes.keys() - other.keep.keys()
-        other.check({name: widths.get(name, other.sizes[name]) for name in whole | widths.keys() & other.sizes.keys()})
+        untouched = other.sizes.keys() - other.keep.keys()
+        other.check(
+            {name: widths.get(name, other.sizes[name]) for name in untouched | widths.keys() & other.sizes.keys()}
+        )
         keep: dict[str, Sequence[int]] = dict(self.keep)
         for name, kept in other.keep.items():
-            mine = self.keep.get(name, range(self.sizes[name]))
-            keep[name] = tuple(mine[channel] for channel in kept)
+            channels = self.keep.get(name, range(self.sizes[name]))
+            keep[name] = tuple(channels[channel] for channel in kept)
         return Plan(keep, self.sizes, self.options, (*self.dropped, *other.dropped), self.source)
 
     def to_json(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def is_visible(wanted: bool | None = None) -> bool:
+def is_visible(shown: bool | None = None) -> bool:
     """Whether bars are shown; where it is not said, they are if standard error is a terminal."""
-    wanted = sys.stderr.isatty() if wanted is None else wanted
+    shown = sys.stderr.isatty() if shown is None else shown
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    return wanted and first
+    return shown and first
 
 
 def track_progress(items: Iterable[T], text: str) -> Iterator[T]:

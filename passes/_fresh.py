@@ -10,9 +10,9 @@ from fxprune.training.distributed import gather_values
 def check_fresh(model: nn.Module) -> None:
     """Raise PlanError where parameters belong to a module that can't give them new values."""
     for name, module in model.named_modules():
-        own = [parameter for parameter, its in module._parameters.items() if its is not None]
-        if own and not hasattr(module, "reset_parameters"):
-            where = f"{name}.{own[0]}".removeprefix(".")
+        names = [parameter for parameter, value in module._parameters.items() if value is not None]
+        if names and not hasattr(module, "reset_parameters"):
+            where = f"{name}.{names[0]}".removeprefix(".")
             raise PlanError(
                 f'weights="reinit" can\'t start {where} again: its module has no reset_parameters(). Use weights="keep"'
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Pipeline, TracedModule
-from fxprune.errors import FileError, PassError
+from fxprune.errors import FileError, PassError, PlanError
 from fxprune.passes import GateChannels
 
 TAU = 1e-4
@@ -241,3 +241,9 @@ def test_a_pass_is_held_to_its_reference() -> None:
     inputs = torch.randn(2, 3, 8, 8)
     with pytest.raises(PassError, match=r"pass Wrong \(the first\) changed the outputs in eval mode by"):
         Pipeline([Wrong()], inputs)(fxprune.trace(model, inputs))
+
+
+@pytest.mark.parametrize("threshold", [-1.0, "small", True])
+def test_a_threshold_that_is_none(threshold: Any) -> None:
+    with pytest.raises(PlanError, match=f"threshold={threshold!r} must be a number at least 0"):
+        GateChannels(threshold)

@@ -665,10 +665,10 @@ def test_example_inputs_are_needed(each: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Align(0), "round_to=0 must be a positive integer or 'auto'"),
+        (lambda: Align(0), "round_to=0 must be a positive integer, or 'auto'"),
         (lambda: Align(True), "round_to=True must be a positive integer"),
         (lambda: Align("16"), "round_to='16' must be a positive integer"),
-        (lambda: RemoveBranches(-1.0), r"threshold=-1\.0 must be a number, and not negative"),
+        (lambda: RemoveBranches(-1.0), r"threshold=-1\.0 must be a number at least 0"),
         (lambda: RemoveBranches("small"), "threshold='small' must be a number"),
         (lambda: RemoveBranches(float("nan")), "threshold=nan must be a number"),
     ],

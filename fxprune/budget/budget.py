@@ -1,11 +1,17 @@
 """Budget and Bounds: what a compact model may cost, and what may be done to each group on the way there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
-from numbers import Integral, Real
+from numbers import Integral
 
 from fxprune.errors import BudgetError, PlanError
+from fxprune.options import Rule, allow_count, allow_number, allow_words, check_options
+
+FRACTION_OR_COUNT = Rule(
+    lambda limit: limit is None or not 1 < limit < 100 or limit % 1 == 0,
+    "is neither a fraction nor a count: give 0.5 for a half",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +39,14 @@ class Budget:
     tolerance: float = 0.01
 
     def __post_init__(self) -> None:
-        limits = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tolerance"}
-        given = {name: value for name, value in limits.items() if value is not None}
-        if not given:
+        limits = {name: value for name, value in vars(self).items() if name != "tolerance"}
+        if all(value is None for value in limits.values()):
             raise BudgetError(f"an empty budget: give at least one of {', '.join(limits)}")
-        for name, value in given.items():
-            if isinstance(value, timedelta) and name == "latency":
-                value = value.total_seconds()
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise BudgetError(f"{name}={value!r} is not a number")
-            if not float(value) > 0:
-                raise BudgetError(f"{name}={value!r} must be positive")
-            if name != "latency" and 1 < float(value) < 100 and float(value) % 1:
-                raise BudgetError(f"{name}={value!r} is neither a fraction nor a count: give 0.5 for a half")
-        if not 0 < self.tolerance < 1:
-            raise BudgetError(f"tolerance={self.tolerance!r} must lie between 0 and 1")
+        if isinstance(self.latency, timedelta):
+            limits["latency"] = self.latency.total_seconds()
+        check_options(limits, BudgetError, **dict.fromkeys(limits, allow_number(above=0).or_none()))
+        check_options(limits, BudgetError, **dict.fromkeys(limits.keys() - {"latency"}, FRACTION_OR_COUNT))
+        check_options(self, BudgetError, tolerance=allow_number(above=0, below=1))
 
     def limits(self) -> list[tuple[str, float]]:
         """The limits that are counted, each with its cost."""
@@ -90,11 +89,11 @@ class Bounds:
 
     def __post_init__(self) -> None:
         patterns_of(self.keep)
-        numbers = all(isinstance(each, Real) for each in (self.minimum, self.maximum))
-        if not numbers or not 0 <= self.minimum <= self.maximum <= 1:
-            raise PlanError(f"need 0 <= minimum <= maximum <= 1, got {self.minimum!r} and {self.maximum!r}")
-        if self.scope not in ("global", "local"):
-            raise PlanError(f"scope={self.scope!r} is not known; use 'global' or 'local'")
-        whole = isinstance(self.round_to, int) and not isinstance(self.round_to, bool) and self.round_to >= 1
-        if self.round_to != "auto" and not whole:
-            raise PlanError(f"round_to={self.round_to!r} must be a positive integer or 'auto'")
+        check_options(
+            self,
+            PlanError,
+            minimum=allow_number(least=0, most=1),
+            round_to=allow_count().or_auto(),
+            scope=allow_words("global", "local"),
+        )
+        check_options(self, PlanError, maximum=allow_number(least=self.minimum, most=1))

@@ -75,7 +75,10 @@ def flops_within(path: str, counter: "FlopCounterMode") -> Counter[str]:
 def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers on meta, but for single integers: counters, whose value batch norm reads."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: on_meta(each) if each.ndim or each.is_floating_point() else each.clone() for name, each in tensors}
+    return {
+        name: on_meta(tensor) if tensor.ndim or tensor.is_floating_point() else tensor.clone()
+        for name, tensor in tensors
+    }
 
 
 class NodeCounter(Runner):
@@ -166,10 +169,10 @@ class Cost:
         self.uneven: dict[int, Ints] = {}  # labels whose channels have unlike numbers of positions
         sizes = np.bincount(channels.group, minlength=count)
         for number, label in enumerate(labels[1:], 1):
-            mine = channels.of_root[analysis.names.find(label).ravel()]
-            self.fixed[number] = (mine < 0).sum()
-            mine = mine[mine >= 0]
-            positions = np.bincount(mine, minlength=len(channels.group))
+            channel = channels.of_root[analysis.names.find(label).ravel()]
+            self.fixed[number] = (channel < 0).sum()
+            channel = channel[channel >= 0]
+            positions = np.bincount(channel, minlength=len(channels.group))
             mean = np.bincount(channels.group, positions, minlength=count) / np.maximum(sizes, 1)
             if (positions == mean[channels.group]).all():
                 self.each[number] = mean
@@ -185,14 +188,14 @@ class Cost:
 
     def slopes(self, widths: Ints) -> Floats:
         """float64[groups]: what one more channel of each group costs where the groups have these widths."""
-        each = self.each.copy()
+        positions_of = self.each.copy()
         for number, positions in self.uneven.items():
-            each[number] = np.bincount(self.group, positions) / np.bincount(self.group)
-        counts = (self.fixed + each @ widths)[self.factors]
+            positions_of[number] = np.bincount(self.group, positions) / np.bincount(self.group)
+        counts = (self.fixed + positions_of @ widths)[self.factors]
         total = np.zeros(len(widths))
         for at in range(counts.shape[1]):
             rest = self.scales * np.delete(counts, at, axis=1).prod(1)
-            total += rest @ each[self.factors[:, at]]
+            total += rest @ positions_of[self.factors[:, at]]
         return total
 
 
@@ -204,8 +207,8 @@ def cost_of(analysis: Analysis, kind: str, channels: Channels) -> Cost:
     """
     match kind:
         case "flops" | "macs":
-            each = 1 if kind == "flops" else 0.5
-            return Cost(analysis, channels, ((each * t.scale, t.factors) for t in analysis.flops))
+            factor = 1 if kind == "flops" else 0.5
+            return Cost(analysis, channels, ((factor * t.scale, t.factors) for t in analysis.flops))
         case "params":
             return Cost(analysis, channels, stored_costs(analysis, dict(analysis.graph.named_parameters()), False))
         case "memory":
@@ -225,18 +228,18 @@ def marginal(analysis: Analysis, kind: str) -> dict[str, Floats]:
     channels = Channels.of(analysis)
     cost = cost_of(analysis, kind, channels)
     kept = np.ones(len(channels.group), dtype=bool)
-    whole = cost(kept)
+    dense = cost(kept)
     # Channels of a group that have as many positions on every label cost the same: one of them is enough.
     rows = np.stack([channels.group, *cost.uneven.values()], axis=1)
     _, first, same = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    found = np.zeros(len(first))
+    savings = np.zeros(len(first))
     for number, channel in enumerate(first):
         kept[channel] = False
-        found[number] = whole - cost(kept)
+        savings[number] = dense - cost(kept)
         kept[channel] = True
-    each = found[same.ravel()]
+    saving = savings[same.ravel()]
     sizes = list(analysis.sizes.values())
-    return dict(zip(analysis.groups, np.split(each, np.cumsum(sizes)[:-1]), strict=True))
+    return dict(zip(analysis.groups, np.split(saving, np.cumsum(sizes)[:-1]), strict=True))
 
 
 def stored_costs(

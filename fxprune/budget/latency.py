@@ -107,22 +107,22 @@ class Search:
 
     def at(self, removed: int) -> Ints:
         """The widths without the ``removed`` worst channels, each rounded up to one that stands on the staircase."""
-        wanted = self.solver.widths(removed, np.ones_like(self.solver.multiple))
-        rounded = [its.round_up(width) for its, width in zip(self.stairs, wanted.tolist(), strict=True)]
+        widths = self.solver.widths(removed, np.ones_like(self.solver.multiple))
+        rounded = [stairs.round_up(width) for stairs, width in zip(self.stairs, widths.tolist(), strict=True)]
         return np.minimum(np.array(rounded, dtype=np.int64), self.first)
 
     def filled(self, widths: Ints) -> Ints:
         """Give groups back steps of their staircases until the limit is used up."""
-        best, now, trust = widths, self.time(widths), 1.0
+        best, time, trust = widths, self.time(widths), 1.0
         for _ in range(ROUNDS):
-            if now >= (1 - CLOSE) * self.limit:
+            if time >= (1 - CLOSE) * self.limit:
                 break
-            grown = self.grown(best, trust * (AIM * self.limit - now))
+            grown = self.grown(best, trust * (AIM * self.limit - time))
             if (grown == best).all():
                 break
-            then = self.time(grown)
-            if then <= self.limit:
-                best, now = grown, then
+            grown_time = self.time(grown)
+            if grown_time <= self.limit:
+                best, time = grown, grown_time
             else:  # beside wide neighbours a step takes longer than it took when all groups shrank together
                 trust /= 2
         return best
@@ -134,9 +134,9 @@ class Search:
         """
         grown = widths.copy()
         for number in np.argsort(widths / self.solver.sizes, kind="stable"):
-            its, width = self.stairs[number], int(widths[number])
-            more = min(its.round_up(width + 1), int(self.first[number]))
-            taken = (its.seconds(more) - its.seconds(width)) / self.dense
+            stairs, width = self.stairs[number], int(widths[number])
+            more = min(stairs.round_up(width + 1), int(self.first[number]))
+            taken = (stairs.seconds(more) - stairs.seconds(width)) / self.dense
             if more > width and 0 < taken <= room:
                 grown[number], room = more, room - taken
         return grown
@@ -189,18 +189,18 @@ def measure_staircases(solver: Solver, inputs: Any) -> list[Stairs]:
         levels.append(np.clip(rounded, solver.floor, solver.cap))
         compact, _ = rewrite(solver.analysis.graph, solver.analysis, solver.plan(levels[-1]))
         models[str(level)] = compact.eval()
-    taken = list(by_module(models, bind_inputs(inputs), LAYERS * SECONDS).values())
-    found = []
+    timings = list(by_module(models, bind_inputs(inputs), LAYERS * SECONDS).values())
+    staircases = []
     for number, group in enumerate(solver.analysis.groups.values()):
         paths = layers_of(group)
         times: dict[int, list[float]] = {}
-        for widths, its in zip(levels, taken, strict=True):
-            times.setdefault(int(widths[number]), []).append(sum(its.get(path, 0.0) for path in paths))
+        for widths, seconds in zip(levels, timings, strict=True):
+            times.setdefault(int(widths[number]), []).append(sum(seconds.get(path, 0.0) for path in paths))
         ascending = sorted(times)
         means: Floats = np.array([np.mean(times[width]) for width in ascending])
         known = means.any()  # plain Python may call no module of a group
-        found.append(Stairs(ascending, means.tolist() if known else [float(width) for width in ascending]))
-    return found
+        staircases.append(Stairs(ascending, means.tolist() if known else [float(width) for width in ascending]))
+    return staircases
 
 
 def seconds_of(models: dict[str, nn.Module], inputs: Any, seconds: float) -> dict[str, list[float]]:

@@ -132,11 +132,11 @@ class UnreachableError(Exception):
 def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: float) -> Ints:
     """Widths that meet limits, (kind, value), on counted costs."""
     costs = [(kind, cost_of(solver.analysis, kind, solver.channels), limit) for kind, limit in limits]
-    everything = np.ones(int(solver.sizes.sum()), dtype=bool)
-    whole = [cost(everything) for _, cost, _ in costs]
-    allowed = [limit * now if is_fraction(limit) else limit for (_, _, limit), now in zip(costs, whole, strict=True)]
+    dense = np.ones(int(solver.sizes.sum()), dtype=bool)
+    totals = [cost(dense) for _, cost, _ in costs]
+    allowed = [limit * now if is_fraction(limit) else limit for (_, _, limit), now in zip(costs, totals, strict=True)]
 
-    for (kind, _, _), now in zip(costs, whole, strict=True):
+    for (kind, _, _), now in zip(costs, totals, strict=True):
         if not now:
             raise BudgetError(f"{kind} is 0 for these example_inputs: there is nothing to save")
 
@@ -149,12 +149,12 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         return max(cost(kept) / limit for (_, cost, _), limit in zip(costs, allowed, strict=True))
 
     def amounts(values: Iterable[float]) -> str:
-        rows = zip(costs, values, whole, strict=True)
+        rows = zip(costs, values, totals, strict=True)
         return " and ".join(f"{kind}={round(value)} ({value / now:.1%})" for (kind, _, _), value, now in rows)
 
     if used(solver.sizes) <= 1:
         raise BudgetError(
-            f"the model already meets the budget {amounts(allowed)}: it has {amounts(whole)}. Give a smaller one."
+            f"the model already meets the budget {amounts(allowed)}: it has {amounts(totals)}. Give a smaller one."
         )
     try:
         return solver.meet(used, tolerance)

@@ -45,10 +45,10 @@ class Sums:
             parts = torch.split(tensor, max(1, self.PART * len(tensor) // max(1, tensor.numel())))
             sums = {at: list[Floats]() for at in self._axes.get(name, set()) | {axis}}
             for part in map(self.quantity, parts):
-                for at, its in sums.items():
-                    its.append(sum_slices(part, at))
-            for at, its in sums.items():
-                self._reduced[name, at] = np.concatenate(its) if at == 0 else np.sum(its, axis=0)
+                for at, slices in sums.items():
+                    slices.append(sum_slices(part, at))
+            for at, slices in sums.items():
+                self._reduced[name, at] = np.concatenate(slices) if at == 0 else np.sum(slices, axis=0)
         return self._reduced[name, axis]
 
 

@@ -55,14 +55,14 @@ def in_turns(
     timers = {
         name: Timer("run()", timer=clock, globals={"run": run}, num_threads=threads) for name, run in runs.items()
     }
-    each = {name: timer.timeit(2).median for name, timer in timers.items()}
-    number = {name: max(2, round(BLOCK / max(its, 1e-9))) for name, its in each.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    guesses = {name: timer.timeit(2).median for name, timer in timers.items()}
+    number = {name: max(2, round(BLOCK / max(guess, 1e-9))) for name, guess in guesses.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     order, end = random.Random(0), clock() + seconds * len(runs)
-    while clock() < end or min(map(len, found.values())) < ROUNDS:
+    while clock() < end or min(map(len, times.values())) < ROUNDS:
         for name in order.sample(list(runs), len(runs)):
-            found[name].append(timers[name].timeit(number[name]).median)
-    return found
+            times[name].append(timers[name].timeit(number[name]).median)
+    return times
 
 
 def clock_for(threads: int) -> Callable[[], float]:
@@ -138,12 +138,12 @@ class Clock:
 
     def stop(self, path: str) -> None:
         """A module ends; one that is called twice takes both times."""
-        its = self.passes[-1]
-        its[path] = its.get(path, 0.0) + self.clock() - self.started
+        seconds = self.passes[-1]
+        seconds[path] = seconds.get(path, 0.0) + self.clock() - self.started
 
     def medians(self) -> dict[str, float]:
         """Seconds of each module."""
-        return {path: float(np.median([its.get(path, 0.0) for its in self.passes])) for path in self.passes[0]}
+        return {path: float(np.median([seconds.get(path, 0.0) for seconds in self.passes])) for path in self.passes[0]}
 
 
 def stand_in(tensor: Tensor, device: torch.device) -> Tensor:

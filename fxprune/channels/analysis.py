@@ -31,6 +31,7 @@ from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
+from fxprune.options import allow_words, check_options
 from fxprune.plan import Plan
 
 if TYPE_CHECKING:
@@ -99,23 +100,25 @@ class Analysis:
         stays = self.stays(plan)
         cut = Cutter(stays)
         graph = graph or self.graph
-        there = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}  # a branch may be gone
+        tensors = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}  # a branch may be gone
         groups = {}
         for group in self.groups.values():
             kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
             new_channel = channels_after(group, kept)
             members = []
             for member in group.members:
-                if member.parameter not in there:
+                if member.parameter not in tensors:
                     continue
-                mine = new_channel[member.channel] >= 0
+                remaining = new_channel[member.channel] >= 0
                 at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
-                members.append(replace(member, index=at[member.index[mine]], channel=new_channel[member.channel[mine]]))
+                members.append(
+                    replace(member, index=at[member.index[remaining]], channel=new_channel[member.channel[remaining]])
+                )
             if len(kept) and members:  # else it went with its branch
                 groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
         frozen = []
         for item in self.frozen:
-            if item.parameter not in there:
+            if item.parameter not in tensors:
                 continue
             at = np.cumsum(stays[self.axes[item.parameter, item.axis].names]) - 1
             frozen.append(replace(item, index=at[item.index]))
@@ -126,7 +129,7 @@ class Analysis:
                 for at, size in enumerate(shape)
             )
             for name, shape in self.shapes.items()
-            if self.aliases[name] in there
+            if self.aliases[name] in tensors
         }
         return replace(
             self,
@@ -158,14 +161,14 @@ class Analysis:
         require_type(name, str, "name", AnalysisError)
         lines = []
         for group in self.groups.values():
-            touched = [m for m in group.members if m.parameter == name or m.parameter.startswith(name + ".")]
-            if group.name == name or touched:
-                where = ", ".join(f"{m.parameter}[{m.axis}]" for m in touched or group.members[:1])
-                others = [m for m in group.members if m not in touched]
+            matching = [m for m in group.members if m.parameter == name or m.parameter.startswith(name + ".")]
+            if group.name == name or matching:
+                where = ", ".join(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1])
+                partners = [m for m in group.members if m not in matching]
                 lines.append(
                     f"{where}: the {group.size} channels of group {group.name!r} can be pruned. They go together with"
                 )
-                lines += [f"    {m.parameter}[{m.axis}]" for m in others] or ["    nothing else"]
+                lines += [f"    {m.parameter}[{m.axis}]" for m in partners] or ["    nothing else"]
                 if group.inexact:
                     lines.append("    A normalization runs over them: its statistics change when channels go.")
         for frozen in self.frozen:
@@ -247,12 +250,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     Raises:
         AnalysisError: the model does not run on these inputs, or depends on their values.
     """
-    for option, value, known in (
-        ("heads", heads, ("whole", "within")),
-        ("groups", groups, ("whole", "within", "auto")),
-    ):
-        if value not in known:
-            raise AnalysisError(f"{option}={value!r} is not known; use one of {', '.join(map(repr, known))}")
+    check_options({"heads": heads}, AnalysisError, heads=allow_words("whole", "within"))
+    check_options({"groups": groups}, AnalysisError, groups=allow_words("whole", "within", "auto"))
     graph = trace(model, example_inputs)
     before = graph.meta.get("fxprune", {})  # of a compact model: it has the groups that it was cut by
     same = before.get("options") == {"heads": heads, "groups": groups}
@@ -261,10 +260,10 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     state, axes, aliases = name_parameters(graph, run)
     inputs = bind_inputs(example_inputs)
     if run.real:
-        given, values, problem = run_steered(graph, inputs, state, run)
+        bound_of, values, problem = run_steered(graph, inputs, state, run)
     else:
         runs = {mode: run_mode(graph, mode, inputs, state, run) for mode in graph.distinct_graphs()}
-        given = {mode: {"": bound} for mode, (bound, _) in runs.items()}
+        bound_of = {mode: {"": bound} for mode, (bound, _) in runs.items()}
         values = {mode: {"": nodes} for mode, (_, nodes) in runs.items()}
         problem = ""
     settle_grids(run)
@@ -272,15 +271,15 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     freeze_leftovers(run, axes, (value for tree in trees for value in values_in(tree)))
     cuts = before["groups"].items() if same else ()
     names = {places_after(group, kept, state): name for name, (group, kept) in cuts}
-    found, frozen = read_groups(run, list(axes.values()), names)
+    free, frozen = read_groups(run, list(axes.values()), names)
     return Analysis(
         graph=graph,
         example_inputs=inputs if run.real else map_tensors(on_meta, inputs),
         inputs={
-            mode: {region: map_tensors(without_data, its) for region, its in calls.items()}
-            for mode, calls in given.items()
+            mode: {region: map_tensors(without_data, bound_inputs) for region, bound_inputs in calls.items()}
+            for mode, calls in bound_of.items()
         },
-        groups={group.name: group for group in found},
+        groups={group.name: group for group in free},
         frozen=tuple(frozen),
         unknown=dict(run.unknown),
         values=values,

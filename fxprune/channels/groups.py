@@ -116,8 +116,8 @@ def freeze_leftovers(run: NameRun, axes: Mapping[tuple[str, int], Axis], values:
     names.node = ""
     roots = names.find(np.arange(len(names)))
     for label in {id(label): label for value in values for label in value.labels}.values():
-        its = roots[label]
-        if (its == its.flat[0]).all():
+        classes = roots[label]
+        if (classes == classes.flat[0]).all():
             names.freeze(label, "it is all of a value")
     for axis in axes.values():
         if axis.parameter not in run.used:
@@ -126,9 +126,9 @@ def freeze_leftovers(run: NameRun, axes: Mapping[tuple[str, int], Axis], values:
     for axis in axes.values():
         if axis.weak and not (known := produced[axis.names]).all():
             names.freeze(axis.names[~known], "a buffer that no layer produces")
-        its = roots[axis.names]
-        if (its == its[0]).all():
-            names.freeze(its[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
+        classes = roots[axis.names]
+        if (classes == classes[0]).all():
+            names.freeze(classes[:1], f"all of {axis.parameter}[{axis.axis}] hangs together")
 
 
 def read_groups(
@@ -155,11 +155,11 @@ def read_groups(
     class_of, classes = renumber_classes(roots, len(run.names))
     group_of = same_axes(class_of, owner, len(axes))
     channel_of = np.zeros(len(classes), dtype=np.int64)
-    own = [group for group in split_by_key(group_of, np.arange(len(classes)))]
-    for group in own:
+    numbers_of = [group for group in split_by_key(group_of, np.arange(len(classes)))]
+    for group in numbers_of:
         channel_of[group] = np.arange(len(group))
 
-    members: list[list[Member]] = [[] for _ in own]
+    members: list[list[Member]] = [[] for _ in numbers_of]
     atom_group = group_of[class_of]
     for at in split_by_key(atom_group * len(axes) + owner, np.arange(len(owner))):
         axis = axes[owner[at[0]]]
@@ -167,10 +167,12 @@ def read_groups(
     inexact = norm_classes(run)
     taken = set(known.values())
     groups = []
-    for its, lives_on in zip(own, members, strict=True):
-        mine = classes[its]
+    for numbers, lives_on in zip(numbers_of, members, strict=True):
+        group_roots = classes[numbers]
         name = known.get(frozenset(map(place_of, lives_on))) or unique_name(lives_on[0].parameter, taken)
-        groups.append(Group(name, len(mine), tuple(lives_on), bool(np.isin(mine, inexact).any()), mine))
+        groups.append(
+            Group(name, len(group_roots), tuple(lives_on), bool(np.isin(group_roots, inexact).any()), group_roots)
+        )
     return groups, frozen
 
 
@@ -186,12 +188,14 @@ def channels_after(group: Group, kept: Sequence[int] | Ints) -> Ints:
     return after
 
 
-def places_after(group: Group, kept: Sequence[int], there: Container[str]) -> frozenset[AxisMark]:
+def places_after(group: Group, kept: Sequence[int], parameters: Container[str]) -> frozenset[AxisMark]:
     """The places of a group that keeps the channels ``kept``, on the parameters that are ``there``."""
     after = channels_after(group, kept)
-    members = [member for member in group.members if member.parameter in there]
+    members = [member for member in group.members if member.parameter in parameters]
     channels = [after[member.channel] for member in members]
-    return frozenset(place_of(replace(m, channel=its[its >= 0])) for m, its in zip(members, channels, strict=True))
+    return frozenset(
+        place_of(replace(m, channel=numbers[numbers >= 0])) for m, numbers in zip(members, channels, strict=True)
+    )
 
 
 def renumber_classes(roots: Ints, count: int) -> tuple[Ints, Ints]:
@@ -211,8 +215,8 @@ def same_axes(class_of: Ints, owner: Ints, count: int) -> Ints:
     signature = np.zeros(int(class_of.max(initial=-1)) + 1, dtype=np.int64)
     bounds = np.searchsorted(owner, np.arange(count + 1))
     for weight, start, stop in zip(weights, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        its = class_of[start:stop]
-        signature[its] = signature[its] + weight  # a class that is there twice counts once
+        classes = class_of[start:stop]
+        signature[classes] = signature[classes] + weight  # a class that is there twice counts once
     _, first, group_of = np.unique(signature, return_index=True, return_inverse=True)
     rank = np.empty_like(first)
     rank[np.argsort(first)] = np.arange(len(first))  # classes are sorted by their smallest name

@@ -91,14 +91,14 @@ def settle_labels(names: Names, labels: Iterable[Label]) -> Labels:
         axes = varying_axes(label)
         if not axes:
             names.freeze(label, "it is all of a value")
-        others = {id(settled[axis]): settled[axis] for axis in axes if axis in settled}
-        for other in others.values():
-            if other is not label:
-                names.merge(other, label)
-                label = other
-        if others:
+        crossing = {id(settled[axis]): settled[axis] for axis in axes if axis in settled}
+        for crossed in crossing.values():
+            if crossed is not label:
+                names.merge(crossed, label)
+                label = crossed
+        if crossing:
             axes = varying_axes(label)
-            settled = {axis: kept for axis, kept in settled.items() if id(kept) not in others}
+            settled = {axis: kept for axis, kept in settled.items() if id(kept) not in crossing}
         settled.update(dict.fromkeys(axes, label))
     return tuple({id(label): label for label in settled.values()}.values())
 
@@ -166,8 +166,8 @@ def give_way(names: Names, operands: Sequence[Operand], ndim: int) -> Sequence[O
     """
     grids = [
         set(axes)
-        for each in operands
-        for label in each.labels
+        for value in operands
+        for label in value.labels
         if len(axes := varying_axes(align_label(label, ndim))) > 1
     ]
     result = []
@@ -178,7 +178,7 @@ def give_way(names: Names, operands: Sequence[Operand], ndim: int) -> Sequence[O
             if gives_way(names, label) and any(set(varying_axes(align_label(label, ndim))) < grid for grid in grids)
         ]
         freeze_labels(names, gone, "a buffer's, which meets a grid of channels")
-        stay = tuple(label for label in operand.labels if not any(label is each for each in gone))
+        stay = tuple(label for label in operand.labels if not any(label is leaving for leaving in gone))
         result.append(replace(operand, labels=stay) if gone else operand)
     return result
 

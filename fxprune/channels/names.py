@@ -116,13 +116,13 @@ class Names:
 
     def _do_what_is_noted(self) -> None:
         if self._merge:
-            ours, theirs = zip(*self._merge, strict=True)
-            self._unite(np.concatenate(ours), np.concatenate(theirs))
+            lefts, rights = zip(*self._merge, strict=True)
+            self._unite(np.concatenate(lefts), np.concatenate(rights))
             self._merge.clear()
         if self._freeze:
             first = len(self._why) - len(self._freeze)
-            each = np.repeat(np.arange(first, len(self._why)), [len(names) for names in self._freeze])
-            np.minimum.at(self._frozen, self._roots(np.concatenate(self._freeze)), each)
+            reasons = np.repeat(np.arange(first, len(self._why)), [len(names) for names in self._freeze])
+            np.minimum.at(self._frozen, self._roots(np.concatenate(self._freeze)), reasons)
             self._freeze.clear()
         if self._produce:
             self._produced[self._roots(np.concatenate(self._produce))] = True

@@ -75,10 +75,10 @@ class Steered:
     def other_graphs(self, mode: Mode) -> None:
         """Run the graphs that regions have for ``mode`` on what they got in the other mode."""
         self.run.mode = mode
-        for path, given in self.inputs[mode.other].items():
+        for path, bound in self.inputs[mode.other].items():
             region = self.regions[path]
             if mode in region.distinct_graphs() and path not in self.inputs[mode]:
-                self.record(path, region, mode, given)
+                self.record(path, region, mode, bound)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -99,19 +99,19 @@ class Steered:
 
         return forward
 
-    def record(self, path: str, region: TracedModule, mode: Mode, given: Bound) -> Any:
+    def record(self, path: str, region: TracedModule, mode: Mode, bound: Bound) -> Any:
         """Run a region on names. What it was given and what its nodes gave is kept of its first call."""
-        mine = path + "."
-        state = {name.removeprefix(mine): tensor for name, tensor in self.state.items() if name.startswith(mine)}
+        prefix = path + "."
+        state = {name.removeprefix(prefix): tensor for name, tensor in self.state.items() if name.startswith(prefix)}
         recorder = Recorder(region, mode, state, self.run, path)
-        result = recorder.start(given)
-        first = self.inputs[mode].setdefault(path, given)
-        if first is given:
+        result = recorder.start(bound)
+        first = self.inputs[mode].setdefault(path, bound)
+        if first is bound:
             self.values[mode][path] = recorder.values
         elif varying_sizes(first) != varying_sizes(
-            given
+            bound
         ):  # what is baked into its graph was made to fit the first call
-            for tensor in tensors_within((first, given)):
+            for tensor in tensors_within((first, bound)):
                 if isinstance(tensor, ChannelTensor):
                     freeze_labels(self.run.names, tensor.labels, f"{path} is called with other channels elsewhere")
         return result
@@ -137,11 +137,11 @@ def as_plain(tensor: Tensor) -> Tensor:
     return tensor.data_ if isinstance(tensor, ChannelTensor) and not tensor.labels else tensor
 
 
-def varying_sizes(given: Bound) -> list[Any]:
+def varying_sizes(bound: Bound) -> list[Any]:
     """Where the channels of a call's arguments stand: the sizes of the axes along which they vary."""
     return [
         [label.shape for label in tensor.labels] if isinstance(tensor, ChannelTensor) else []
-        for tensor in tensors_within(given)
+        for tensor in tensors_within(bound)
     ]
 
 
@@ -149,17 +149,17 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
     """The tensors in a value, in lists, dicts and the attributes of objects."""
     waiting, seen = [value], set[int]()
     while waiting:
-        each = waiting.pop(0)
-        if isinstance(each, Tensor):
-            yield each
-        elif id(each) not in seen and not isinstance(each, (str, type, nn.Module)):
-            seen.add(id(each))
-            if isinstance(each, Mapping):
-                waiting += each.values()
-            elif isinstance(each, (list, tuple, set)):
-                waiting += each
-            elif hasattr(each, "__dict__"):
-                waiting += vars(each).values()
+        item = waiting.pop(0)
+        if isinstance(item, Tensor):
+            yield item
+        elif id(item) not in seen and not isinstance(item, (str, type, nn.Module)):
+            seen.add(id(item))
+            if isinstance(item, Mapping):
+                waiting += item.values()
+            elif isinstance(item, (list, tuple, set)):
+                waiting += item
+            elif hasattr(item, "__dict__"):
+                waiting += vars(item).values()
 
 
 @contextmanager
@@ -215,7 +215,7 @@ class Steering:
             self.check(func, before, result)
         finally:
             self.inside = False
-        return result if any(result is each for each in args) else map_tensors(as_plain, result)  # in place: the same
+        return result if any(result is arg for arg in args) else map_tensors(as_plain, result)  # in place: the same
 
     def locate(self) -> str:
         """Say where in the user's Python the run is, for the reasons of what is frozen."""
@@ -243,19 +243,19 @@ class Steering:
         freeze_labels(self.run.names, tensor.labels, "plain Python reads it")
         return tensor.data_
 
-    def check(self, func: Any, given: Any, result: Any) -> None:
+    def check(self, func: Any, arguments: Any, result: Any) -> None:
         """Freeze what a call is given that would not do the same with fewer channels."""
         names = self.run.names
-        labels = [label for value in known_in(given) for label in value.labels]
+        labels = [label for value in known_in(arguments) for label in value.labels]
         ends = [name for label in labels for name in (label.flat[0], label.flat[-1])]
         roots = np.unique(names.find(np.array(ends, dtype=np.int64)))
         free = roots[~names.frozen(roots)].tolist()
         if not free:
             return
-        found = [what_is_known(tensor) for tensor in tensors_within(result)]
-        if hides_a_size(func, given) or not all(call_fits(names, func, given, found, name) for name in free):
+        results = [what_is_known(tensor) for tensor in tensors_within(result)]
+        if hides_a_size(func, arguments) or not all(call_fits(names, func, arguments, results, name) for name in free):
             called = getattr(func, "__name__", str(func))
-            for value in (*known_in(given), *found):
+            for value in (*known_in(arguments), *results):
                 freeze_labels(names, value.labels, f"plain Python calls {called} with sizes of its own")
 
 
@@ -315,17 +315,17 @@ def known_in(tree: Any) -> list[Known]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Known)]
 
 
-def hides_a_size(func: Any, given: Any) -> bool:
+def hides_a_size(func: Any, arguments: Any) -> bool:
     """Whether the meaning of a call depends on a size of a value that none of its arguments shows."""
     if func in (F.group_norm, torch.group_norm, F.multi_head_attention_forward):
         return True
     if func is not F.scaled_dot_product_attention:
         return False
-    args, kwargs = given
+    args, kwargs = arguments
     return kwargs.get("scale") is None and label_along(args[0].labels, -1) is not None
 
 
-def call_fits(names: Names, func: Any, given: Any, found: list[Known], name: int) -> bool:
+def call_fits(names: Names, func: Any, arguments: Any, results: list[Known], name: int) -> bool:
     """Whether the call as it stands gives what is predicted where the channel of ``name`` is gone."""
     cut = Cutter(Without(names, name))
 
@@ -335,9 +335,9 @@ def call_fits(names: Names, func: Any, given: Any, found: list[Known], name: int
         return dense.permute([value.order.index(axis) for axis in range(len(shape))])
 
     try:
-        args, kwargs = pytree.tree_map_only(Known, narrowed, given)
+        args, kwargs = pytree.tree_map_only(Known, narrowed, arguments)
         result = func(*args, **({**kwargs, "device": "meta"} if "device" in kwargs else kwargs))
-        expected = [cut.value(value).shape for value in found]
+        expected = [cut.value(value).shape for value in results]
     except Exception:  # too few channels for a size that the call names, or what is left is no rectangle
         return False
     return [tuple(tensor.shape) for tensor in tensors_within(result)] == expected

@@ -168,10 +168,12 @@ def apply_operator(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     if isinstance(out, (tuple, list)):
         several = labels if isinstance(labels, list) else [labels] + [()] * (len(out) - 1)
         return type(out)(
-            ChannelTensor(part, own, run, source, zero=call.zero and part.dtype.is_floating_point)
+            ChannelTensor(part, part_labels, run, source, zero=call.zero and part.dtype.is_floating_point)
             if isinstance(part, Tensor)
             else part
-            for part, own in zip(out, several, strict=True)  # an index is no zero, even where it points to zeros
+            for part, part_labels in zip(
+                out, several, strict=True
+            )  # an index is no zero, even where it points to zeros
         )
     return out
 
@@ -322,13 +324,13 @@ def freeze_unknown(call: Call) -> Any:
 
 def channel_tensors(args: Iterable[Any]) -> list[ChannelTensor]:
     """The ChannelTensors among ``args``, in order; lists are looked into."""
-    found: list[ChannelTensor] = []
+    tensors: list[ChannelTensor] = []
     for arg in args:
         if isinstance(arg, ChannelTensor):
-            found.append(arg)
+            tensors.append(arg)
         elif isinstance(arg, (list, tuple)):
-            found += channel_tensors(arg)
-    return found
+            tensors += channel_tensors(arg)
+    return tensors
 
 
 def on_meta(tensor: Tensor) -> Tensor:

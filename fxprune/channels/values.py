@@ -50,8 +50,8 @@ class Cutter:
         if len(axes) == 1:
             return label.compress(kept.ravel(), axes[0])
         for axis in axes:
-            here = stays_along(kept, axis)
-            label, kept = label.compress(here, axis), kept.compress(here, axis)
+            line = stays_along(kept, axis)
+            label, kept = label.compress(line, axis), kept.compress(line, axis)
         if not kept.all():
             raise AnalysisError("what stays of a value is not a rectangle: please report this model")
         return label

@@ -53,9 +53,9 @@ app = typer.Typer(
 )
 
 
-def show_version(wanted: bool) -> None:
+def show_version(asked: bool) -> None:
     """Print the version, and end."""
-    if wanted:
+    if asked:
         typer.echo(f"fxprune {fxprune.__version__}")
         raise typer.Exit
 

@@ -15,7 +15,7 @@ from fxprune.plan import Plan
 
 
 def apply(
-    given: typer.Context,
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json that fxprune wrote.", show_default=False)],
     weights: options.Weights = None,
     classes: options.Classes = None,
@@ -36,8 +36,8 @@ def apply(
 
     Example: fxprune apply out/plan.json --weights finetuned.pth -o out2
     """
-    found = Plan.load(plan)
-    source = Source.of(found, named, plan)
+    loaded = Plan.load(plan)
+    source = Source.of(loaded, named, plan)
     if out.resolve() == plan.parent.resolve():
         raise FileError(f"{out} has the plan and the model that it was made for: say with -o where the new one goes")
     check_folder(out)
@@ -50,5 +50,5 @@ def apply(
     )
     batches = images_for(opened, images, samples, seed)
     print_progress(f"analysing {source.model}")
-    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **found.options)
-    carry_out_plan(analysis, found, opened, batches, options.read_fields(Wanted, {**given.params, "out": out}))
+    analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **loaded.options)
+    carry_out_plan(analysis, loaded, opened, batches, options.read_fields(Wanted, {**context.params, "out": out}))

@@ -40,27 +40,27 @@ def bench(
     compact = open_model(model, classes=classes, inputs=shapes, named=named, weights_matter=False)
     if vs is None and not model.endswith(".safetensors"):
         raise ModelError(f"compare {model} with what? Give a model that fxprune wrote, or say with --vs")
-    other = vs or compact.source.model
+    reference = vs or compact.source.model
     same = {"classes": compact.source.classes, "inputs": list(compact.source.input)}
-    dense = open_model(other, **same, named=named, weights_matter=False)  # type: ignore[arg-type]
+    dense = open_model(reference, **same, named=named, weights_matter=False)  # type: ignore[arg-type]
     if not all(size.strip().isdecimal() and int(size) for size in batch.split(",")):
         raise ModelError(f"--batch {batch!r} must be sizes such as 1,32")
     sizes = [int(size) for size in batch.split(",")]
     names = None if backend is None else [name.strip() for name in backend.split(",")]
-    print_progress(f"measuring {model} beside {other}")
-    found = fxprune.bench(
+    print_progress(f"measuring {model} beside {reference}")
+    result = fxprune.bench(
         dense.model, compact.model, compact.inputs, batches=sizes, backends=names, seconds=seconds, threads=threads
     )
-    if not any(row.after for row in found.rows):
-        raise BenchError(f"nothing could be measured: {'; '.join(dict.fromkeys(row.problem for row in found.rows))}")
+    if not any(row.after for row in result.rows):
+        raise BenchError(f"nothing could be measured: {'; '.join(dict.fromkeys(row.problem for row in result.rows))}")
     analysis = fxprune.analyze(fxprune.trace(dense.model, dense.inputs), dense.inputs)
     groups = {name: layers_of(group) for name, group in analysis.groups.items()}
-    idle = {"groups": found.idle(groups), "layers": found.idle()}
+    idle = {"groups": result.idle(groups), "layers": result.idle()}
     if as_json:
-        facts = {"format": "fxprune bench 1", "before": other, "after": model, **found.to_json(), "idle": idle}
+        facts = {"format": "fxprune bench 1", "before": reference, "after": model, **result.to_json(), "idle": idle}
         return show_json(facts)
-    print_output(bench_table(found), "")
-    for what, its in idle.items():
-        if its:
-            print_output(idle_table(its, what), "")
-    return print_output(found.machine)
+    print_output(bench_table(result), "")
+    for noun, shares in idle.items():
+        if shares:
+            print_output(idle_table(shares, noun), "")
+    return print_output(result.machine)

@@ -39,13 +39,13 @@ def load_images(folder: Path, shape: tuple[int, ...], count: int, seed: int) -> 
     if not folder.is_dir():
         raise FileError(f"there is no folder {folder}")
     try:
-        found = ImageFolder(str(folder), transforms.Compose(steps), loader=load_image)
+        images = ImageFolder(str(folder), transforms.Compose(steps), loader=load_image)
     except (OSError, ValueError) as error:
         raise FileError(
             f"{folder} must have a folder for each class with images in it, as {folder}/cat/1.jpg: {error}"
         ) from error
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
-    return DataLoader(Subset(found, order.tolist()), BATCH)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+    return DataLoader(Subset(images, order.tolist()), BATCH)
 
 
 def load_image(path: str) -> Any:

@@ -22,15 +22,15 @@ File = Annotated[
 def diff(
     a: File,
     b: File,
-    everything: Annotated[bool, typer.Option("--all", help="Show what is the same too.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Show what is the same too.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Compare two plans, two reports or two models: the widths of each group, and what it all costs.
 
     Example: fxprune diff out/plan.json out2/plan.json
     """
-    found = [widths_and_totals(path) for path in (a, b)]
-    (groups_a, totals_a), (groups_b, totals_b) = found
+    sides = [widths_and_totals(path) for path in (a, b)]
+    (groups_a, totals_a), (groups_b, totals_b) = sides
     if not groups_a.keys() & groups_b.keys():
         raise FileError(f"{a} and {b} have no group in common: they are of different models")
     if as_json:
@@ -38,12 +38,12 @@ def diff(
     rows = [
         (name, *("–" if width is None else f"{width:g}" for width in both), format_difference(*both))
         for name, both in side_by_side(groups_a, groups_b).items()
-        if everything or both[0] != both[1]
+        if show_all or both[0] != both[1]
     ]
     same = len(groups_a.keys() | groups_b.keys()) - len(rows)
     if rows:
         print_output(make_table(("group",), (str(a), str(b), ""), rows))
-    if not everything:
+    if not show_all:
         print_output(f"{same} groups are the same" if rows else f"all {same} groups are the same")
     if totals_a and totals_b:
         costs = [

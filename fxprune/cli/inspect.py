@@ -63,19 +63,19 @@ def groups_table(analysis: Analysis) -> "Table":
     for group in analysis.groups.values():
         paths = layers_of(group)
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        each = (float(np.mean(costs[kind][group.name])) for kind in costs)
-        rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(shorten_name, each)))
+        means = (float(np.mean(costs[kind][group.name])) for kind in costs)
+        rows.append((group.name, ", ".join(paths[:3]) + more, str(group.size), *map(shorten_name, means)))
     return make_table(("group", "goes through"), ("channels", "FLOPs each", "parameters each"), rows)
 
 
 def frozen_table(analysis: Analysis) -> "Table":
     """A row a reason: how many axes it froze, and where it arose."""
-    found: dict[str, list[Any]] = {}
+    axes_of: dict[str, list[Any]] = {}
     for frozen in analysis.frozen:
-        found.setdefault(frozen.reason.text, []).append(frozen)
+        axes_of.setdefault(frozen.reason.text, []).append(frozen)
     rows = [
-        (reason, ", ".join(f"{each.parameter}[{each.axis}]" for each in its[:3]), str(len(its)))
-        for reason, its in found.items()
+        (reason, ", ".join(f"{axis.parameter}[{axis.axis}]" for axis in axes[:3]), str(len(axes)))
+        for reason, axes in axes_of.items()
     ]
     return make_table(("frozen, because", "for example"), ("axes",), rows)
 
@@ -96,12 +96,12 @@ def analysis_facts(analysis: Analysis, model: str) -> dict[str, Any]:
         },
         "frozen": [
             {
-                "axis": f"{each.parameter}[{each.axis}]",
-                "channels": len(each.index),
-                "reason": each.reason.text,
-                "place": analysis.place(each.reason),
+                "axis": f"{axis.parameter}[{axis.axis}]",
+                "channels": len(axis.index),
+                "reason": axis.reason.text,
+                "place": analysis.place(axis.reason),
             }
-            for each in analysis.frozen
+            for axis in analysis.frozen
         ],
         "unknown": dict(analysis.unknown),
     }

@@ -14,22 +14,22 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def read_amount(text: str) -> float:
     """What may remain: "0.5" and "50%" are fractions, "5M" and "1200000" counts."""
-    found = re.fullmatch(r"([0-9.eE+-]+)\s*(%|[kKMGT]?)B?", text.strip())
+    match = re.fullmatch(r"([0-9.eE+-]+)\s*(%|[kKMGT]?)B?", text.strip())
     try:
-        if found is None:
+        if match is None:
             raise ValueError
-        value = float(found[1])
+        value = float(match[1])
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is no amount; give a fraction such as 0.5 or 50%, or 5M, or 1200000"
         ) from None
     if not (value > 0 and math.isfinite(value)):
         raise typer.BadParameter(f"{text!r} must be positive")
-    if found[2] == "%":
+    if match[2] == "%":
         return value / 100
-    if found[2]:
-        return round(value * UNITS[found[2].upper()])
-    return int(value) if found[1].isdigit() else value
+    if match[2]:
+        return round(value * UNITS[match[2].upper()])
+    return int(value) if match[1].isdigit() else value
 
 
 T = TypeVar("T")

@@ -55,19 +55,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise FileError(
             f"can't read weights from {path}: it is damaged, or no state_dict. Only plain weights are read, no pickled "
             "modules: save them with torch.save(model.state_dict(), path)"
         ) from error
     for name in INSIDE:
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
             break
-    if not isinstance(found, dict) or not found or not all(isinstance(each, Tensor) for each in found.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileError(f"{path} holds no state_dict: save one with torch.save(model.state_dict(), path)")
-    return found
+    return state
 
 
 def without_prefix(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:

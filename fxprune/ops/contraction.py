@@ -33,8 +33,10 @@ from fxprune.graph.traced import Mode
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument
+from fxprune.rewrite.kinds import mark_kind
 
 aten = torch.ops.aten
+mark_kind("contraction", *CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 @dataclass
@@ -67,11 +69,11 @@ def contract_letters(
     both = [letter for letter in a.letters if letter in b.letters and sizes[letter] > 1]
     batch = [letter for letter in both if letter in out]
     contracted = [letter for letter in both if letter not in out]
-    here = f"{call.names.node} {a.letters},{b.letters}"
+    site = f"{call.names.node} {a.letters},{b.letters}"
     for letter in contracted:
         for group in batch:
-            choose_policy(call, a, b, group, letter, sizes, policy, here)
-        if call.run.policies.get(here) == "whole":  # also where one is left: it has no parts now
+            choose_policy(call, a, b, group, letter, sizes, policy, site)
+        if call.run.policies.get(site) == "whole":  # also where one is left: it has no parts now
             for side in (a, b):
                 side.pin(call, letter, "shared by all groups")
         agree_letters(call, a, b, letter)
@@ -92,20 +94,20 @@ def contract_letters(
     for _, label in results:
         call.names.produce(label)
     call.zero = all(
-        side.zero or (other.zero and all(other.along(letter) is not None for letter in side.varies(label)))
+        side.zero or (partner.zero and all(partner.along(letter) is not None for letter in side.varies(label)))
         for side, label in results
-        for other in (a, b)
-        if other is not side
+        for partner in (a, b)
+        if partner is not side
     )
     return tuple(label_over(out, side, label) for side, label in results)
 
 
 def choose_policy(
-    call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str, here: str
+    call: Call, a: Factor, b: Factor, group: str, letter: str, sizes: dict[str, int], policy: str, site: str
 ) -> None:
     """Make each operand's names vary along ``group`` (a batch letter) or along ``letter`` (contracted), not both.
 
-    What was chosen ``here`` before, in a model that this one was cut from, stands.
+    What was chosen at ``site`` before, in a model that this one was cut from, stands.
     """
     # The names of a grouped convolution's input fill a grid, (groups, channels of a group), and so do those of
     # attention's queries, (heads, features). What stays must be a rectangle of it, or the compact model would need
@@ -120,18 +122,20 @@ def choose_policy(
     # Where one operand can't lose a group (it is a constant there, or frozen), no group can go: only places can.
     if any(is_fixed(call, side, group) for side in (a, b)):
         policy = "within"
-    policy = call.run.policies.setdefault(here, policy)
+    policy = call.run.policies.setdefault(site, policy)
     for side in sides:
         side.pin(call, letter if policy == "whole" else group, "shared by all groups")
 
 
 def agree_letters(call: Call, a: Factor, b: Factor, letter: str) -> None:
     """Both operands vary along ``letter``, by the same names alone, or neither may."""
-    for mine, other in ((a, b), (b, a)):
-        label = mine.along(letter)
-        theirs = other.along(letter)
-        if theirs is not None and (label is None or (len(varying_axes(theirs)) > 1 and is_fixed(call, mine, letter))):
-            other.pin(call, letter, f"meets {mine.source}")
+    for factor, partner in ((a, b), (b, a)):
+        label = factor.along(letter)
+        partner_label = partner.along(letter)
+        if partner_label is not None and (
+            label is None or (len(varying_axes(partner_label)) > 1 and is_fixed(call, factor, letter))
+        ):
+            partner.pin(call, letter, f"meets {factor.source}")
     for side in (a, b):
         label = side.along(letter)
         if label is not None and len(varying_axes(label)) > 1:
@@ -198,7 +202,7 @@ def lower_linear(layer: Any, tensors: Tensors, x: Tensor, training: bool) -> Low
 
 
 @attributes(nn.Linear)
-def linear_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def linear_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     return {"in_features": layer.weight.shape[1], "out_features": layer.weight.shape[0]}
 
 
@@ -272,14 +276,14 @@ def fit_transposed(run: CompactRun, node: fx.Node) -> None:
 
 
 @attributes(*CONVOLUTIONS)
-def convolution_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def convolution_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     weight = layer.weight.shape
-    groups = 1 if layer.groups == 1 else given[1 - len(weight)] // weight[1]
+    groups = 1 if layer.groups == 1 else input[1 - len(weight)] // weight[1]
     return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
 
 
 @attributes(*TRANSPOSED)
-def transposed_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def transposed_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     weight = layer.weight.shape
     groups = 1 if layer.groups == 1 else out[1 - len(weight)] // weight[1]
     return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}

@@ -52,8 +52,8 @@ def register_operator(operator: Any, letters: str) -> None:
 
 def parse_letters(letters: str) -> tuple[list[list[str]], list[list[str]]]:
     """The letters of each argument, and of each result."""
-    given, _, returned = letters.partition("->")
-    return [part.split() for part in given.split(",")], [part.split() for part in returned.split(",")]
+    arguments, _, returned = letters.partition("->")
+    return [part.split() for part in arguments.split(",")], [part.split() for part in returned.split(",")]
 
 
 def apply_letters(letters: str, call: Call) -> Any:
@@ -68,9 +68,9 @@ def apply_letters(letters: str, call: Call) -> Any:
         )
     seen = [letter for side in (*inputs, *outputs) for letter in side]
     order = list(dict.fromkeys(seen))
-    given = [spread_over(order, side, as_operand(tensor)) for side, tensor in zip(inputs, tensors, strict=True)]
+    operands = [spread_over(order, side, as_operand(tensor)) for side, tensor in zip(inputs, tensors, strict=True)]
     mixed = [order.index(letter) for letter in order if seen.count(letter) == 1]
-    labels = join_labels(call.names, given, len(order))
+    labels = join_labels(call.names, operands, len(order))
     labels = settle_labels(
         call.names, (pin_axes(call.names, label, mixed, f"mixed by {call.func}") for label in labels)
     )

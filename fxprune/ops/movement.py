@@ -4,6 +4,7 @@ Four need care: cat and stack (what has no names beside what has), pad (new posi
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,11 +46,18 @@ from fxprune.rewrite.fit import (
     set_argument,
     value_of,
 )
+from fxprune.rewrite.kinds import mark_kind
 
 VIEWS = (
     "t transpose permute expand squeeze unsqueeze movedim swapaxes split split_with_sizes unsafe_split "
     "unsafe_split_with_sizes"
 )
+mark_kind(
+    "move",
+    *(torch.reshape, "reshape", "view", torch.permute, "permute", torch.transpose, "transpose"),
+    *(torch.chunk, "chunk", torch.split, "split", operator.getitem, "squeeze", "unsqueeze"),
+)
+mark_kind("free move", torch.cat, torch.flatten, "flatten", nn.Flatten)
 
 
 @rule(*VIEWS.split(), keeps_zero=True)
@@ -73,17 +81,17 @@ def view_of_names(call: Call) -> Any:
     return [
         settle_labels(
             call.names,
-            (cut_from(call, whole, parts[part], axis) for whole, parts in zip(labels, parts_of, strict=True)),
+            (cut_from(call, source, parts[part], axis) for source, parts in zip(labels, parts_of, strict=True)),
         )
         for part in range(count)
     ]
 
 
-def cut_from(call: Call, whole: Label, part: Label, axis: int) -> Label:
-    """``part``, a stretch of ``whole`` along ``axis``. A single position has no name there any more: it must stay."""
-    if whole.shape[axis] > 1 and part.shape[axis] == 1:
-        if len(varying_axes(whole)) > 1:
-            pin_axes(call.names, whole, [axis], "cut to one position")
+def cut_from(call: Call, source: Label, part: Label, axis: int) -> Label:
+    """``part``, a stretch of ``source`` along ``axis``. A single position has no name there any more: it must stay."""
+    if source.shape[axis] > 1 and part.shape[axis] == 1:
+        if len(varying_axes(source)) > 1:
+            pin_axes(call.names, source, [axis], "cut to one position")
         else:
             call.names.freeze(part, "cut to one position")
     return part
@@ -111,11 +119,11 @@ def fit_creation(run: CompactRun, node: fx.Node) -> None:
 def fit_sizes(run: CompactRun, node: fx.Node, start: int, may_infer: bool = False) -> None:
     """The sizes of the result stand in the call, from argument ``start`` on: one by one, or as one tuple."""
     target = run.after[node.name].shape
-    given: Any = node.args[start:]
-    if not given:
+    sizes: Any = node.args[start:]
+    if not sizes:
         return
-    packed = len(given) == 1 and not isinstance(value_of(run, given[0]), int)
-    old = given[0] if packed else given
+    packed = len(sizes) == 1 and not isinstance(value_of(run, sizes[0]), int)
+    old = sizes[0] if packed else sizes
     if isinstance(old, fx.Node):
         new: Any = old if tuple(run.env[old]) == tuple(target) else tuple(target)
     else:
@@ -128,11 +136,11 @@ def fit_parts(run: CompactRun, node: fx.Node) -> None:
     """Parts that became unequal are given by their sizes."""
     value, expected = find_argument(node, 0, "input"), run.after[node.name]
     axis = value_of(run, find_argument(node, 2, "dim", 0)) % len(expected[0].shape)
-    wanted = [part.shape[axis] for part in expected]
-    if wanted == [part.shape[axis] for part in run.before[node.name]]:
+    sizes = [part.shape[axis] for part in expected]
+    if sizes == [part.shape[axis] for part in run.before[node.name]]:
         return
     node.op, node.target = "call_function", torch.split
-    node.args, node.kwargs = (value, wanted, axis), {}
+    node.args, node.kwargs = (value, sizes, axis), {}
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "flatten", "unflatten", keeps_zero=True)
@@ -158,9 +166,9 @@ def fit_unflatten(run: CompactRun, node: fx.Node) -> None:
     old = find_argument(node, 2, "sizes", node.kwargs.get("unflattened_size"))
     count = len(value_of(run, old))
     rank = len(target) - count + 1
-    wanted = target[axis % rank : axis % rank + count]
+    sizes = target[axis % rank : axis % rank + count]
     key = "sizes" if "sizes" in node.kwargs else "unflattened_size"
-    set_argument(node, 2, key, fit_argument(run, old, wanted, True))
+    set_argument(node, 2, key, fit_argument(run, old, sizes, True))
 
 
 @rule("select", "unbind", keeps_zero=True)
@@ -204,7 +212,7 @@ def fit_item(run: CompactRun, node: fx.Node) -> None:
             bounds = [old_value(run, bound) for bound in (entry.start, entry.stop)]
             moved = [moved_bound(run, before, axis, bound) for bound in bounds]
             pairs = zip((entry.start, entry.stop), bounds, moved, strict=True)
-            start, stop = (given if after is None or after == now else after for given, now, after in pairs)
+            start, stop = (written if after is None or after == now else after for written, now, after in pairs)
             new.append(slice(start, stop, entry.step))
         else:
             new.append(entry)
@@ -281,24 +289,24 @@ def cat(call: Call) -> Labels:
         label if label is not None else fresh_tensor(call, axis, part.shape, f"concatenated with {part.source}")
         for label, part in zip(across, parts, strict=True)
     ]
-    others = {at for label in pieces for at in varying_axes(label)} - {axis}
-    shape = [call.shape[at] if at in others else 1 for at in range(ndim)]
+    shared_axes = {at for label in pieces for at in varying_axes(label)} - {axis}
+    shape = [call.shape[at] if at in shared_axes else 1 for at in range(ndim)]
     pieces = [np.broadcast_to(label, [*shape[:axis], label.shape[axis], *shape[axis + 1 :]]) for label in pieces]
-    whole = np.concatenate(pieces, axis)
-    return settle_labels(call.names, [whole, *join_labels(call.names, rest, ndim)])
+    joined = np.concatenate(pieces, axis)
+    return settle_labels(call.names, [joined, *join_labels(call.names, rest, ndim)])
 
 
 @plain_shape("cat", torch.cat)
 def cat_shape(tensors: Sequence[Tensor], axis: int = 0) -> Shape | None:
-    first, *others = (list(tensor.shape) for tensor in tensors)
+    first, *following = (list(tensor.shape) for tensor in tensors)
     if not -len(first) <= axis < len(first):
         return None
-    for other in others:
-        if len(other) != len(first):
+    for shape in following:
+        if len(shape) != len(first):
             return None
-        first[axis] += other[axis]
-        other[axis] = first[axis]
-        if other != first:
+        first[axis] += shape[axis]
+        shape[axis] = first[axis]
+        if shape != first:
             return None
     return tuple(first)
 
@@ -387,16 +395,16 @@ def index(call: Call) -> Labels:
         indices = [None] * (call.args[1] % value.ndim) + [call.args[2]]
     else:
         return freeze_unknown(call)  # type: ignore[no-any-return]
-    for each in indices:
-        if isinstance(each, ChannelTensor):
-            freeze_labels(call.names, each.labels, "used as an index")
-    addressed = [axis for axis, each in enumerate(indices) if each is not None]
-    if any(getattr(each, "dtype", None) in (torch.bool, torch.uint8) for each in indices):
+    for entry in indices:
+        if isinstance(entry, ChannelTensor):
+            freeze_labels(call.names, entry.labels, "used as an index")
+    addressed = [axis for axis, entry in enumerate(indices) if entry is not None]
+    if any(getattr(entry, "dtype", None) in (torch.bool, torch.uint8) for entry in indices):
         return freeze_unknown(call)  # type: ignore[no-any-return]
     labels = []
     for label in as_operand(value).labels:
         label = pin_axes(call.names, label, addressed, "addressed by index")
-        zeros = [None if each is None else torch.zeros([1] * each.ndim, dtype=torch.int64) for each in indices]
+        zeros = [None if entry is None else torch.zeros([1] * entry.ndim, dtype=torch.int64) for entry in indices]
         if kind == "index_select":
             labels.append(label)
         else:
@@ -405,7 +413,7 @@ def index(call: Call) -> Labels:
 
 
 @attributes(nn.Embedding)
-def embedding_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def embedding_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     return {"num_embeddings": layer.weight.shape[0], "embedding_dim": layer.weight.shape[1]}
 
 

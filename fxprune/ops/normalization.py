@@ -29,13 +29,16 @@ from fxprune.channels.tensor import (
     mark_norm,
     rule,
 )
+from fxprune.graph.layers import BATCH_NORMS
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument, value_of
+from fxprune.rewrite.kinds import mark_kind
 from fxprune.rewrite.norms import norm_over_kept, put_back, take_kept
 from fxprune.rewrite.param_map import Kept
 
 aten = torch.ops.aten
+mark_kind("norm", *BATCH_NORMS)
 
 
 def for_first_result(call: Call, labels: Labels) -> Any:
@@ -78,8 +81,8 @@ def batch_norm_in_steps(
     """``F.batch_norm`` as a whole: of an empty batch torch makes another operator, of the first channel alone."""
     if input.numel():
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, *rest, **more)
-    whole = (input, weight, bias, running_mean, running_var, training, 0.1, 1e-5, False)
-    return apply_operator(aten.batch_norm.default, whole, {})
+    arguments = (input, weight, bias, running_mean, running_var, training, 0.1, 1e-5, False)
+    return apply_operator(aten.batch_norm.default, arguments, {})
 
 
 STEPS[F.batch_norm] = batch_norm_in_steps
@@ -101,8 +104,8 @@ def lower_batch_norm(layer: Any, tensors: Tensors, x: Tensor, training: bool) ->
 
 
 @attributes(nn.modules.batchnorm._NormBase)
-def batch_norm_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
-    return {"num_features": given[1] if len(given) > 1 else layer.num_features}
+def batch_norm_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
+    return {"num_features": input[1] if len(input) > 1 else layer.num_features}
 
 
 @norm_over_kept(F.batch_norm)
@@ -136,9 +139,9 @@ WHOLE |= {
 
 @plain_shape("layer_norm", F.layer_norm)
 def layer_norm_shape(x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, *rest: Any) -> Shape | None:
-    wanted = tuple(shape)
-    fits = x.shape[-len(wanted) :] == wanted and all(
-        vector is None or vector.shape == wanted for vector in (weight, bias)
+    normalized = tuple(shape)
+    fits = x.shape[-len(normalized) :] == normalized and all(
+        vector is None or vector.shape == normalized for vector in (weight, bias)
     )
     return x.shape if fits else None
 
@@ -157,8 +160,8 @@ def fit_layer_norm(run: CompactRun, node: fx.Node) -> None:
 
 
 @attributes(nn.LayerNorm, nn.RMSNorm)
-def layer_norm_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
-    return {"normalized_shape": tuple(given[-len(layer.normalized_shape) :])}
+def layer_norm_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
+    return {"normalized_shape": tuple(input[-len(layer.normalized_shape) :])}
 
 
 @norm_over_kept(F.layer_norm)
@@ -210,9 +213,9 @@ def fit_group_norm(run: CompactRun, node: fx.Node) -> None:
 
 
 @attributes(nn.GroupNorm)
-def group_norm_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def group_norm_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     size = layer.num_channels // layer.num_groups
-    return {"num_groups": 1 if layer.num_groups == 1 else given[1] // size, "num_channels": given[1]}
+    return {"num_groups": 1 if layer.num_groups == 1 else input[1] // size, "num_channels": input[1]}
 
 
 @norm_over_kept(F.group_norm)

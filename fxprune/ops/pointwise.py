@@ -20,7 +20,10 @@ from fxprune.channels.labels import Labels, Operand, align_label, join_labels, v
 from fxprune.channels.layers import Lowered, Tensors, lowering
 from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import Call, as_operand, freeze_unknown, rule
+from fxprune.graph.layers import ELEMENTWISE
 from fxprune.rewrite.attributes import attributes
+from fxprune.rewrite.branches import SUMS
+from fxprune.rewrite.kinds import GIVES_ZEROS, mark_kind
 
 aten = torch.ops.aten
 
@@ -83,8 +86,21 @@ def lower_pointwise(layer: Any, tensors: Tensors, x: Tensor, training: bool) -> 
     return in_place if in_place is not None and layer.inplace else called, (x, *numbers)
 
 
+mark_kind(
+    "pointwise",
+    *(*ELEMENTWISE, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus, nn.Hardsigmoid, nn.Hardtanh),
+    *(nn.PReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(*SUMS, operator.sub, torch.sub, "sub", operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+    *(torch.relu, torch.relu_, "relu", "relu_", torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.clone, "clone"),
+    *(F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, F.softplus),
+    *(torch.clamp, "clamp", "clamp_", "contiguous"),
+)
+GIVES_ZEROS.update((nn.ReLU, nn.ReLU6, nn.Hardswish))
+GIVES_ZEROS.update((torch.relu, torch.relu_, F.relu, F.relu6, F.hardswish, "relu", "relu_"))
+
+
 @attributes(nn.PReLU)
-def prelu_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def prelu_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     return {"num_parameters": layer.weight.shape[0]}
 
 
@@ -171,9 +187,9 @@ def with_vectors(call: Call, value: Operand, vectors: Iterable[Any], axis: int) 
     operands = [value]
     for vector in vectors:
         if isinstance(vector, Tensor):
-            given = as_operand(vector)
-            shape = (*given.shape, *[1] * (ndim - axis - 1))
-            operands.append(Operand(tuple(label.reshape(shape) for label in given.labels), shape, given.source))
+            operand = as_operand(vector)
+            shape = (*operand.shape, *[1] * (ndim - axis - 1))
+            operands.append(Operand(tuple(label.reshape(shape) for label in operand.labels), shape, operand.source))
     return join_labels(call.names, operands, ndim)
 
 

@@ -8,5 +8,5 @@ from fxprune.rewrite.attributes import Shape, attributes
 
 
 @attributes(nn.RNNBase)
-def recurrent_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+def recurrent_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     return {"input_size": layer.get_parameter("weight_ih_l0").shape[1]}

@@ -13,6 +13,7 @@ from fxprune.channels.layers import Lowered, Tensors, lowering
 from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import STEPS, Call, as_operand, mark_norm, name_of, rule
 from fxprune.ops.pointwise import same_shape
+from fxprune.rewrite.kinds import mark_kind
 from fxprune.rewrite.norms import norm_over_kept, put_back, take_kept
 from fxprune.rewrite.param_map import Kept
 
@@ -31,6 +32,13 @@ POOLS = (
     "upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d "
     "_upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
     "replication_pad3d grid_sampler_2d grid_sampler_3d"
+)
+
+mark_kind(
+    "pool",
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(F.adaptive_avg_pool2d, F.max_pool2d, torch.mean, "mean"),
 )
 
 

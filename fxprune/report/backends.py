@@ -62,7 +62,7 @@ def load_session(model: nn.Module, inputs: Bound, threads: int, provider: str) -
     if provider not in session.get_providers():
         raise BenchError(f"onnxruntime can't use {provider} here")
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors_in(inputs)]
-    return session, {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
+    return session, {slot.name: array for slot, array in zip(session.get_inputs(), arrays, strict=True)}
 
 
 BACKENDS: dict[str, Callable[[nn.Module, Bound, int], ForwardPass]] = {

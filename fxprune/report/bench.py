@@ -67,18 +67,18 @@ class Bench:
         Args:
             groups: the layers that the channels of each group go through; default, each layer for itself.
         """
-        found = {}
+        wasted = {}
         for name, paths in (groups or {path: [path] for path in self.layers}).items():
-            there = [path for path in paths if path in self.layers and path in self.layer_flops]
+            measured = [path for path in paths if path in self.layers and path in self.layer_flops]
             flops, seconds = (
-                [sum(its[path][k] for path in there) for k in (0, 1)] for its in (self.layer_flops, self.layers)
+                [sum(costs[path][k] for path in measured) for k in (0, 1)] for costs in (self.layer_flops, self.layers)
             )
             if not flops[0] or not seconds[0] or flops[1] > FELL * flops[0]:
                 continue
             left = flops[1] / flops[0], seconds[1] / seconds[0]
             if 1 - left[1] < IDLE * (1 - left[0]):
-                found[name] = left
-        return found
+                wasted[name] = left
+        return wasted
 
     def to_json(self) -> dict[str, Any]:
         """The bench as JSON data."""
@@ -145,8 +145,8 @@ def bench(
     return Bench(
         rows=tuple(rows),
         flops=flops,
-        layers={path: (its, times["after"].get(path, 0.0)) for path, its in times["before"].items()},
-        layer_flops={path: (its, counted[1].get(path, 0)) for path, its in counted[0].items()},
+        layers={path: (amount, times["after"].get(path, 0.0)) for path, amount in times["before"].items()},
+        layer_flops={path: (amount, counted[1].get(path, 0)) for path, amount in counted[0].items()},
         machine=f"{name_processor(device)}, {threads} CPU thread{'s' * (threads > 1)}, torch {torch.__version__}",
     )
 
@@ -181,22 +181,22 @@ def bench_table(bench: Bench) -> "Table":
     """A row a backend and batch size: milliseconds, what is left of them beside what is left of the FLOPs."""
     left = format_share(bench.flops)
     rows = []
-    for each in bench.rows:
-        if each.before is None or each.after is None or each.ratio is None:
-            rows.append((each.backend, str(each.batch), each.problem or "not measured", "", "", "", ""))
+    for row in bench.rows:
+        if row.before is None or row.after is None or row.ratio is None:
+            rows.append((row.backend, str(row.batch), row.problem or "not measured", "", "", "", ""))
             continue
-        efficiency = "" if each.efficiency is None else f"{each.efficiency:.2f}"
-        spread = f"{each.ratio.median:.0%} ({each.ratio.low:.0%} – {each.ratio.high:.0%})"
-        times = (format_milliseconds(each.before.median), format_milliseconds(each.after.median))
-        rows.append((each.backend, str(each.batch), *times, spread, left, efficiency))
+        efficiency = "" if row.efficiency is None else f"{row.efficiency:.2f}"
+        spread = f"{row.ratio.median:.0%} ({row.ratio.low:.0%} – {row.ratio.high:.0%})"
+        times = (format_milliseconds(row.before.median), format_milliseconds(row.after.median))
+        rows.append((row.backend, str(row.batch), *times, spread, left, efficiency))
     heads = ("batch", "before, ms", "after, ms", "time left (quartiles)", "FLOPs left", "efficiency")
     return make_table(("backend",), heads, rows)
 
 
-def idle_table(idle: Mapping[str, tuple[float, float]], what: str = "layers") -> "Table":
+def idle_table(idle: Mapping[str, tuple[float, float]], noun: str = "layers") -> "Table":
     """The groups or layers that saved FLOPs but hardly any time."""
     rows = [(name, f"{flops:.0%}", f"{seconds:.0%}") for name, (flops, seconds) in idle.items()]
-    return make_table((f"{what} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
+    return make_table((f"{noun} that save FLOPs but hardly any time",), ("FLOPs left", "time left"), rows)
 
 
 def name_processor(device: torch.device) -> str:

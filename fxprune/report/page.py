@@ -86,13 +86,13 @@ class Report:
         values = self.analysis.values[Mode.EVAL].get(region, {})
         nodes = dict[fx.Node, list[Value]]()
         for node in module.graphs[Mode.EVAL].nodes:
-            found = values_in(values.get(node.name))
-            if found or node.name not in values or node.op in ("placeholder", "output"):
-                nodes[node] = found
+            node_values = values_in(values.get(node.name))
+            if node_values or node.name not in values or node.op in ("placeholder", "output"):
+                nodes[node] = node_values
         number = {node: at for at, node in enumerate(nodes)}
-        drawn = lay_out([[number[each] for each in node.all_input_nodes if each in number] for node in nodes])
-        for (node, found), lanes in zip(nodes.items(), drawn, strict=True):
-            yield self.row(region, module, node, found, lanes)
+        drawn = lay_out([[number[source] for source in node.all_input_nodes if source in number] for node in nodes])
+        for (node, node_values), lanes in zip(nodes.items(), drawn, strict=True):
+            yield self.row(region, module, node, node_values, lanes)
 
     def row(self, region: str, module: TracedModule, node: fx.Node, values: list[Value], lanes: Lanes) -> Row:
         """The row of one node."""
@@ -120,9 +120,9 @@ class Report:
         """Layers that stand in none of the graphs."""
         names = [name for name in self.analysis.shapes if name not in self.shown]
         rows = []
-        for path, its in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
+        for path, parameters in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
             kind = type(self.analysis.graph.get_submodule(path)).__name__
-            axes = list(self.axes(its))
+            axes = list(self.axes(parameters))
             rows.append(Row(path or "the model", kind, (), "", [parts for _, parts in axes[:1]], axes, None))
         if rows:
             yield write_section(
@@ -168,9 +168,9 @@ class Report:
     def frozen_entries(self) -> Iterator[str]:
         """The reasons with the axes that they froze, and where they arose."""
         for text, number in self.reasons.items():
-            found = [frozen for frozen in self.analysis.frozen if frozen.reason.text == text]
-            place = {reason: self.analysis.place(reason) for reason in {frozen.reason for frozen in found}}
+            entries = [frozen for frozen in self.analysis.frozen if frozen.reason.text == text]
+            place = {reason: self.analysis.place(reason) for reason in {frozen.reason for frozen in entries}}
             members = [
-                f"{each.parameter}[{each.axis}]: {len(each.index)} frozen: {place[each.reason]}" for each in found
+                f"{axis.parameter}[{axis.axis}]: {len(axis.index)} frozen: {place[axis.reason]}" for axis in entries
             ]
-            yield write_entry(f"f{number}", text, count_noun(len(found), "axis", "axes"), "", members)
+            yield write_entry(f"f{number}", text, count_noun(len(entries), "axis", "axes"), "", members)

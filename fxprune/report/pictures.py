@@ -53,9 +53,11 @@ def draw_pictures(
     with matplotlib.rc_context(LOOK):
         if groups:
             figures.append(("Channels of each group, before (pale) and after", draw_widths(groups, colours)))
-        for each in stairs:
-            chosen, colour = groups.get(each.group, (0, 0))[1], colours.get(each.group, PLAIN)
-            figures.append((f"Time of the layers of {each.group}, by its width", draw_staircase(each, chosen, colour)))
+        for staircase in stairs:
+            chosen, colour = groups.get(staircase.group, (0, 0))[1], colours.get(staircase.group, PLAIN)
+            figures.append(
+                (f"Time of the layers of {staircase.group}, by its width", draw_staircase(staircase, chosen, colour))
+            )
         if log:
             figures.append(("The training run; dotted lines are cuts", draw_run(log, colours)))
         if accuracies:
@@ -103,7 +105,7 @@ class Panel(NamedTuple):
 
 def draw_run(log: Log, colours: Mapping[str, Colour]) -> Figure:
     """By epoch: the time of a step, FLOPs, channels and norms of the groups, and the caller's numbers."""
-    own = collect_points((epoch.epoch, epoch.values) for epoch in log)
+    reported = collect_points((epoch.epoch, epoch.values) for epoch in log)
     norms = collect_points((epoch.epoch, epoch.norms) for epoch in log)
     panels = [
         Panel(
@@ -112,7 +114,7 @@ def draw_run(log: Log, colours: Mapping[str, Colour]) -> Figure:
         Panel("FLOPs of a sample", {"": [(epoch.epoch, epoch.flops) for epoch in log]}),
         Panel("channels of each group", collect_points((epoch.epoch, epoch.widths) for epoch in log)),
         Panel("median norm of the channels of each group", norms, log=True),
-        *(Panel(name, {"": points}, from_zero=False) for name, points in own.items()),
+        *(Panel(name, {"": points}, from_zero=False) for name, points in reported.items()),
     ]
     cuts = [epoch.epoch + 0.5 for epoch in log if epoch.removed and epoch.epoch < log[-1].epoch]
     rows = math.ceil(len(panels) / 2)

@@ -43,7 +43,11 @@ class Row(NamedTuple):
     @property
     def touches(self) -> dict[str, Part]:
         """The groups and reasons of its result and parameters, by their ids."""
-        return {part.of: part for parts in (*self.gives, *(its for _, its in self.axes)) for part in parts}
+        return {
+            part.of: part
+            for parts in (*self.gives, *(parts_of_axis for _, parts_of_axis in self.axes))
+            for part in parts
+        }
 
 
 def lay_out(reads: Sequence[Sequence[int]]) -> list[Lanes]:
@@ -53,13 +57,13 @@ def lay_out(reads: Sequence[Sequence[int]]) -> list[Lanes]:
     until = dict[int, int]()  # lane -> the last row that reads it
     result = []
     for at, sources in enumerate(reads):
-        above, mine = sorted(until), sorted({lane_of[source] for source in sources})
+        above, sources_above = sorted(until), sorted({lane_of[source] for source in sources})
         until = {lane: end for lane, end in until.items() if end > at}
         past = sorted(until)
-        lane_of[at] = next(lane for lane in itertools.chain(mine, itertools.count()) if lane not in until)
+        lane_of[at] = next(lane for lane in itertools.chain(sources_above, itertools.count()) if lane not in until)
         if at in last:
             until[lane_of[at]] = last[at]
-        result.append(Lanes(0, lane_of[at], mine, above, past, sorted(until)))
+        result.append(Lanes(0, lane_of[at], sources_above, above, past, sorted(until)))
     width = max(lane_of.values(), default=-1) + 1
     return [lanes._replace(width=width) for lanes in result]
 
@@ -80,19 +84,19 @@ def nest_rows(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0
     """
     html = list[str]()
     for scope, run in itertools.groupby(rows, lambda row: row.scope[: depth + 1]):
-        its = list(run)
+        members = list(run)
         if len(scope) <= depth:
-            html += (unfold_row(row, outer) for row in its)
-        elif len(its) < 3 or len(its) == len(rows):
-            html.append(nest_rows(its, is_open, depth + 1, level, outer))
+            html += (unfold_row(row, outer) for row in members)
+        elif len(members) < 3 or len(members) == len(rows):
+            html.append(nest_rows(members, is_open, depth + 1, level, outer))
         else:
-            groups = {of: part for row in its for of, part in row.touches.items() if of[0] == "g"}
+            groups = {of: part for row in members for of, part in row.touches.items() if of[0] == "g"}
             swatches = "".join(map(draw_swatch, itertools.islice(groups.values(), 12)))
             html.append(
                 f'<details class="fold" style="--in:{level + 1}"{" open" if is_open or not level else ""}><summary>'
-                f"{draw_above(its[0].lanes)}{shorten_path('.'.join(scope), outer)}"
-                f'<span class="kind">{len(its)} nodes</span><span class="bars">{swatches}</span></summary>'
-                f"{nest_rows(its, is_open, depth + 1, level + 1, '.'.join(scope) + '.')}</details>"
+                f"{draw_above(members[0].lanes)}{shorten_path('.'.join(scope), outer)}"
+                f'<span class="kind">{len(members)} nodes</span><span class="bars">{swatches}</span></summary>'
+                f"{nest_rows(members, is_open, depth + 1, level + 1, '.'.join(scope) + '.')}</details>"
             )
     return "".join(html)
 
@@ -120,9 +124,9 @@ def unfold_row(row: Row, outer: str) -> str:
 
 def say_bars(bars: Sequence[Parts]) -> str:
     """The gist of some bars in words: which group, or how many, and why the rest is frozen."""
-    found = {part.of: part.text for parts in bars for part in parts}
-    groups = [text for of, text in found.items() if of[0] == "g"]
-    frozen = [text for of, text in found.items() if of[0] == "f"]
+    texts = {part.of: part.text for parts in bars for part in parts}
+    groups = [text for of, text in texts.items() if of[0] == "g"]
+    frozen = [text for of, text in texts.items() if of[0] == "f"]
     return ", ".join((groups if len(groups) < 2 else [f"{len(groups)} groups"]) + frozen)
 
 
@@ -130,9 +134,9 @@ def draw_beside(lanes: Lanes | None) -> str:
     """The lines beside a row: what passes it, what it reads, what it gives; and its dot."""
     if not lanes:
         return ""
-    own = f"M{lanes.at + 0.5} 1V2" if lanes.at in lanes.below else ""
+    dot_down = f"M{lanes.at + 0.5} 1V2" if lanes.at in lanes.below else ""
     reads = "".join(f"M{lane + 0.5} 0Q{lane + 0.5} 1 {lanes.at + 0.5} 1" for lane in lanes.reads)
-    return draw_gutter(lanes, draw_down(lanes.past) + reads + own, f'<i class="dot" style="--at:{lanes.at}"></i>')
+    return draw_gutter(lanes, draw_down(lanes.past) + reads + dot_down, f'<i class="dot" style="--at:{lanes.at}"></i>')
 
 
 def draw_above(lanes: Lanes | None) -> str:

@@ -84,7 +84,7 @@ class Summary:
 
     def paths(self) -> dict[str, list[str]]:
         """The layers that the channels of each group go through."""
-        return {name: [each.name for each in self.layers if name in each.groups] for name in self.groups}
+        return {name: [layer.name for layer in self.layers if name in layer.groups] for name in self.groups}
 
     def to_html(
         self,
@@ -154,7 +154,7 @@ def summarize(
     """
     plan.check(analysis.sizes)
     after = analysis.after(plan, compact)
-    counts = [total_costs(each) for each in (analysis, after)]
+    counts = [total_costs(analysed) for analysed in (analysis, after)]
     return Summary(
         groups={name: (size, plan.widths.get(name, 0)) for name, size in analysis.sizes.items()},
         layers=layer_rows(analysis, after),
@@ -168,11 +168,11 @@ def layers_table(summary: Summary) -> "Table":
     """A row a layer: the channels that it reads and writes, its parameters and FLOPs, before and after."""
     heads = ["inputs", "outputs", "parameters", "FLOPs", "left", *["ms", "left"][: 2 * (summary.bench is not None)]]
     rows = []
-    for each in summary.layers:
-        row = [each.name, each.kind, *map(format_change, (each.inputs, each.outputs, each.params, each.flops))]
-        row.append(format_share(each.flops))
+    for layer in summary.layers:
+        row = [layer.name, layer.kind, *map(format_change, (layer.inputs, layer.outputs, layer.params, layer.flops))]
+        row.append(format_share(layer.flops))
         if summary.bench is not None:
-            seconds = summary.bench.layers.get(each.name, (0.0, 0.0))
+            seconds = summary.bench.layers.get(layer.name, (0.0, 0.0))
             row += [" → ".join(map(format_milliseconds, seconds)), format_share(seconds)]
         rows.append(row)
     return make_table(("layer", "kind"), heads, rows)
@@ -184,12 +184,12 @@ def totals_table(summary: Summary) -> "Table":
         (UNITS[kind], *(format_amount(kind, value) for value in both), format_share(both))
         for kind, both in summary.totals.items()
     ]
-    for each in summary.bench.rows if summary.bench is not None else ():
-        if each.before is not None and each.after is not None and each.ratio is not None:
-            times = (format_milliseconds(its.median) for its in (each.before, each.after))
-            rows.append((f"ms, {each.backend}, batch {each.batch}", *times, f"{each.ratio.median:.0%}"))
+    for row in summary.bench.rows if summary.bench is not None else ():
+        if row.before is not None and row.after is not None and row.ratio is not None:
+            times = (format_milliseconds(spread.median) for spread in (row.before, row.after))
+            rows.append((f"ms, {row.backend}, batch {row.batch}", *times, f"{row.ratio.median:.0%}"))
     if summary.accuracy is not None:
-        rows.append(("accuracy", *(f"{each:.1%}" for each in summary.accuracy), ""))
+        rows.append(("accuracy", *(f"{accuracy:.1%}" for accuracy in summary.accuracy), ""))
     return make_table(("",), ("before", "after", "left"), rows)
 
 
@@ -217,8 +217,8 @@ def total_costs(analysis: Analysis) -> dict[str, float]:
 def layer_rows(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     """The layers with weights, in the order of the model."""
     with in_eval(before.graph, after.graph):
-        flops = [count_flops(each.graph, each.example_inputs) for each in (before, after)]
-    modules = [weighted_modules(each.graph) for each in (before, after)]
+        flops = [count_flops(analysis.graph, analysis.example_inputs) for analysis in (before, after)]
+    modules = [weighted_modules(analysis.graph) for analysis in (before, after)]
     groups: dict[str, list[str]] = {}
     for group in before.groups.values():
         for path in layers_of(group):
@@ -226,16 +226,18 @@ def layer_rows(before: Analysis, after: Analysis) -> tuple[Layer, ...]:
     kinds = class_names(before.graph)
     result = []
     for path, layer in modules[0].items():
-        both = (layer, modules[1].get(path))
-        outputs, inputs = zip(*map(channels_of_layer, both), strict=True)
+        pair = (layer, modules[1].get(path))
+        outputs, inputs = zip(*map(channels_of_layer, pair), strict=True)
         result.append(
             Layer(
                 name=path,
                 kind=kinds.get(path, type(layer).__name__),
                 outputs=outputs,
                 inputs=inputs,
-                params=as_pair(sum(p.numel() for p in each.parameters(recurse=False)) if each else 0 for each in both),
-                flops=as_pair(its.get(path, 0) for its in flops),
+                params=as_pair(
+                    sum(p.numel() for p in layer.parameters(recurse=False)) if layer else 0 for layer in pair
+                ),
+                flops=as_pair(amounts.get(path, 0) for amounts in flops),
                 groups=tuple(groups.get(path, ())),
             )
         )
@@ -259,13 +261,13 @@ def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def class_names(model: nn.Module) -> dict[str, str]:
     """The class that each module had which tracing went through, by path."""
-    found = {}
+    kinds = {}
     for region, traced in regions_of(model).items():
         for node in traced.graphs[Mode.EVAL].nodes:
             if node.op != "call_module":
                 for path, kind in node.meta.get("nn_module_stack", {}).values():
-                    found[f"{region}.{path}".strip(".")] = getattr(kind, "__name__", str(kind))
-    return found
+                    kinds[f"{region}.{path}".strip(".")] = getattr(kind, "__name__", str(kind))
+    return kinds
 
 
 def channels_of_layer(layer: nn.Module | None) -> tuple[int, int]:

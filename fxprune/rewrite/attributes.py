@@ -11,9 +11,9 @@ ATTRIBUTES: dict[type[nn.Module], Attributes] = {}  # ops/ fills it
 
 
 def attributes(*layers: type[nn.Module]) -> Callable[[Attributes], Attributes]:
-    """Say which attributes of a layer follow from its weights: decorates ``f(layer, given, out) -> {name: value}``.
+    """Say which attributes of a layer follow from its weights: decorates ``f(layer, input, out) -> {name: value}``.
 
-    ``given`` and ``out`` are the shapes of what the layer is given and gives, after the cut.
+    ``input`` and ``out`` are the shapes of what the layer gets and gives, after the cut.
 
     Args:
         layers: classes; what derives from them counts too, unless it has attributes of its own.
@@ -26,9 +26,9 @@ def attributes(*layers: type[nn.Module]) -> Callable[[Attributes], Attributes]:
     return register
 
 
-def layer_attributes(layer: nn.Module, given: Shape, out: Shape) -> dict[str, Any]:
+def layer_attributes(layer: nn.Module, input: Shape, out: Shape) -> dict[str, Any]:
     """The attributes of a layer that follow from its weights and the shapes of its input and output."""
     for kind in type(layer).__mro__:
         if kind in ATTRIBUTES:
-            return ATTRIBUTES[kind](layer, given, out)
+            return ATTRIBUTES[kind](layer, input, out)
     return {}

@@ -36,5 +36,5 @@ def density_of_layers(analysis: Analysis, group: Group) -> float:
     shapes = {name: shape for name, shape in analysis.shapes.items() if len(shape) > 1}
     members = [member for member in group.members if member.parameter in shapes]
     writers = [member for member in members if member.axis == output_axis(analysis, member.parameter)]
-    its = [shapes[member.parameter] for member in writers or members]
-    return sum(map(sum, its)) / sum(map(math.prod, its)) if its else 1.0
+    layer_shapes = [shapes[member.parameter] for member in writers or members]
+    return sum(map(sum, layer_shapes)) / sum(map(math.prod, layer_shapes)) if layer_shapes else 1.0

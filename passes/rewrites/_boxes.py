@@ -111,8 +111,8 @@ class Form:
     def key(self, x: Tensor) -> Any:
         """What the time depends on."""
         conv = self.conv
-        own = conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups, self.padding
-        return self.before, own, conv.get_buffer("pack").shape, x.shape, x.stride(), x.dtype
+        settings = conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups, self.padding
+        return self.before, settings, conv.get_buffer("pack").shape, x.shape, x.stride(), x.dtype
 
 
 def bounding_box(used: Tensor) -> tuple[Tensor, int]:
@@ -136,7 +136,7 @@ def resize_convolution(conv: nn.Conv2d, weight: Tensor, pack: Tensor, padding: t
     layout = torch.channels_last if conv.weight.stride(1) == 1 and conv.weight.shape[1] > 1 else torch.contiguous_format
     new.weight = nn.Parameter(weight.contiguous(memory_format=layout), conv.weight.requires_grad)
     new.kernel_size, new.padding = tuple(weight.shape[2:]), padding
-    new._reversed_padding_repeated_twice = [each for each in reversed(padding) for _ in range(2)]
+    new._reversed_padding_repeated_twice = [side for side in reversed(padding) for _ in range(2)]
     new.register_buffer("pack", pack)
     return new
 
@@ -144,5 +144,5 @@ def resize_convolution(conv: nn.Conv2d, weight: Tensor, pack: Tensor, padding: t
 def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
     """The zeros on each side, in numbers."""
     if conv.padding == "same":
-        return tuple(each * (size - 1) // 2 for each, size in zip(conv.dilation, conv.kernel_size, strict=True))
+        return tuple(dilation * (size - 1) // 2 for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True))
     return (0, 0) if isinstance(conv.padding, str) else tuple(conv.padding)

@@ -7,64 +7,20 @@ weights are not zero. Whatever is not understood may vary everywhere.
 
 import copy
 import functools
-import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fxprune.channels.interpret import Runner
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
-from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS, ELEMENTWISE, TRANSPOSED, channel_axis
+from fxprune.graph.layers import TRANSPOSED, channel_axis
 from fxprune.graph.traced import Mode, TracedModule
-from fxprune.rewrite.branches import SUMS, writes_in_place
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-LAYERS: dict[str, tuple[type, ...]] = {
-    "contraction": (*CONVOLUTIONS, *TRANSPOSED, nn.Linear),
-    "norm": BATCH_NORMS,
-    "pointwise": (
-        *(*ELEMENTWISE, *DROPOUTS, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus),
-        *(nn.Hardsigmoid, nn.Hardtanh, nn.PReLU),
-    ),
-    "pool": (
-        *(*AVERAGES, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
-        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    ),
-    "move": (nn.Flatten,),
-}
-FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "pointwise": (
-        *(*SUMS, operator.sub, torch.sub, "sub", operator.mul, operator.imul, torch.mul, "mul", "mul_"),
-        *(torch.relu, torch.relu_, "relu", "relu_", torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.clone, "clone"),
-        *(F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, F.softplus),
-        *(torch.clamp, "clamp", "clamp_", "contiguous"),
-    ),
-    "pool": (F.adaptive_avg_pool2d, F.max_pool2d, torch.mean, "mean"),
-    "move": (
-        *(torch.cat, torch.flatten, "flatten", torch.reshape, "reshape", "view", torch.permute, "permute"),
-        *(torch.transpose, "transpose", torch.chunk, "chunk", torch.split, "split", operator.getitem),
-        *("squeeze", "unsqueeze"),
-    ),
-}
-
-
-def kind_of(model: nn.Module, node: fx.Node) -> str:
-    """What a node does: "contraction", "norm", "pointwise", "pool" or "move"; its op where it is no call; else ""."""
-    if node.op == "call_module":
-        layer = model.get_submodule(str(node.target))
-        plain = len(node.args) == 1 and not node.kwargs and not getattr(layer, "return_indices", False)
-        plain = plain and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-        found = next((name for name, types in LAYERS.items() if type(layer) in types), "")
-        return found if plain and (found != "contraction" or "weight" in layer._parameters) else ""
-    if node.op in ("call_function", "call_method"):
-        return next((name for name, targets in FUNCTIONS.items() if node.target in targets), "")
-    return node.op
+from fxprune.rewrite.branches import writes_in_place
+from fxprune.rewrite.kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -117,8 +73,8 @@ class Constants(Runner):
     def past(self, n: fx.Node, does: str, args: Any, kwargs: Any, source: Any) -> Any:
         """The mask that node ``n`` makes of those of its inputs; None where all may vary."""
         layer: Any = self.layer(str(n.target)) if n.op == "call_module" else None
-        padded = isinstance(layer, AVERAGES) and layer.padding not in (0, (0,) * 2, (0,) * 3)
-        if padded or (isinstance(layer, DROPOUTS) and self.mode.training):
+        padded = isinstance(layer, nn.modules.pooling._AvgPoolNd) and layer.padding not in (0, (0,) * 2, (0,) * 3)
+        if padded or (isinstance(layer, nn.modules.dropout._DropoutNd) and self.mode.training):
             return None
         match does:
             case "get_attr":
@@ -130,7 +86,7 @@ class Constants(Runner):
             case "pointwise":
                 masks = [mask for mask in pytree.tree_leaves((args, kwargs)) if isinstance(mask, Tensor)]
                 return functools.reduce(torch.maximum, masks) if masks else None
-            case "pool" | "move":
+            case "pool" | "move" | "free move":
                 return getattr(self, n.op)(n.target, args, kwargs)
         return None
 
@@ -142,7 +98,7 @@ class Constants(Runner):
         """What layer ``n`` reads."""
         value, mask = (held[n.all_input_nodes[0]] for held in (self.env, self.varies))
         axis = channel_axis(self.layer(str(n.target)), value.ndim)
-        value, mask = (each.movedim(axis, 0).flatten(1) for each in (value, mask))
+        value, mask = (part.movedim(axis, 0).flatten(1) for part in (value, mask))
         low, high = value.aminmax(dim=1)
         even = high - low <= 1e-13 * (1 + high.abs())
         return Reading(n, (mask.amax(1) == 0) & even, value[:, 0].clone())
@@ -164,8 +120,8 @@ def past_contraction(layer: Any, mask: Tensor, value: Tensor) -> Tensor:
 def is_padded(layer: Any) -> bool:
     """Whether a layer reads zeros beyond the border."""
     padding = getattr(layer, "padding", 0)
-    none = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))
-    return not none and layer.padding_mode == "zeros"
+    unpadded = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))
+    return not unpadded and layer.padding_mode == "zeros"
 
 
 def past_norm(norm: Any, mask: Tensor, training: bool) -> Tensor:

@@ -19,12 +19,10 @@ from fxprune.channels.values import values_in
 from fxprune.errors import PlanError
 from fxprune.graph.trace import named_tensors, trace
 from fxprune.graph.traced import TracedModule
+from fxprune.options import allow_count, check_options
 from fxprune.pipeline import example_of
 from fxprune.rewrite.attributes import layer_attributes
-
-from ._constants import kind_of
-
-GROWS = (torch.cat, torch.flatten, "flatten")  # the movements that are right at any width
+from fxprune.rewrite.kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class Align(PassBase):
     example_inputs: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        number = isinstance(self.round_to, int) and not isinstance(self.round_to, bool) and self.round_to > 0
-        if not number and self.round_to != "auto":
-            raise PlanError(f"round_to={self.round_to!r} must be a positive integer or 'auto'")
+        check_options(self, PlanError, round_to=allow_count().or_auto())
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Returns a new module with the names of the old one."""
@@ -81,12 +77,12 @@ class Align(PassBase):
 def is_one_run(analysis: Analysis, group: Group, number: int) -> bool:
     """Whether the positions of a group on the axis of a member are one run, channel by channel."""
     member = group.members[number]
-    each, rest = divmod(len(member.index), group.size)
+    repeats, rest = divmod(len(member.index), group.size)
     run = np.arange(len(member.index)) + member.index[0]
     return (
         not rest
         and np.array_equal(member.index, run)
-        and np.array_equal(member.channel, np.repeat(range(group.size), each))
+        and np.array_equal(member.channel, np.repeat(range(group.size), repeats))
     )
 
 
@@ -119,7 +115,7 @@ def can_grow(graph: TracedModule, node: fx.Node) -> bool:
             and layer.in_channels == layer.out_channels == layer.groups
             and not layer.transposed
         )
-    return does in ("contraction", "norm", "pointwise", "pool") or node.target in GROWS or isinstance(layer, nn.Flatten)
+    return does in ("contraction", "norm", "pointwise", "pool", "free move")
 
 
 @torch.no_grad()
@@ -130,16 +126,16 @@ def grow_channels(model: TracedModule, analysis: Analysis, missing: dict[str, in
         group = analysis.groups[name]
         for member in group.members:
             size = analysis.shapes[member.parameter][member.axis]
-            its = after.setdefault((member.parameter, member.axis), np.zeros(size, dtype=np.int64))
-            its[member.index[-1]] += count * len(member.index) // group.size
+            inserted = after.setdefault((member.parameter, member.axis), np.zeros(size, dtype=np.int64))
+            inserted[member.index[-1]] += count * len(member.index) // group.size
     tensors = named_tensors(model)
     grown: dict[int, Tensor] = {}
-    for (name, axis), its in after.items():
+    for (name, axis), inserted in after.items():
         old = tensors[name]
         tensor = grown.get(id(old), old.detach())
-        place = torch.from_numpy(np.arange(len(its)) + np.cumsum(its) - its).to(tensor.device)
+        place = torch.from_numpy(np.arange(len(inserted)) + np.cumsum(inserted) - inserted).to(tensor.device)
         shape = [*tensor.shape]
-        shape[axis] += int(its.sum())
+        shape[axis] += int(inserted.sum())
         fill = 1.0 if name.endswith("running_var") else 0.0
         grown[id(old)] = tensor.new_full(shape, fill).index_copy_(axis, place, tensor)
     new = {
@@ -150,9 +146,9 @@ def grow_channels(model: TracedModule, analysis: Analysis, missing: dict[str, in
     for module in model.modules():
         both: Any = module._parameters, module._buffers
         for held in both:
-            mine = {leaf: new[id(tensor)] for leaf, tensor in held.items() if id(tensor) in new}
-            held.update(mine)
-            for tensor in list(mine.values())[:1]:
+            leaves = {leaf: new[id(tensor)] for leaf, tensor in held.items() if id(tensor) in new}
+            held.update(leaves)
+            for tensor in list(leaves.values())[:1]:
                 shape = [1, len(tensor)] + [1] * (tensor.ndim - 2)
                 for name, value in layer_attributes(module, tuple(shape), tuple(shape)).items():
                     setattr(module, name, value)

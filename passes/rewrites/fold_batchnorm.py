@@ -14,8 +14,7 @@ from fxprune.graph.layers import BATCH_NORMS, TRANSPOSED
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import EXAMPLE
-
-from ._constants import LAYERS
+from fxprune.rewrite.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class FoldBatchNorm(PassBase):
         """Returns a new module, with the names of the old one for all that stays."""
         example = self.example_inputs if self.example_inputs is not None else graph_module.meta.get(EXAMPLE)
         copied = copy.deepcopy(trace(graph_module, () if example is None else example)).eval()
-        found = dict(self.find(copied, example))
-        for norm, layer in found.items():
+        pairs = dict(self.find(copied, example))
+        for norm, layer in pairs.items():
             module: Any = copied.get_submodule(layer)
             fuse: Any = fuse_linear_bn_eval if isinstance(module, nn.Linear) else fuse_conv_bn_eval
             transposed = {"transpose": True} if isinstance(module, TRANSPOSED) else {}
@@ -49,7 +48,7 @@ class FoldBatchNorm(PassBase):
                     node.replace_all_uses_with(node.args[0])
                     graph.erase_node(node)
             copied.delete_submodule(norm)
-        if not found:
+        if not pairs:
             return PassResult(graph_module, False)
         copied.meta.pop("fxprune", None)  # the plan does not describe it any more
         copied.train(graph_module.training).recompile()
@@ -75,7 +74,7 @@ class FoldBatchNorm(PassBase):
             if any(len(node.users) != 1 for node in calls[layer]):
                 continue
             module: Any = model.get_submodule(layer)
-            if type(module) not in LAYERS["contraction"] or "weight" not in module._parameters:
+            if KINDS.get(type(module)) != "contraction" or "weight" not in module._parameters:
                 continue
             flat = isinstance(module, nn.Linear) and len(getattr(shapes.get(nodes[0].name), "shape", ())) == 2
             conv = not isinstance(module, nn.Linear) and not (isinstance(module, TRANSPOSED) and module.groups > 1)

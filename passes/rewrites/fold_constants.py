@@ -21,9 +21,10 @@ from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of
 from fxprune.plan import Plan
+from fxprune.rewrite.kinds import kind_of
 from fxprune.rewrite.rewrite import rewrite
 
-from ._constants import Constants, Reading, is_padded, kind_of
+from ._constants import Constants, Reading, is_padded
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class FoldConstants(PassBase):
         example = example_of(graph_module, self.example_inputs)
         graph = trace(graph_module, example)
         analysis = analyze(graph, example)
-        found = _Constants(graph, analysis, example, (Mode.EVAL,) if self.inference_only else tuple(Mode))
-        keep, carriers = found.decide()
-        found.warn()
+        constants = _Constants(graph, analysis, example, (Mode.EVAL,) if self.inference_only else tuple(Mode))
+        keep, carriers = constants.decide()
+        constants.warn()
         plan = Plan(keep, analysis.sizes, analysis.options)
         if not plan.keep:
             return PassResult(graph_module, False)
         copied = copy.deepcopy(graph)
-        biases = found.move(copied, plan, carriers)
+        biases = constants.move(copied, plan, carriers)
         compact, param_map = rewrite(copied, analysis, plan)
         for path, bias in biases.items():
             rows = param_map[f"{path}.weight"][0]
@@ -104,16 +105,16 @@ class _Constants:
         if len(channel) != len(reading.value):  # they vary along another axis too
             return self.block(channel[channel >= 0], f"{describe_place(reading.node)} reads a part of it")
         constant, value = reading.constant.cpu().numpy(), reading.value.cpu().numpy()
-        before, its = self.values.setdefault(path, (channel, value))
-        if not np.array_equal(before, channel):
-            return self.block(np.concatenate([before, channel]), f"{path} reads several")
-        here = channel >= 0
-        self.read[channel[here]] = True
-        same = np.isclose(value, its, rtol=1e-12, atol=1e-12)
-        self.constant[channel[here & ~(constant & same)]] = False
+        first_channel, first_value = self.values.setdefault(path, (channel, value))
+        if not np.array_equal(first_channel, channel):
+            return self.block(np.concatenate([first_channel, channel]), f"{path} reads several")
+        pruned = channel >= 0
+        self.read[channel[pruned]] = True
+        same = np.isclose(value, first_value, rtol=1e-12, atol=1e-12)
+        self.constant[channel[pruned & ~(constant & same)]] = False
         if getattr(layer, "groups", 1) > 1 or isinstance(layer, TRANSPOSED) or path in self.shared:
             why = "shares its weights" if path in self.shared else "is grouped or transposed"
-            self.block(channel[here & (value != 0)], f"{path}, which reads it, {why}")
+            self.block(channel[pruned & (value != 0)], f"{path}, which reads it, {why}")
 
     def block(self, channels: Any, why: str) -> None:
         """These can't go."""
@@ -123,8 +124,8 @@ class _Constants:
     def channels_in(self, tree: Any) -> Any:
         """The channels in a value."""
         labels = [label for value in values_in(tree) for label in value.labels]
-        found = [self.rows.of_root[self.analysis.names.find(label).ravel()] for label in labels]
-        every = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+        numbers = [self.rows.of_root[self.analysis.names.find(label).ravel()] for label in labels]
+        every = np.unique(np.concatenate(numbers)) if numbers else np.zeros(0, dtype=np.int64)
         return every[every >= 0]
 
     def decide(self) -> tuple[dict[str, Any], dict[str, int]]:
@@ -132,9 +133,9 @@ class _Constants:
         keep, carriers = {}, {}
         inexact = np.array([group.inexact for group in self.analysis.groups.values()], dtype=bool)
         for number, name in enumerate(self.rows.names):
-            here: list[int] = np.flatnonzero(self.rows.group == number).tolist()
+            channels: list[int] = np.flatnonzero(self.rows.group == number).tolist()
             gone = [
-                c for c in here if self.read[c] and self.constant[c] and c not in self.stuck and not inexact[number]
+                c for c in channels if self.read[c] and self.constant[c] and c not in self.stuck and not inexact[number]
             ]
             least = {c: min(self.past_padding(c), default=0.0) for c in gone if any(self.past_padding(c))}
             if least:
@@ -145,17 +146,17 @@ class _Constants:
                 else:
                     self.block(least, "padded layers read it, and no other channel could carry it past all of them")
                     gone = [c for c in gone if c not in least]
-            gone = gone[1:] if len(gone) == len(here) else gone  # a group keeps one
-            keep[name] = [c - here[0] for c in here if c not in set(gone)]
+            gone = gone[1:] if len(gone) == len(channels) else gone  # a group keeps one
+            keep[name] = [c - channels[0] for c in channels if c not in set(gone)]
         return keep, carriers
 
     def past_padding(self, channel: int) -> list[float]:
         """The absolute values of a channel at the layers that pad with zeros."""
-        found = []
+        sizes = []
         for path, (channels, value) in self.values.items():
             if is_padded(self.graph.get_submodule(path)):
-                found += [abs(float(v)) for v in value[channels == channel]]
-        return found
+                sizes += [abs(float(v)) for v in value[channels == channel]]
+        return sizes
 
     def warn(self) -> None:
         """Name the constants that stay."""

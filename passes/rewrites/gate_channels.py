@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS
 from fxprune.graph.traced import TracedModule
+from fxprune.options import allow_number, check_options
 from fxprune.rewrite.branches import is_sum
 
 
@@ -46,8 +47,7 @@ class GateChannels(PassBase):
     threshold: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise PlanError(f"threshold={self.threshold!r} must be a number that is not negative")
+        check_options(self, PlanError, threshold=allow_number(least=0))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graphs of all modes, and the layers, in place."""
@@ -98,8 +98,8 @@ class GateChannels(PassBase):
             used = ((size >= self.threshold) & (size > 0)).flatten(2).any(2)
             norms = {name_norm_after(model, node, twice) for node in nodes}
             norm = norms.pop() if len(norms) == 1 else ""
-            whole = torch.ones_like(used[:, 0])
-            gate = _Gate(at_least_one(used.any(0)), at_least_one(used.any(1) if norm else whole), norm)
+            unchanged = torch.ones_like(used[:, 0])
+            gate = _Gate(at_least_one(used.any(0)), at_least_one(used.any(1) if norm else unchanged), norm)
             if (len(gate.writes), len(gate.reads)) != used.shape:
                 result[path] = gate
         return result
@@ -141,8 +141,8 @@ def gate_node(model: nn.Module, graph: fx.Graph, node: fx.Node, gate: _Gate) -> 
         with graph.inserting_before(norm.next):
             padded = graph.call_function(F.pad, (norm, (0, 0) * (weight.ndim - 2) + (0, 1)))
             where = graph.get_attr(f"{node.target}.position")
-            whole = graph.call_function(torch.index_select, (padded, axis, where))
-        norm.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not padded)
+            result = graph.call_function(torch.index_select, (padded, axis, where))
+        norm.replace_all_uses_with(result, delete_user_cb=lambda user: user is not padded)
 
 
 def cut_convolution(model: nn.Module, path: str, gate: _Gate) -> None:

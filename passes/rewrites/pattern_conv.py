@@ -16,13 +16,13 @@ from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.layers import is_depthwise
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, in_eval
+from fxprune.options import allow_words, check_options
 from fxprune.pipeline import example_of
+from fxprune.rewrite.kinds import kind_of
 
 from ._boxes import Choice, Form
-from ._constants import kind_of
 
 logger = logging.getLogger("fxprune")
-MEASURES = ("inference", "training", None)
 SECONDS = 0.1  # that each is run for, at least
 
 
@@ -51,8 +51,7 @@ class PatternConv(PassBase):
     example_inputs: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise PlanError(f"measure={self.measure!r} is not known; use {', '.join(map(repr, MEASURES))}")
+        check_options(self, PlanError, measure=allow_words("inference", "training").or_none())
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Returns a new module; the rewritten layers keep their names and have a buffer ``pack``, what moves."""
@@ -119,21 +118,21 @@ def calls_module(node: fx.Node, path: str) -> bool:
 def find_pattern_convolutions(model: TracedModule, example: Any) -> Iterator[tuple[str, nn.Conv2d, Tensor]]:
     """Each two-dimensional convolution that runs in eval mode: its path, itself, and what it reads of ``example``."""
     read: dict[str, Tensor] = {}
-    found = {path: each for path, each in model.named_modules() if isinstance(each, nn.Conv2d)}
+    convolutions = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
     def reading(path: str, x: Tensor) -> None:
         read.setdefault(path, x)
 
     hooks = [
-        each.register_forward_pre_hook(lambda _, args, path=path: reading(path, *args[:1]))
-        for path, each in found.items()
+        module.register_forward_pre_hook(lambda _, args, path=path: reading(path, *args[:1]))
+        for path, module in convolutions.items()
     ]
     args, kwargs = bind_inputs(example)
     with in_eval(model):
         model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    yield from ((path, found[path], x) for path, x in read.items())
+    yield from ((path, convolutions[path], x) for path, x in read.items())
 
 
 def measure_speedup(conv: nn.Conv2d, form: Form, x: Tensor, training: bool) -> float:

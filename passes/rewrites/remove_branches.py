@@ -15,6 +15,7 @@ from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE, TRANSPOSED
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule
+from fxprune.options import allow_number, check_options
 from fxprune.pipeline import example_of
 from fxprune.rewrite.branches import Branch, is_sum, remove_from
 
@@ -38,16 +39,15 @@ class RemoveBranches(PassBase):
     example_inputs: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
-            raise PlanError(f"threshold={self.threshold!r} must be a number, and not negative")
+        check_options(self, PlanError, threshold=allow_number(least=0))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Returns a new module, with the names of the old one for all that stays."""
         copied = self.reference(graph_module)
-        found = self.find(copied)
-        if not any(found.values()):
+        branches = self.find(copied)
+        if not any(branches.values()):
             return PassResult(graph_module, False)
-        remove_from(copied, found)
+        remove_from(copied, branches)
         copied.meta.pop("fxprune", None)  # the plan does not describe it any more
         copied.recompile()
         return PassResult(copied, True)
@@ -56,7 +56,7 @@ class RemoveBranches(PassBase):
         """A copy of the model with what counts as zero set to zero: what the rewritten one equals."""
         copied: TracedModule = copy.deepcopy(trace(graph_module, example_of(graph_module, self.example_inputs)))
         with torch.no_grad():
-            for branch in (branch for its in self.find(copied).values() for branch in its):
+            for branch in (branch for branches in self.find(copied).values() for branch in branches):
                 for path in (str(node.target) for node in (branch.end, *branch.tail)):
                     layer: Any = copied.get_submodule(path)
                     if isinstance(getattr(layer, "weight", None), Tensor):
@@ -69,14 +69,23 @@ class RemoveBranches(PassBase):
     def find(self, graph: TracedModule) -> dict[Mode, list[Branch]]:
         """The branches of each mode's graph, in all that have them."""
         analysis = analyze(graph, example_of(graph, self.example_inputs))
-        found = {place.mode: list(self.constant(graph, place.graph, place.values)) for place in analysis.places()}
+        constant_branches = {
+            place.mode: list(self.constant(graph, place.graph, place.values)) for place in analysis.places()
+        }
         calls = Counter(node.target for nodes in graph.distinct_graphs().values() for node in nodes.nodes)
-        within = Counter(path for each in found.values() for branch in each for path in find_replaced(graph, branch))
+        within = Counter(
+            path
+            for branches in constant_branches.values()
+            for branch in branches
+            for path in find_replaced(graph, branch)
+        )
         return {
             mode: [
-                branch for branch in each if all(calls[path] == within[path] for path in find_replaced(graph, branch))
+                branch
+                for branch in branches
+                if all(calls[path] == within[path] for path in find_replaced(graph, branch))
             ]
-            for mode, each in found.items()
+            for mode, branches in constant_branches.items()
         }
 
     def constant(self, graph: TracedModule, nodes: fx.Graph, values: Any) -> Iterator[Branch]:

@@ -18,8 +18,8 @@ class Slices:
     def __init__(self, weight: nn.Parameter, member: Member, group: str, size: int, reads: bool = False) -> None:
         self.weight, self.axis, self.group, self.size, self.reads = weight, member.axis, group, size, reads
         self.others = [axis for axis in range(weight.ndim) if axis != member.axis]
-        whole = len(member.index) == weight.shape[member.axis]
-        self.index = None if whole else torch.from_numpy(member.index).to(weight.device)
+        covers_axis = len(member.index) == weight.shape[member.axis]
+        self.index = None if covers_axis else torch.from_numpy(member.index).to(weight.device)
         in_order = len(member.channel) == size and (member.channel == np.arange(size)).all()
         self.channel = None if in_order else torch.from_numpy(member.channel).to(weight.device)
 
@@ -36,8 +36,8 @@ class Slices:
         """``values``, one a channel, where the channels are on the axis; broadcasts against the weight."""
         values = values if self.channel is None else values[self.channel]
         if self.index is not None:
-            whole = values.new_full((self.weight.shape[self.axis],), default)
-            values = whole.index_copy(0, self.index, values)
+            spread_out = values.new_full((self.weight.shape[self.axis],), default)
+            values = spread_out.index_copy(0, self.index, values)
         return values.reshape([-1 if axis == self.axis else 1 for axis in range(self.weight.ndim)])
 
     @torch.no_grad()

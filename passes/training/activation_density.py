@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from fxprune.budget.budget import patterns_of
 from fxprune.budget.cost import Channels, Floats
@@ -21,6 +20,7 @@ from fxprune.errors import PlanError
 from fxprune.graph.traced import Mode, regions_of
 from fxprune.options import allow_count, allow_number, allow_words, check_options
 from fxprune.plan import Plan
+from fxprune.rewrite.kinds import gives_zeros
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training.distributed import mean_over_ranks
 from fxprune.training.memory import derived_field
@@ -29,10 +29,6 @@ from fxprune.training.run import Run, TrainingPass
 
 from .._fresh import check_fresh, draw_weights
 from ._widths import keep_highest
-
-# What gives exact zeros.
-LAYERS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
-FUNCTIONS: tuple[Any, ...] = (torch.relu, torch.relu_, F.relu, F.relu6, F.hardswish, "relu", "relu_")
 
 
 @dataclass
@@ -178,14 +174,16 @@ class ActivationDensity(TrainingPass[Densities]):
             if not values:
                 return {}
             channel = rows.of_root[run.analysis.names.find(label).ravel()]
-            mine = channel >= 0
-            total = np.bincount(channel[mine], minlength=len(rows.group)) * values
-            share = np.bincount(channel[mine], nonzero[mine], minlength=len(rows.group))
-            for number in np.unique(rows.group[channel[mine]]):
-                here = slice(bounds[number], bounds[number + 1])
-                of_group, of_channels = sums.setdefault(rows.names[number], ([], np.zeros(here.stop - here.start)))
-                of_group.append(share[here].sum() / total[here].sum())
-                of_channels += share[here] / np.maximum(total[here], 1)
+            measured = channel >= 0
+            total = np.bincount(channel[measured], minlength=len(rows.group)) * values
+            share = np.bincount(channel[measured], nonzero[measured], minlength=len(rows.group))
+            for number in np.unique(rows.group[channel[measured]]):
+                stretch = slice(bounds[number], bounds[number + 1])
+                of_group, of_channels = sums.setdefault(
+                    rows.names[number], ([], np.zeros(stretch.stop - stretch.start))
+                )
+                of_group.append(share[stretch].sum() / total[stretch].sum())
+                of_channels += share[stretch] / np.maximum(total[stretch], 1)
         combine: Callable[[list[float]], Any] = np.max if self.several == "max" else np.mean
         left = set(memory.left)
         return {
@@ -202,7 +200,9 @@ class ActivationDensity(TrainingPass[Densities]):
         for _, label in measured:
             seen[rows.of_root[analysis.names.find(label).ravel()]] = True
         blind = {rows.names[number] for number in np.unique(rows.group[~seen[:-1]])}
-        chosen = {name for name, whole in zip(analysis.groups, held_groups(analysis, self.keep), strict=True) if whole}
+        chosen = {
+            name for name, is_held in zip(analysis.groups, held_groups(analysis, self.keep), strict=True) if is_held
+        }
         if blind | chosen == set(analysis.groups):
             raise PlanError(
                 f"ActivationDensity finds nothing to resize: of {len(analysis.groups)} groups, {len(blind)} have no "
@@ -220,10 +220,10 @@ class ActivationDensity(TrainingPass[Densities]):
 
     def after_cut(self, run: Run, memory: Densities, param_map: ParamMap) -> None:
         """Begin to count anew; with "reinit", to train anew where the cut was this pass's own."""
-        own, memory.planned = memory.planned, False
-        memory.settled, memory.since, memory.cuts = 0, 0, memory.cuts + own
+        by_this_pass, memory.planned = memory.planned, False
+        memory.settled, memory.since, memory.cuts = 0, 0, memory.cuts + by_this_pass
         memory.densities, memory.counts = {}, {}
-        if own and self.weights == "reinit":
+        if by_this_pass and self.weights == "reinit":
             start_again(run)
 
     def report(self, run: Run, memory: Densities) -> Mapping[str, float]:
@@ -251,23 +251,16 @@ def find_activations(analysis: Analysis) -> Iterator[tuple[str, Label]]:
                     break
 
 
-def gives_zeros(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is an activation that gives exact zeros."""
-    if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), LAYERS)
-    return node.op in ("call_function", "call_method") and node.target in FUNCTIONS
-
-
 def make_counter(label: Label, nonzero: Tensor, values: Tensor) -> Callable[[Tensor], None]:
     """What adds the non-zero elements of a value to ``nonzero``, int64[names of ``label``], and all to ``values``."""
-    others = [axis for axis, size in enumerate(label.shape) if size == 1]
+    summed = [axis for axis, size in enumerate(label.shape) if size == 1]
 
     def count_nonzero(value: Tensor) -> None:
         if value.is_meta:  # the model runs on shapes, as where its FLOPs are counted: there is nothing to count
             return
         # As float32, which is exact up to 16 million and is summed ten times as fast as bool on a CPU.
-        ones = torch.ne(value.detach(), 0, out=torch.empty_like(value, dtype=torch.float32, requires_grad=False))
-        nonzero.add_(ones.sum(others).flatten().to(nonzero))
+        indicator = torch.ne(value.detach(), 0, out=torch.empty_like(value, dtype=torch.float32, requires_grad=False))
+        nonzero.add_(indicator.sum(summed).flatten().to(nonzero))
         values.add_(value.numel() // len(nonzero))
 
     return count_nonzero

@@ -54,7 +54,7 @@ class Mask:
         self.layer = layer
         self.outside = None if pattern is None else ~pool.to(device)[pattern.to(device).long()]
         self.removed = removed.to(device)[:, :, None, None].expand(shape) if removed.any() else None
-        parts = [each for each in (self.outside, self.removed) if each is not None]
+        parts = [part for part in (self.outside, self.removed) if part is not None]
         self.gone = sum(parts[1:], start=parts[0]).bool() if parts else torch.zeros((), dtype=torch.bool, device=device)
 
 
@@ -100,24 +100,24 @@ def find_shortcuts(model: Model) -> Iterator[str]:
     """The 1×1 convolutions that are added, behind a norm or not, to what is computed from their own input."""
     for prefix, graph in eval_graphs(model):
         for join in filter(is_sum, graph.nodes):
-            for mine, other in (join.args, join.args[::-1]):
-                while mine.op == "call_module" and isinstance(
-                    model.get_submodule(f"{prefix}{mine.target}"), BATCH_NORMS
+            for branch, trunk in (join.args, join.args[::-1]):
+                while branch.op == "call_module" and isinstance(
+                    model.get_submodule(f"{prefix}{branch.target}"), BATCH_NORMS
                 ):
-                    mine = mine.args[0]
-                layer: Any = model.get_submodule(f"{prefix}{mine.target}") if mine.op == "call_module" else None
-                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and comes_from(other, mine.args[0]):
-                    yield f"{prefix}{mine.target}"
+                    branch = branch.args[0]
+                layer: Any = model.get_submodule(f"{prefix}{branch.target}") if branch.op == "call_module" else None
+                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and comes_from(trunk, branch.args[0]):
+                    yield f"{prefix}{branch.target}"
 
 
 def comes_from(node: fx.Node, source: fx.Node) -> bool:
     """Whether ``node`` is computed from ``source``, by at least one other node."""
     ahead, seen = list(node.all_input_nodes), set[fx.Node]()
     while ahead:
-        each = ahead.pop()
-        if each is source:
+        ancestor = ahead.pop()
+        if ancestor is source:
             return True
-        if each not in seen:
-            seen.add(each)
-            ahead += each.all_input_nodes
+        if ancestor not in seen:
+            seen.add(ancestor)
+            ahead += ancestor.all_input_nodes
     return False

@@ -26,7 +26,7 @@ def dynamic_pool(importances: list[Tensor], count: int) -> Tensor:
         count: patterns in the pool, fewer where the kernels choose fewer. Of two as frequent, that with earlier taps.
     """
     weights = 2 ** torch.arange(8, -1, -1)
-    best = [each.flatten(2).flatten(0, 1).topk(TAPS).indices.cpu() for each in importances]
+    best = [importance.flatten(2).flatten(0, 1).topk(TAPS).indices.cpu() for importance in importances]
     codes: Tensor
     times: Tensor
     codes, times = torch.unique(weights[torch.cat(best)].sum(1), return_counts=True)

@@ -13,34 +13,36 @@ State = dict[str, dict[str, Tensor]]  # parameter -> kind of state -> the values
 
 def pack_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> State:
     """Take the state out of ``optimizer`` and return that of the weights in ``masks``; nothing large stays there."""
-    its = {
+    packed = {
         name: {key: optimizer.state[p][key][masks[name]] for key in state_kinds(optimizer, p)}
         for name, p in parameters.items()
     }
-    empty_state(optimizer, parameters, its)
-    return its
+    empty_state(optimizer, parameters, packed)
+    return packed
 
 
-def empty_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], its: State) -> None:
-    """Let one zero take the place of each tensor of what ``packed`` returned, in its shape."""
-    for name, kept in its.items():
+def empty_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], packed: State) -> None:
+    """Let one zero take the place of each tensor of what ``pack_state`` returned, in its shape."""
+    for name, kept in packed.items():
         for key, values in kept.items():
             optimizer.state[parameters[name]][key] = values.new_zeros(()).expand(parameters[name].shape)
 
 
 def unpack_state(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], its: State
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], packed: State
 ) -> None:
-    """Put the state that ``packed`` returned back, with zeros for all other weights."""
-    for name, kept in its.items():
+    """Put the state that ``pack_state`` returned back, with zeros for all other weights."""
+    for name, kept in packed.items():
         for key, values in kept.items():
-            whole = torch.zeros_like(parameters[name], dtype=values.dtype, memory_format=torch.preserve_format)
-            optimizer.state[parameters[name]][key] = whole.masked_scatter_(masks[name], values.to(whole.device))
+            unpacked = torch.zeros_like(parameters[name], dtype=values.dtype, memory_format=torch.preserve_format)
+            optimizer.state[parameters[name]][key] = unpacked.masked_scatter_(masks[name], values.to(unpacked.device))
 
 
 def state_kinds(optimizer: Optimizer, parameter: nn.Parameter) -> list[str]:
     """The kinds of state of a parameter that start at zero and are shaped like it."""
     state = optimizer.state.get(parameter, {})
     return [
-        key for key, its in state.items() if key in ZERO and isinstance(its, Tensor) and its.shape == parameter.shape
+        key
+        for key, value in state.items()
+        if key in ZERO and isinstance(value, Tensor) and value.shape == parameter.shape
     ]

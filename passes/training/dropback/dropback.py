@@ -211,7 +211,7 @@ class DropBack(TrainingPass[Tracking]):
                 f"DropBack must be the last pass of a session, so that nothing moves weights after it; here "
                 f"{type(run.passes[-1]).__name__} is"
             )
-        zeroing = [type(other).__name__ for other in run.passes if other.zeroes_weights]
+        zeroing = [type(companion).__name__ for companion in run.passes if companion.zeroes_weights]
         if self.start_decay == 1 and zeroing:
             raise PlanError(
                 f"DropBack puts weights back to their start values, {zeroing[0]} sets them to zero: they can't stand "
