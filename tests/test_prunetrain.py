@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 import fxprune
-from fxprune import Plan, Session
-from fxprune.errors import PlanError, SessionError
+from fxprune import Budget, Plan, Session
+from fxprune.errors import FxpruneError, PlanError, SessionError
 from fxprune.passes import PruneTrain
 from fxprune.passes.training._lasso import Slices
 from fxprune.passes.training._lasso import sum_norms as fast_lasso
 from fxprune.passes.training._norms import at_least_float32
+from fxprune.passes.training._target import measure_costs
 
 TAU = 1e-4
 
@@ -821,3 +823,124 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_float32_is_the_least() -> None:
     assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------- a budget
+
+
+class Vgg(nn.Sequential):
+    """Four convolutions with norms and a classifier, for 8x8 pictures."""
+
+    def __init__(self) -> None:
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        super().__init__(
+            *block(3, 12), *block(12, 16), nn.MaxPool2d(2), *block(16, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(24, 5),
+        )  # fmt: skip
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "SGD": lambda model: SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=2e-3),
+    "RMSprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3),
+}
+
+
+def train_to_budget(optimizer: str, epochs: int, pruner: PruneTrain, steps: int = 6) -> tuple[Session, list[float]]:
+    """A run on random pictures, and how much each cut moved the outputs."""
+    model, inputs = small(Vgg)
+    targets = torch.arange(4) % 5
+    session = session_of(model, inputs, pruner, OPTIMIZERS[optimizer](model), epochs=epochs)
+    moved = []
+    for _ in range(epochs):
+        for _ in range(steps):
+            task = F.cross_entropy(session.model(inputs), targets)
+            session.optimizer.zero_grad()
+            (task + session.penalty(task)).backward()
+            session.optimizer.step()
+        session.optimizer.zero_grad()
+        before = session.model.eval()(inputs)
+        session.epoch_end()
+        moved.append((session.model(inputs) - before).abs().max().item())
+        session.model.train()
+    return session, moved
+
+
+@pytest.mark.parametrize("kind", ["flops", "params", "channels"])
+@pytest.mark.parametrize("epochs", [4, 9])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_budget_is_met_in_time_and_no_cut_moves_an_output(optimizer: str, epochs: int, kind: str) -> None:
+    session, moved = train_to_budget(optimizer, epochs, PruneTrain(budget=Budget(**{kind: 0.5}), by=0.6))
+    dense = fxprune.analyze(*small(Vgg))
+    deadline = int(0.6 * epochs + 0.5)
+    left = [measure_costs(analysis, Budget(**{kind: 0.5}))[kind] for analysis in (session.analysis, dense)]
+    assert 0.4 <= left[0] / left[1] <= 0.5
+    assert sum(epoch.removed > 0 for epoch in session.log) >= min(2, deadline - 1)
+    assert not any(epoch.removed for epoch in session.log.epochs[deadline:])
+    assert session.penalty(torch.ones(())) == 0, "the penalty ends with the budget"
+    assert max(moved) < 1e-10
+
+
+def test_without_the_pull_the_cuts_move_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PruneTrain, "_pull", lambda *_: None)
+    assert max(train_to_budget("SGD", 4, PruneTrain(budget=Budget(flops=0.5)))[1]) > 1e-4
+
+
+def test_a_shorter_epoch_before_a_cut_is_told() -> None:
+    model, inputs = small(Vgg)
+    session = session_of(model, inputs, PruneTrain(budget=Budget(flops=0.7), by=2), OPTIMIZERS["SGD"](model))
+    for steps in (10, 2):
+        for _ in range(steps):
+            one_step(session, inputs)
+        with pytest.warns(UserWarning, match="cut 6 steps before zero") if steps == 2 else nullcontext():
+            session.epoch_end()
+    assert "6 steps before zero" in session.log[-1].notes[0]
+
+
+def test_a_run_with_a_budget_goes_on_from_its_file(tmp_path: Path) -> None:
+    def go(session: Session, epochs: int) -> Session:
+        for _ in range(epochs):
+            for _ in range(5):
+                one_step(session, inputs)
+            session.epoch_end()
+        return session
+
+    pruner = PruneTrain(budget=Budget(flops=0.5), by=0.75, interval=1)
+    model, inputs = small(Vgg)
+    session = go(session_of(model, inputs, pruner, OPTIMIZERS["SGD"](model), epochs=4), 2)
+    session.save(tmp_path / "run.pt")
+    whole = go(session, 2)
+    again, _ = small(Vgg)
+    resumed = go(Session.load(tmp_path / "run.pt", again, inputs, OPTIMIZERS["SGD"](again), progress=False), 2)
+    assert resumed.passes == (pruner,)
+    assert resumed.analysis.sizes == whole.analysis.sizes
+    for name, value in whole.graph.state_dict().items():
+        assert torch.equal(value, resumed.graph.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("pruner", "options", "message"),
+    [
+        (lambda: PruneTrain(budget=Budget(flops=0.5)), {}, r"by 0\.6 of the run, whose length it does not know"),
+        (lambda: PruneTrain(budget=Budget(flops=0.5)), {"epochs": 2}, r"has 1 epochs .*, 0\.6 of 2, and needs 2"),
+        (lambda: PruneTrain(budget=Budget(flops=1e-6)), {"epochs": 9}, "can't be met"),
+        (lambda: PruneTrain(budget=Budget(latency=0.5)), {}, "not steered by latency"),
+        (lambda: PruneTrain(budget=0.5), {}, r"budget=0\.5 must be a fxprune\.Budget"),  # type: ignore[arg-type]
+        (lambda: PruneTrain(budget=Budget(flops=0.5), by=1), {}, "by=1 must be the share of the run"),
+        (lambda: PruneTrain(most=0), {}, "most=0 must be a number above 0"),
+    ],
+)
+def test_a_budget_that_has_no_chance(pruner: Callable[[], PruneTrain], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FxpruneError, match=message):
+        session_of(*small(Vgg), pruner(), **options)
+
+
+def test_a_cut_that_takes_nothing_says_why() -> None:
+    model, inputs = small(chain)
+    session = session_of(model, inputs, PruneTrain(interval=1))
+    one_step(session, inputs)
+    with pytest.warns(UserWarning, match=r"none of \d+ channels has all its weights below threshold=0\.0001"):
+        record = session.epoch_end()
+    assert "budget=" in record.notes[0]

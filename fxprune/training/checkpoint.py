@@ -144,7 +144,9 @@ def read_checkpoint(
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
         raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
-    return Saved(data, state, chosen, {**state.plan.options, "batch_size": state.batch_size}, start)
+    return Saved(
+        data, state, chosen, {**state.plan.options, "batch_size": state.batch_size, "epochs": state.epochs}, start
+    )
 
 
 def check_rest(data: dict[str, Any]) -> None:

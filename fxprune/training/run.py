@@ -1,6 +1,6 @@
 """Run: the state of a training run, and what a training pass is: small hooks that are given that state."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, cast, runtime_checkable
 
@@ -45,6 +45,7 @@ class Run:
         passes: the training passes, in the order in which they are called.
         memories: what each of them remembers.
         batch_size: samples a step on this rank, or None where nobody said; a pass may raise it.
+        epochs: how many there will be, or None where nobody said.
         epoch: how many epochs have ended.
         step: how many steps the optimizer has made.
         log: one record an epoch. Print it, or ``log.plot(path)``.
@@ -64,6 +65,7 @@ class Run:
     passes: "tuple[TrainingPass[Any], ...]" = ()
     memories: list[Any] = field(default_factory=list)
     batch_size: int | None = None
+    epochs: int | None = None
     epoch: int = 0
     step: int = 0
     log: Log = field(default_factory=Log)
@@ -163,3 +165,7 @@ class TrainingPass(Generic[M]):
     def report(self, run: Run, memory: M) -> Mapping[str, float]:
         """Numbers for the log."""
         return {}
+
+    def notes(self, run: Run, memory: M) -> Sequence[str]:
+        """Words for the log, after ``after_epoch``: what was left undone, and why."""
+        return ()

@@ -52,6 +52,7 @@ class Session(Run):
         passes: Sequence[TrainingPass[Any]] = (),
         *,
         batch_size: int | None = None,
+        epochs: int | None = None,
         when: Policy | None = None,
         writer: Writer | None = None,
         reset_state: bool = False,
@@ -70,6 +71,7 @@ class Session(Run):
             optimizer: of parameters of ``model``.
             passes: training passes, such as ``passes.PruneTrain()``.
             batch_size: samples a step on this rank; lets the log compare runs whose batches grow.
+            epochs: how many there will be; a pass with a budget needs to know when it should be met.
             when: asked before each cut whether to make it, such as ``WhenItPays(epochs)``; default, always.
             writer: gets the scalars of each epoch, for example torch.utils.tensorboard.SummaryWriter().
             reset_state: where the optimizer's state of a parameter can't be sliced, drop it instead of refusing.
@@ -98,6 +100,7 @@ class Session(Run):
         check_options(
             {
                 "batch_size": batch_size,
+                "epochs": epochs,
                 "when": when,
                 "writer": writer,
                 "reset_state": reset_state,
@@ -107,6 +110,7 @@ class Session(Run):
             },
             SessionError,
             batch_size=allow_count(why=": samples a step on this rank").or_none(),
+            epochs=allow_count(why=": epochs of the whole run").or_none(),
             when=Rule(callable, "must be a function such as fxprune.WhenItPays(epochs)").or_none(),
             writer=Rule(lambda it: hasattr(it, "add_scalar"), "must have add_scalar, as SummaryWriter has").or_none(),
             reset_state=FLAG,
@@ -133,6 +137,7 @@ class Session(Run):
             example_inputs=example_inputs,
             passes=tuple(passes),
             batch_size=batch_size,
+            epochs=epochs,
             wrappers=wrappers,
             around=outer,
             reset_state=reset_state,
@@ -221,7 +226,9 @@ class Session(Run):
         plan = merge_plans([training_pass.after_epoch(self, memory) for training_pass, memory in self.pairs()])
         require_same_cut(self, plan)
         record = self._meter.record(self, step_time, values)
-        notes = self._outcome(record)
+        notes = self._outcome(record) + tuple(
+            note for training_pass, memory in self.pairs() for note in training_pass.notes(self, memory)
+        )
         if plan is not None and plan.keep and self._when is not None:
             decision = distributed.gather_values(self._when(self, plan, record.step_time, record.steps))[0]
             notes += (decision.why,)

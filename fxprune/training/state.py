@@ -31,6 +31,7 @@ class RunState:
     epoch: int
     step: int
     batch_size: int | None
+    epochs: int | None
     log: Log
 
     def to_plain(self) -> dict[str, Any]:
@@ -41,6 +42,7 @@ class RunState:
             "epoch": self.epoch,
             "step": self.step,
             "batch_size": self.batch_size,
+            "epochs": self.epochs,
             "log": self.log.to_json(),
         }
 
@@ -54,8 +56,11 @@ class RunState:
         """
         plan = Plan.from_json(data["plan"])
         numbers = {"epoch": data["epoch"], "step": data["step"], "batch_size": data["batch_size"]}
+        numbers["epochs"] = data.get("epochs")  # files of older versions lack it
         for name, value in numbers.items():
-            if not (type(value) is int and 0 <= value < 2**48) and not (name == "batch_size" and value is None):
+            if not (type(value) is int and 0 <= value < 2**48) and not (
+                name in ("batch_size", "epochs") and value is None
+            ):
                 raise FileError(f"it is damaged: its {name} is {value!r:.60}, which is no such number")
         for part in data["passes"]:
             if not isinstance(part, dict):
@@ -76,6 +81,7 @@ def state_of(run: Run) -> RunState:
         epoch=run.epoch,
         step=run.step,
         batch_size=run.batch_size,
+        epochs=run.epochs,
         log=Log(run.log),
     )
 
@@ -111,6 +117,7 @@ def take_over_state(run: Run, state: RunState) -> None:
             load_values(memory, part.saved)
             run.prepare_pass(training_pass, memory)
     run.epoch, run.step, run.batch_size = state.epoch, state.step, state.batch_size
+    run.epochs = run.epochs or state.epochs
     run.log = Log(state.log)
 
 

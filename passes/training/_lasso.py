@@ -15,8 +15,8 @@ from ._norms import EPSILON, at_least_float32
 class Slices:
     """The channels of a group on one axis of a weight."""
 
-    def __init__(self, weight: nn.Parameter, member: Member, group: str, size: int) -> None:
-        self.weight, self.axis, self.group, self.size = weight, member.axis, group, size
+    def __init__(self, weight: nn.Parameter, member: Member, group: str, size: int, reads: bool = False) -> None:
+        self.weight, self.axis, self.group, self.size, self.reads = weight, member.axis, group, size, reads
         self.others = [axis for axis in range(weight.ndim) if axis != member.axis]
         covers_axis = len(member.index) == weight.shape[member.axis]
         self.index = None if covers_axis else torch.from_numpy(member.index).to(weight.device)

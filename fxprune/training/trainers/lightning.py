@@ -79,7 +79,8 @@ class Pruning(Callback):
         if hasattr(self, "session"):  # of a fit that an exception ended
             self.session.close()
         graph = put_session(pl_module, self.part, self.example_inputs, None)
-        options = {"around": trainer.strategy.model, **self.options}
+        length = trainer.max_epochs if (trainer.max_epochs or 0) > 0 else None
+        options = {"around": trainer.strategy.model, "epochs": length, **self.options}
         self.session = Session(graph, self.example_inputs, trainer.optimizers[0], self.passes, **options)
         if self._progress is not None:
             resume_run(self.session, self._progress)

@@ -101,9 +101,8 @@ class Pruning(TrainerCallback):
             self.session.close()
         graph = trainer.model.get_submodule(self.part)
         optimizer = inner_optimizer(trainer.optimizer)
-        self.session = Session(
-            graph, self.example_inputs, optimizer, self.passes, around=trainer.model_wrapped, **self.options
-        )
+        options = {"around": trainer.model_wrapped, "epochs": state.num_train_epochs, **self.options}
+        self.session = Session(graph, self.example_inputs, optimizer, self.passes, **options)
         if self._progress is not None:
             resume_run(self.session, self._progress)
 
