@@ -22,13 +22,14 @@ from fxprune.channels.groups import (
     read_groups,
     settle_grids,
 )
-from fxprune.channels.interpret import describe_place, name_parameters, name_within, run_on_names
+from fxprune.channels.interpret import name_parameters, name_within, run_on_names
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import Norm, Run, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
 from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
+from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan

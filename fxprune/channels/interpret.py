@@ -1,6 +1,5 @@
 """Interpret: run a graph on tensors that carry channel names, and keep what every node gives."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
@@ -17,7 +17,8 @@ from fxprune.channels.tensor import STATISTICS, ChannelTensor, Run, apply_operat
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
-from fxprune.graph.trace import is_users, named_tensors
+from fxprune.graph.places import describe_place
+from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import Mode, TracedModule
 
 
@@ -97,6 +98,10 @@ class Runner(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
 
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An argument: all that are left for "*args", a dict for "**kwargs"."""
+        return next(self.args_iter) if target.startswith("**") else super().placeholder(target, args, kwargs)
+
     def tensor(self, name: str) -> Tensor | None:
         """The tensor to use for the parameter or buffer called ``name``."""
         return self.state.get(name)
@@ -167,7 +172,7 @@ class Recorder(Runner):
                 f"{describe_cause(error)}"
             ) from error
         self.values[n.name] = (
-            self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
+            self.as_value(result) if isinstance(result, Tensor) else pytree.tree_map(self.as_values, result)
         )
         return result
 
@@ -212,8 +217,16 @@ class Recorder(Runner):
         """What the model returns keeps its shape."""
         result = super().output(target, args, kwargs)
         if not self.region:
-            map_tensors(lambda tensor: freeze_output(tensor), result)
+            for tensor in tensors_in(result):
+                freeze_output(tensor)
         return result
+
+    def as_values(self, leaf: Any) -> Any:
+        """What is known of a tensor, or of the tensors in an object; anything else as it is."""
+        if isinstance(leaf, Tensor):
+            return self.as_value(leaf)
+        tensors = tensors_in(leaf)
+        return [self.as_value(tensor) for tensor in tensors] if tensors else leaf
 
     def as_value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a plain tensor has no labels."""
@@ -255,13 +268,6 @@ def describe_cause(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def describe_place(node: fx.Node) -> str:
-    """A node's name and the line of the user's model that it comes from."""
-    frames = re.findall(r'File "(.+)", line (\d+), in .+\n *(.+)', node.stack_trace or "")
-    users = [frame for frame in frames if is_users(frame[0])]
-    return "{} ({}:{}: `{}`)".format(node.name, *users[-1]) if users else node.name
-
-
 def run_on_names(graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
     run.mode = mode
@@ -274,12 +280,13 @@ def bind_placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
     """The arguments for each placeholder of ``graph``, in order."""
     args, kwargs = inputs
     given = iter(args)
+    names = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
         if node.op != "placeholder":
             continue
         name = str(node.target)
         if name.startswith("**"):
-            yield {key: value for key, value in kwargs.items()}
+            yield {key: value for key, value in kwargs.items() if key not in names}
         elif name.startswith("*"):
             yield from given
         elif name in kwargs:

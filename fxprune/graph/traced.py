@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, require_type
+from fxprune.graph.rows import Row, graph_of, rows_of
 
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
@@ -172,10 +173,7 @@ class TracedModule(fx.GraphModule):
         return new
 
     def __reduce__(self) -> Any:
-        """Plain GraphModules that share their submodules: torch knows how to pickle these."""
-        root = self.root()
-        graphs = self.distinct_graphs()
-        return rebuild_traced, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
+        return rebuild_traced, (self.root(), {mode: rows_of(graph) for mode, graph in self.distinct_graphs().items()})
 
     def root(self) -> nn.Module:
         """A plain module with everything this one holds except its graphs."""
@@ -226,10 +224,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy.deepcopy(graph)
 
 
-def rebuild_traced(root: nn.Module, modules: dict[Mode, fx.GraphModule]) -> TracedModule:
+def rebuild_traced(root: nn.Module, rows: dict[Mode, list[Row]]) -> TracedModule:
     """Undo ``TracedModule.__reduce__``."""
-    evaluate = modules[Mode.EVAL]
-    return TracedModule(root, modules.get(Mode.TRAIN, evaluate).graph, evaluate.graph)
+    graphs = {mode: graph_of(rows[mode]) for mode in rows}
+    return TracedModule(root, graphs.get(Mode.TRAIN, graphs[Mode.EVAL]), graphs[Mode.EVAL])
 
 
 def regions_of(model: nn.Module) -> dict[str, TracedModule]:

@@ -20,6 +20,7 @@ from fxprune.channels.interpret import bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
+from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, regions_of, require_traced
 from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import Kept, ParamMap
@@ -65,14 +66,17 @@ def verify(
 
     Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. A model
     that amplifies the last bit of inputs and weights to more than that may differ by ten times as much. Where
-    plain Python steers regions, what these give is compared too, before that Python looks at it.
+    plain Python steers regions, what these give is compared too, before that Python looks at it. ``graph`` may be your
+    own model: then its graph is compared with it too, see ``trace``.
 
     Raises:
+        TraceError: ``graph`` is a model that has no graph, or another one.
         VerificationError: they differ; says where and by how much.
     """
-    require_traced(graph, "graph", VerificationError)
+    require_type(graph, nn.Module, "graph", VerificationError)
     require_traced(compact, "compact", VerificationError)
     require_type(param_map, ParamMap, "param_map", VerificationError)
+    graph = trace(graph, example_inputs)
     check_maps(graph, compact, param_map)
     if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind_inputs(example_inputs)))):
         raise VerificationError(

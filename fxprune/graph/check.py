@@ -1,0 +1,128 @@
+"""Check: a graph is compared with the user's own model, on the example, in both modes: outputs and gradients."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import TraceError
+from fxprune.graph.inputs import Bound, map_tensors, tensors_in
+from fxprune.graph.places import describe_error_place
+from fxprune.graph.refusal import DoesNotRunError
+from fxprune.graph.traced import Mode, is_plain
+
+Outcome = tuple[Any, dict[str, Tensor]]  # what a model gives, and the gradients of those parameters that get one
+
+
+def check_graph(model: nn.Module, graph: nn.Module, inputs: Mapping[Mode, Bound]) -> None:
+    """Compare a graph with the model that it was made of. Both keep their tensors, modes and random numbers.
+
+    Args:
+        model: a copy that shares its tensors with ``graph``.
+        graph: a traced model.
+        inputs: what to run each mode on.
+
+    Raises:
+        TraceError: they differ; says where and by how much.
+    """
+    for mode in Mode:
+        name = type(model).__name__
+        with tensors_kept(model), torch.random.fork_rng():
+            try:
+                expected = run_once(model, inputs[mode], mode)
+            except Exception as error:
+                said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"
+                raise DoesNotRunError(f"{name} does not run on example_inputs: {said}") from error
+            try:
+                found = run_once(graph, inputs[mode], mode)
+            except Exception as error:
+                raise TraceError(f"the graph of {name} does not run: {type(error).__name__}: {error}") from error
+        difference = find_difference(expected, found)
+        if difference:
+            raise TraceError(
+                f"the graph of {name} does not give what the model gives: in "
+                f"{mode.value} mode {difference}. Please report this model."
+            )
+
+
+@contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """What is written into buffers meanwhile is undone."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+
+
+def run_once(model: nn.Module, inputs: Bound, mode: Mode) -> Outcome:
+    """One run of ``model``, and the gradients of a sum of its outputs with weights that are always the same."""
+    torch.manual_seed(0)
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(mode.training)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), inputs)
+            result = model(*args, **kwargs)
+            return result, gradients_of(model, result)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def gradients_of(model: nn.Module, result: Any) -> dict[str, Tensor]:
+    """The gradients by the names of the parameters."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad and tensor.is_floating_point()]
+    if not parameters or not outputs:
+        return {}
+    torch.manual_seed(0)
+    weights = [torch.randn(tensor.shape).to(tensor) for tensor in outputs]
+    try:
+        gradients = torch.autograd.grad(outputs, list(parameters.values()), weights, allow_unused=True)
+    except RuntimeError:  # there is an operator in it that has no backward
+        return {}
+    return {name: each for name, each in zip(parameters, gradients, strict=True) if each is not None}
+
+
+def find_difference(expected: Outcome, found: Outcome) -> str:
+    """In words how two outcomes differ; "" where they do not."""
+    if pytree.tree_structure(expected[0]) != pytree.tree_structure(found[0]):
+        return f"the result is {describe_form(found[0])}, not {describe_form(expected[0])}"
+    if expected[1].keys() != found[1].keys():
+        name = min(expected[1].keys() ^ found[1].keys())
+        return f"{name} gets {'a' if name in found[1] else 'no'} gradient"
+    for a, b in zip(pytree.tree_leaves(expected[0]), pytree.tree_leaves(found[0]), strict=True):
+        if type(a) is not type(b) or (is_plain(a) and a != b):
+            return f"the result holds {b!r:.60}, not {a!r:.60}"
+    for number, (a, b) in enumerate(zip(tensors_in(expected[0]), tensors_in(found[0]), strict=True)):
+        if not are_alike(a, b):
+            return f"output {number} is another"
+    largest = max((float(gradient.abs().max()) for gradient in expected[1].values() if gradient.numel()), default=0.0)
+    for name, gradient in expected[1].items():
+        if not are_alike(gradient, found[1][name], largest):
+            return f"the gradient of {name} is another"
+    return ""
+
+
+def describe_form(result: Any) -> str:
+    """What a model gives, without the values."""
+    return str(map_tensors(lambda tensor: f"Tensor{list(tensor.shape)}", result))[:200]
+
+
+def are_alike(a: Tensor, b: Tensor, largest: float = 0.0) -> bool:
+    """Whether two tensors are the same but for rounding, measured against their largest value, or ``largest``."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    if not a.numel() or torch.equal(a, b):
+        return True
+    if not a.is_floating_point():
+        return False
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    scale = max(float(a.detach().abs().nan_to_num().max()), largest)
+    return torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)
