@@ -78,7 +78,15 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
             part.training = mode.other.training
 
 
-class Runner(fx.Interpreter):
+class GraphInterpreter(fx.Interpreter):
+    """torch's, which also knows "**kwargs"."""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An argument: all that are left for "*args", a dict for "**kwargs"."""
+        return next(self.args_iter) if target.startswith("**") else super().placeholder(target, args, kwargs)
+
+
+class Runner(GraphInterpreter):
     """Runs the graph of one mode, with the tensors of ``state`` for the parameters and buffers of those names."""
 
     def __init__(self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor]) -> None:
@@ -97,10 +105,6 @@ class Runner(fx.Interpreter):
         """Run one node."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An argument: all that are left for "*args", a dict for "**kwargs"."""
-        return next(self.args_iter) if target.startswith("**") else super().placeholder(target, args, kwargs)
 
     def tensor(self, name: str) -> Tensor | None:
         """The tensor to use for the parameter or buffer called ``name``."""

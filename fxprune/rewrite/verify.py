@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.channels.interpret import bind_placeholders, name_within
+from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
@@ -331,7 +331,7 @@ def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[Mode, str], K
     return masked
 
 
-class MaskedNorms(fx.Interpreter):
+class MaskedNorms(GraphInterpreter):
     """Runs the graph of one mode; the norms of the nodes in ``norms`` see only what is kept of their input."""
 
     def __init__(self, module: TracedModule, mode: Mode, norms: Mapping[tuple[Mode, str], Kept]) -> None:
