@@ -79,11 +79,11 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 class GraphInterpreter(fx.Interpreter):
-    """torch's, which also knows "**kwargs"."""
+    """torch's, which also knows arguments behind "*args"."""
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """An argument: all that are left for "*args", a dict for "**kwargs"."""
-        return next(self.args_iter) if target.startswith("**") else super().placeholder(target, args, kwargs)
+        """An argument; for "*args" and "**kwargs" a tuple and a dict of them."""
+        return next(self.args_iter) if target.startswith("*") else super().placeholder(target, args, kwargs)
 
 
 class Runner(GraphInterpreter):
@@ -292,7 +292,7 @@ def bind_placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
         if name.startswith("**"):
             yield {key: value for key, value in kwargs.items() if key not in names}
         elif name.startswith("*"):
-            yield from given
+            yield tuple(given)
         elif name in kwargs:
             yield kwargs[name]
         else:

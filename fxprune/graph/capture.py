@@ -358,7 +358,7 @@ class Recorder(TorchFunctionMode):
             return value.node if value.graph is self.graph else value.__reduce__()[1][0]
         if isinstance(value, torch.device):
             return self.device if value == self.first_device else value
-        if isinstance(value, LITERALS):
+        if isinstance(value, (fx.Node, *LITERALS)):
             return value
         if isinstance(value, slice):
             return slice(*map(self.arg, (value.start, value.stop, value.step)))

@@ -1,6 +1,6 @@
 """Check: a graph is compared with the user's own model, on the example, in both modes: outputs and gradients."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ from fxprune.graph.traced import Mode, is_plain
 Outcome = tuple[Any, dict[str, Tensor]]  # what a model gives, and the gradients of those parameters that get one
 
 
-def check_graph(model: nn.Module, graph: nn.Module, inputs: Mapping[Mode, Bound]) -> None:
+def check_graph(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Mapping[Mode, Bound]) -> None:
     """Compare a graph with the model that it was made of. Both keep their tensors, modes and random numbers.
 
     Args:
-        model: a copy that shares its tensors with ``graph``.
+        copy: makes a copy of the model that shares its tensors with ``graph``.
         graph: a traced model.
         inputs: what to run each mode on.
 
@@ -29,8 +29,9 @@ def check_graph(model: nn.Module, graph: nn.Module, inputs: Mapping[Mode, Bound]
         TraceError: they differ; says where and by how much.
     """
     for mode in Mode:
+        model = copy()
         name = type(model).__name__
-        with tensors_kept(model), torch.random.fork_rng():
+        with tensors_kept(graph), torch.random.fork_rng():
             try:
                 expected = run_once(model, inputs[mode], mode)
             except Exception as error:
@@ -81,8 +82,8 @@ def gradients_of(model: nn.Module, result: Any) -> dict[str, Tensor]:
     outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad and tensor.is_floating_point()]
     if not parameters or not outputs:
         return {}
-    torch.manual_seed(0)
-    weights = [torch.randn(tensor.shape).to(tensor) for tensor in outputs]
+    noise = torch.Generator().manual_seed(0)
+    weights = [torch.randn(tensor.shape, generator=noise).to(tensor) for tensor in outputs]
     try:
         gradients = torch.autograd.grad(outputs, list(parameters.values()), weights, allow_unused=True)
     except RuntimeError:  # there is an operator in it that has no backward

@@ -36,8 +36,8 @@ def write_grad_mode(writer: Writer, enabled: bool) -> None:
     What it puts back is what it met. While the model is recorded that may be another mode than when its graph runs.
     """
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != GRAD_MODE:
-        frame = frame.f_back
+    while frame is not None and (frame.f_code.co_filename != GRAD_MODE or frame.f_back.f_code.co_filename == GRAD_MODE):
+        frame = frame.f_back  # the outermost: ``no_grad`` itself uses ``set_grad_enabled``
     context = id(frame.f_locals.get("self")) if frame is not None else 0
     if frame is not None and frame.f_code.co_name == "__exit__" and context in writer.entered:
         writer.node("call_function", torch._C._set_grad_enabled, (writer.entered.pop(context),), {})

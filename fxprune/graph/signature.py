@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
 from fxprune.errors import TraceError
-from fxprune.graph.inputs import Bound
+from fxprune.graph.inputs import Bound, map_tensors
 from fxprune.graph.traced import is_plain
 
 
@@ -51,7 +51,7 @@ def write_arguments(writer: Writer, forward: Callable[..., Any], inputs: Bound) 
     for name, node in placed.items():
         value = given.arguments.get(name, () if str(node.target).count("*") == 1 else {})
         pattern = pattern_of(value, name)
-        if pattern is not ...:
+        if pattern is not ... or node.args:  # who leaves it out gives its default
             writer.graph.call_function(check_argument, (node, pattern, name))
         if name in given.arguments:
             given.arguments[name] = write_parts(writer, value, node)
@@ -121,7 +121,8 @@ def matches_pattern(value: Any, pattern: Any) -> bool:
 
 def show_argument(value: Any) -> str:
     """An argument in a message."""
-    return "a tensor" if isinstance(value, Tensor) or value is ... else f"{value!r:.60}"
+    form = map_tensors(lambda _: ..., value)
+    return "a tensor" if form is ... else f"{form!r:.60}".replace("Ellipsis", "a tensor")
 
 
 def write_result(writer: Writer, value: Any) -> Any:

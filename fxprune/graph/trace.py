@@ -90,7 +90,7 @@ def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedMo
     vars(root).update(recording.constants)
     traced = TracedModule(root, train, evaluate)
     if check and not any(tensor.is_meta for tensor in (*model.parameters(), *tensors_in(inputs))):
-        check_graph(copy_modules(model, {}), traced, {mode: given for mode, (_, given) in runs.items()})
+        check_graph(partial(copy_modules, model, {}), traced, {mode: given for mode, (_, given) in runs.items()})
     return traced
 
 
