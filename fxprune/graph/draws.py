@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,16 @@ def has_drawn(before: State) -> bool:
     if before[1]:
         sys.modules["numpy"].random.set_state(before[1])
     return True
+
+
+@contextmanager
+def keep_draws() -> Iterator[None]:
+    """Numbers that are drawn meanwhile are drawn again after."""
+    before = read_state()
+    try:
+        yield
+    finally:
+        has_drawn(before)
 
 
 def find_draw(run: Callable[[], Any]) -> str:

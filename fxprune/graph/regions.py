@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.capture import is_layer
+from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
@@ -98,7 +99,7 @@ def are_close(a: Tensor, b: Tensor) -> bool:
 
 def run_model(model: nn.Module, inputs: Bound) -> list[Tensor]:
     """What ``model`` returns for ``inputs``."""
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), keep_draws(), torch.no_grad():
         return tensors_in(model(*inputs[0], **inputs[1]))
 
 

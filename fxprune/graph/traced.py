@@ -59,16 +59,15 @@ class OwnedGraph(fx.Graph):
 class Late:
     """``forward`` of a model until somebody asks for it: the code of a graph that is only looked at is never made."""
 
-    def __get__(self, model: "TracedModule | None", owner: type) -> Any:
-        if model is None:
-            return self
-        model.recompile()
-        return model.forward
+    def __init__(self, model: "TracedModule") -> None:
+        self.model = weakref.ref(model)  # of a class of its own
 
-    def __call__(self, model: "TracedModule", *args: Any, **kwargs: Any) -> Any:
-        """As a function: some libraries call ``type(model).forward(model, x)``."""
-        model.recompile()
-        return type(model).forward(model, *args, **kwargs)
+    def __get__(self, model: "TracedModule | None", owner: type) -> Any:
+        """Make it, whether the model is asked or its class: some libraries call ``type(model).forward(model, x)``."""
+        made = model or self.model()
+        assert made is not None
+        made.recompile()
+        return made.forward if model is not None else type(made).forward
 
 
 class TracedModule(fx.GraphModule):
@@ -108,7 +107,7 @@ class TracedModule(fx.GraphModule):
             graph._owning_module = None
             graph.owning_module = self
         self._graph = train_graph
-        type(self).forward = Late()
+        type(self).forward = Late(self)
 
     @property
     def graph(self) -> fx.Graph:

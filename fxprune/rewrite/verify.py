@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
+from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
@@ -256,7 +257,12 @@ def outputs_of(
     torch.manual_seed(0)
     args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
     dtype = device_of(model)[1]
-    with torch.set_grad_enabled(gradients), Comparable(dtype), masked_norms(model, norms, seen_before) as seen:
+    with (
+        torch.set_grad_enabled(gradients),
+        keep_draws(),
+        Comparable(dtype),
+        masked_norms(model, norms, seen_before) as seen,
+    ):
         result = model(*args, **kwargs)
     outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
     if gradients:
