@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Analysis, Plan, passes
 from fxprune.channels.steered import Steering
+from fxprune.channels.tensor import ChannelTensor
 from fxprune.errors import AnalysisError, ExportError, PassError, VerificationError
 from fxprune.graph.traced import regions_of
 

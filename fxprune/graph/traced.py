@@ -107,7 +107,7 @@ class TracedModule(fx.GraphModule):
             graph._owning_module = None
             graph.owning_module = self
         self._graph = train_graph
-        type(self).forward = Late(self)
+        type(self).forward = Late(self)  # type: ignore[assignment]  # a descriptor that gives one
 
     @property
     def graph(self) -> fx.Graph:
