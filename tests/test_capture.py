@@ -7,6 +7,7 @@ import functools
 import operator
 import pickle
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -158,6 +159,13 @@ def test_a_node_names_the_line_of_the_model() -> None:
     assert all("test_capture.py" in (trace or "") for name, trace in lines.items() if "size" not in name), lines
 
 
+def test_a_graph_of_two_modes_can_be_traced_by_torch() -> None:
+    model = net(lambda m, x: m.o(F.dropout(m.a(x), 0.5, m.training)))
+    graph = whole(model)
+    assert len(graph.distinct_graphs()) == 2
+    assert torch.equal(torch.fx.symbolic_trace(graph.eval())(X), model(X))
+
+
 # -------------------------------------------------------------------------------------------------------- contexts
 
 
@@ -219,6 +227,19 @@ def test_autocast_begins_and_ends() -> None:
 def inside_autocast(m: Net, x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return m.o(m.b(m.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*CPU autocast")
+def test_contexts_end_where_a_graph_fails() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            return m.o(m.a(x))
+
+    graph = whole(net(forward))
+    with pytest.raises(RuntimeError, match="expected input"):
+        graph(X[:, :2])
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
 
 
 class Round(torch.autograd.Function):
@@ -294,6 +315,48 @@ def test_hooks_of_root_containers_and_layers() -> None:
     calls.clear()
     assert torch.equal(graph(X)["logits"], model(X)["logits"])
     assert len(calls) == 2, "those of a layer stay on it"
+
+
+def writes_sizes(m: Net, x: Tensor) -> Tensor:
+    m.grid = x.shape[2:]
+    m.height, m.flags = x.shape[2], {"ready": True}
+    return m.o(m.b(m.a(x)).reshape(x.shape[0], 8, m.height, -1))
+
+
+def writes_a_cache(m: Net, x: Tensor) -> Tensor:
+    m.ramp = torch.arange(x.shape[2], dtype=torch.float64) * m.b.weight.sum()
+    return m.o(m.a(x) + m.ramp)
+
+
+@pytest.mark.parametrize("forward", [writes_sizes, writes_a_cache])
+def test_what_is_written_anew_in_each_run_is_no_effect(forward: Callable[..., Any]) -> None:
+    model = net(forward)
+    assert torch.equal(whole(model)(X[:1]), model(X[:1]))
+    assert not {"grid", "ramp"} & vars(whole(net(forward))).keys()
+
+
+def look(*_: Any) -> None:
+    """A hook for its effects."""
+
+
+@pytest.mark.parametrize(
+    ("hang", "message"),
+    [
+        (lambda m: m.register_forward_hook(look), "hook look of the model gives nothing back"),
+        (lambda m: m[0].register_forward_pre_hook(look), "hook look of module 0 gives nothing back"),
+        (lambda m: m[0].register_full_backward_hook(look), "module 0 has a backward hook"),
+    ],
+)
+def test_hooks_that_a_graph_would_lose(hang: Callable[[nn.Sequential], Any], message: str) -> None:
+    model = nn.Sequential(conv_bn(3, 8), nn.Conv2d(8, 4, 1)).double().eval()
+    hang(model)
+    with pytest.raises(TraceError, match=message):
+        whole(model)
+    assert any(
+        kind
+        for part in model.modules()
+        for kind in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+    )
 
 
 class Arguments(nn.Module):
@@ -467,6 +530,27 @@ def remembers(m: Net, x: Tensor) -> Tensor:
     return m.o(m.a(x) * mask_of(8))  # remembers
 
 
+def keeps(m: Net, x: Tensor) -> Tensor:
+    m.seen = m.a(x)
+    return m.o(m.seen)
+
+
+def keeps_in_a_list(m: Net, x: Tensor) -> Tensor:
+    m.hidden.append(m.a(x))  # type: ignore[arg-type]
+    return m.o(m.hidden[-1])
+
+
+def counts_runs(m: Net, x: Tensor) -> Tensor:
+    m.runs = getattr(m, "runs", 0) + 1
+    return m.o(m.a(x))
+
+
+def is_new(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x) if hasattr(m, "old") else m.b(m.a(x))
+    m.old = True
+    return m.o(y)
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is deprecated
     DOUBLE = torch.jit.CompilationUnit("def double(x):\n    return x * 2\n").double
@@ -493,6 +577,10 @@ def calls_script(m: Net, x: Tensor) -> Tensor:
         (takes_generator, "# generator", "a Generator is given to torch"),
         (remembers, "# remembers", r"tensor of shape \[8, 1, 1\] comes from a call that can't be recorded"),
         (calls_script, "# script", "TorchScript without its Python"),
+        (keeps, "", r"attribute 'seen' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
+        (keeps_in_a_list, "", r"attribute 'hidden' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
+        (counts_runs, "", "attribute 'runs' of the model is another after each run"),
+        (is_new, "", "attribute 'old' of the model is another after each run"),
     ],
 )
 def test_what_a_graph_can_not_hold(forward: Callable[..., Any], mark: str, message: str) -> None:
@@ -504,7 +592,9 @@ def test_what_a_graph_can_not_hold(forward: Callable[..., Any], mark: str, messa
     assert np.random.get_state(legacy=True)[1].tolist() == numpy
 
 
-@pytest.mark.parametrize("forward", [draws_random, asks, asks_behind_try, asks_numpy, picks, recomputes])
+@pytest.mark.parametrize(
+    "forward", [draws_random, asks, asks_behind_try, asks_numpy, picks, recomputes, keeps, counts_runs]
+)
 def test_it_stays_plain_python(forward: Callable[..., Any]) -> None:
     model = net(forward)
     graph = fxprune.trace(nn.Sequential(model, conv_bn(4, 4).double().eval()), X)
@@ -513,6 +603,9 @@ def test_it_stays_plain_python(forward: Callable[..., Any]) -> None:
     expected = model(X)
     random.seed(0)
     assert torch.equal(graph[0](X), expected)
+    text = str(fxprune.analyze(graph, X))
+    assert re.search(r"plain Python, 0: .*(Net|Conv2d)", text), text
+    assert "plain Python, the whole: can't trace " in text
 
 
 def test_torchscript_in_a_model_is_named() -> None:

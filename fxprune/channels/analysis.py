@@ -31,7 +31,7 @@ from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
+from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, reasons_of, regions_of
 from fxprune.plan import Plan
 
 if TYPE_CHECKING:
@@ -224,6 +224,9 @@ class Analysis:
         if not isinstance(self.graph, TracedModule):
             graphs = abridge_list(list(regions_of(self.graph)), limit=20) or "none"
             lines.append(f"graphs: {graphs}. The rest of {type(self.graph).__name__} is plain Python")
+            lines += [
+                f"plain Python, {path or 'the whole'}: {reason}" for path, reason in reasons_of(self.graph).items()
+            ]
         if self.not_run:
             lines.append(f"not run: {self.not_run}")
         return "\n".join(lines)

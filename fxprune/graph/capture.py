@@ -21,6 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.batch import FIRST
 from fxprune.graph.contexts import write_grad_mode
+from fxprune.graph.effects import (
+    attributes_of,
+    buffers_of,
+    refuse_kept_tensors,
+    watch_hooks,
+    write_buffers,
+)
 from fxprune.graph.inputs import Bound, tensors_in
 from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
@@ -113,41 +120,26 @@ def record_run(
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home)
-    buffers = buffers_of(model)
+    buffers, attributes = buffers_of(model), attributes_of(model, is_layer)
     with torch.inference_mode(False), torch.enable_grad():
         args, kwargs = write_arguments(recorder, model.forward, inputs)
-        with torch.autocast(home.type, enabled=False), recorder.watch_layers(model), watch_torch(recorder), recorder:
+        with (
+            torch.autocast(home.type, enabled=False),
+            watch_hooks(model, is_layer),
+            recorder.watch_layers(model),
+            watch_torch(recorder),
+            recorder,
+        ):
             result = model(*args, **kwargs)
         if recorder.refusal:  # the model's Python went on
             raise recorder.refusal
         write_buffers(recorder, buffers, buffers_of(model))
+        refuse_kept_tensors(recorder, attributes, attributes_of(model, is_layer))
         recorder.graph.output(write_result(recorder, result))
     for node in reversed(list(recorder.graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in NOT_NEEDED):
             recorder.graph.erase_node(node)
     return recorder.graph
-
-
-def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of ``model``, under all their names."""
-    return {
-        f"{path}.{name}".removeprefix("."): buffer
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name, buffer in module._buffers.items()
-    }
-
-
-def write_buffers(
-    recorder: "Recorder", before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]
-) -> None:
-    """Where the model's Python put another tensor for a buffer, the graph copies that into the buffer."""
-    for name, buffer in after.items():
-        old = before.get(name)
-        if buffer is old or (old is not None and buffer is recorder.fakes.get(id(old))):
-            continue
-        if buffer is None or old is None or (buffer.shape, buffer.dtype) != (old.shape, old.dtype):
-            raise RefusalError(f"buffer {name} becomes {buffer}; a graph can only write into it: keep shape and dtype")
-        recorder.node("call_method", "copy_", (old, buffer), {})
 
 
 def key_of(value: Any) -> Any:

@@ -81,6 +81,9 @@ def leave(context: torch.autocast) -> None:
     context.__exit__(None, None, None)
 
 
+ENTERS = (enter_autocast, torch._C._set_grad_enabled)  # graphs that call these run in ``end_contexts``
+
+
 @contextmanager
 def end_contexts() -> Iterator[None]:
     """What a graph has entered in here ends with this, should the graph fail before it leaves it."""

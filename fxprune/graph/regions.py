@@ -5,7 +5,7 @@ is: the model's own classes, their attributes and their Python, and the layers o
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -19,7 +19,7 @@ from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.signature import pattern_of
-from fxprune.graph.traced import TracedModule, regions_of
+from fxprune.graph.traced import PLAIN, TracedModule, regions_of
 
 Trace = Callable[[nn.Module, Bound], TracedModule]
 
@@ -42,6 +42,8 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
         said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"
         raise DoesNotRunError(f"{type(model).__name__} does not run on example_inputs: {said}") from error
     made: dict[int, TracedModule] = {}
+    reasons: dict[str, str] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
 
     waiting = [model]
     for module in waiting:  # it grows
@@ -50,14 +52,16 @@ def trace_regions(model: nn.Module, inputs: Bound, trace: Trace) -> nn.Module:
                 continue
             given = calls.arguments(child)
             if id(child) not in made and given is not None:
-                with suppress(TraceError):
+                try:
                     made[id(child)] = trace(child, given)
+                except TraceError as error:
+                    reasons[paths[id(child)]] = str(error)
             if id(child) in made:
                 module._modules[name] = made[id(child)]
             else:
                 waiting.append(child)
 
-    vars(model).update(steers=True, meta={})
+    vars(model).update(steers=True, meta={PLAIN: reasons})
     try:
         found = run_model(model, inputs)
     except Exception as error:

@@ -18,14 +18,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from fxprune.errors import TraceError, require_type
 from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
-from fxprune.graph.capture import record_run
+from fxprune.graph.capture import is_layer, record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.draws import find_draw, has_drawn, read_state
+from fxprune.graph.effects import attributes_of, changed_values, describe_attribute
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
-from fxprune.graph.refusal import DoesNotRunError
+from fxprune.graph.refusal import DoesNotRunError, RefusalError
 from fxprune.graph.regions import trace_regions
-from fxprune.graph.traced import ATOMS, START, Mode, TracedModule, carried_attributes, is_traced
+from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
 
 
 def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> Any:
@@ -62,6 +63,7 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
         try:
             traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
             traced.train(model.training)
+            traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
         except DoesNotRunError:
             raise
         except TraceError as error:
@@ -140,7 +142,7 @@ class Recording:
         """
         working, before = copy_modules(self.model, {}), read_state()
         try:
-            graph = record_run(working, self.names, self.constants, self.known, inputs, mode)
+            graph = self.record_settled(working, inputs, mode)
         except Exception as error:
             raise explain_error(working, error) from error
         if has_drawn(before):
@@ -150,6 +152,27 @@ class Recording:
                 f"can't trace {type(self.model).__name__}, {place}: Python there draws a random number, which the "
                 "graph would hold for ever. Draw with torch (torch.rand) and choose with torch.where, or in a module "
                 "of its own"
+            )
+        return graph
+
+    def record_settled(self, working: nn.Module, inputs: Bound, mode: Mode) -> fx.Graph:
+        """The graph of one mode of ``working``, which must not depend on how often it was run.
+
+        Raises:
+            Exception: as ``record_run``; a RefusalError where it counts its runs.
+        """
+        before = attributes_of(working, is_layer)
+        graph = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        after = attributes_of(working, is_layer)
+        changed = changed_values(before, after)
+        if not changed:
+            return graph
+        again = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        counted = changed_values(after, attributes_of(working, is_layer))
+        if counted or not same_graphs(graph, again):
+            raise RefusalError(
+                f"{describe_attribute(*(counted or changed)[0])} is another after each run, which a graph would not "
+                "follow: make it a buffer, and write into that"
             )
         return graph
 

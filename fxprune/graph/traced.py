@@ -1,7 +1,6 @@
 """TracedModule: a GraphModule with a graph for each mode. A model is one, or has them for its parts: its regions."""
 
 import copy
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, require_type
+from fxprune.graph.contexts import ENTERS, end_contexts
 from fxprune.graph.rows import Row, graph_of, rows_of
 
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
+PLAIN = "fxprune_plain"  # why parts of a model stay plain Python stands here
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
 
 
@@ -149,6 +150,8 @@ class TracedModule(fx.GraphModule):
             self._graph = graph
             codes[mode] = super().recompile()
             forwards[mode] = cls.forward
+            if any(node.target in ENTERS for node in graph.nodes):
+                forwards[mode] = cls.forward = end_contexts()(cls.forward)  # even if it fails
         if Mode.TRAIN in forwards:
             cls.forward = by_mode(forwards[Mode.TRAIN], forwards[Mode.EVAL])
         return codes.get(Mode.of(self), codes[Mode.EVAL])
@@ -199,13 +202,19 @@ def is_plain(value: Any) -> bool:
     return type(value) in ATOMS or (type(value) in (tuple, list) and all(type(each) in ATOMS for each in value))
 
 
+def reasons_of(model: nn.Module) -> dict[str, str]:
+    """Why parts of a traced model stay plain Python, by their paths; "" is the whole."""
+    reasons: dict[str, str] = getattr(model, "meta", {}).get(PLAIN, {})
+    return reasons
+
+
 def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
     """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(evaluate)  # type: ignore[attr-defined]
+    forward.__wrapped__ = evaluate  # type: ignore[attr-defined]  # whose arguments torch.fx and inspect read
     return forward
 
 
