@@ -36,7 +36,7 @@ from fxprune.graph.refusal import RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
 from fxprune.graph.traced import Mode
-from fxprune.graph.watch import watch_torch
+from fxprune.graph.watch import watch_nothing, watch_torch
 
 THROUGH = (  # layers of torch.nn in which sizes of pruned axes stand: their own calls are recorded
     nn.Unflatten,
@@ -102,7 +102,7 @@ def record_run(
     known: dict[Any, Any],
     inputs: Bound,
     mode: Mode,
-) -> fx.Graph:
+) -> tuple[fx.Graph, bool]:
     """Record one run of ``model`` in one mode.
 
     Args:
@@ -112,6 +112,9 @@ def record_run(
         known: what calls on fake tensors gave, in this and other recordings.
         inputs: what to run it on.
         mode: which one.
+
+    Returns:
+        The graph, and whether the model may have another in the other mode: it asked which one it is in.
 
     Raises:
         Exception: whatever the model's Python raises, a RefusalError for what can't be recorded.
@@ -139,7 +142,8 @@ def record_run(
     for node in reversed(list(recorder.graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in NOT_NEEDED):
             recorder.graph.erase_node(node)
-    return recorder.graph
+    overrides = any(type(part).train is not nn.Module.train for part in model.modules())
+    return recorder.graph, recorder.reads_mode or overrides
 
 
 def key_of(value: Any) -> Any:
@@ -172,6 +176,7 @@ class Recorder(TorchFunctionMode):
         self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.entered: dict[int, fx.Node] = {}  # see contexts.py
         self.refusal: Exception | None = None
+        self.reads_mode = False
         self.first_tensor: fx.Node | None = None  # among the arguments
         self.first_device: torch.device | None = None
         self.device_node: fx.Node | None = None
@@ -235,7 +240,8 @@ class Recorder(TorchFunctionMode):
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call of a layer of torch.nn."""
         with torch._C.DisableTorchFunction():
-            result = self.run_layer(layer, args, kwargs)
+            with watch_nothing():
+                result = self.run_layer(layer, args, kwargs)
             return self.bind(result, self.node("call_module", path, args, kwargs))
 
     def run_layer(self, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -423,7 +429,7 @@ class Recorder(TorchFunctionMode):
         return self.device_node
 
 
-def watch_nothing(*_: Any) -> bool:
+def is_unwatched(*_: Any) -> bool:
     """Nothing is watching."""
     return False
 
@@ -431,7 +437,7 @@ def watch_nothing(*_: Any) -> bool:
 # torch's own, which does not ask whether it is watched: so what it calls is recorded, with the sizes of its heads.
 attend = FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": watch_nothing},
+    {**vars(F), "has_torch_function": is_unwatched},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 

@@ -80,11 +80,14 @@ def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedMo
         TraceError: the run can't be recorded, or the graph does not give what the model gives.
     """
     recording = Recording(model, names_of(model), {})
-    runs = {mode: recording.record_mode(mode, inputs) for mode in Mode}
+    evaluate, given = recording.record_mode(Mode.EVAL, inputs)
+    runs = {Mode.EVAL: (evaluate, given)}
+    if recording.reads_mode:
+        runs[Mode.TRAIN] = recording.record_mode(Mode.TRAIN, inputs)
     if check:
         for mode, (graph, given) in runs.items():
             recording.follow_batch(mode, graph, given)
-    evaluate, train = runs[Mode.EVAL][0], runs[Mode.TRAIN][0]
+    train, in_train = runs.get(Mode.TRAIN, (evaluate, for_mode(inputs, Mode.TRAIN, model)))
     if same_graphs(train, evaluate):
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
@@ -92,7 +95,7 @@ def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedMo
     vars(root).update(recording.constants)
     traced = TracedModule(root, train, evaluate)
     if check and not any(tensor.is_meta for tensor in (*model.parameters(), *tensors_in(inputs))):
-        check_graph(partial(copy_modules, model, {}), traced, {mode: given for mode, (_, given) in runs.items()})
+        check_graph(partial(copy_modules, model, {}), traced, {Mode.EVAL: inputs, Mode.TRAIN: in_train})
     return traced
 
 
@@ -104,6 +107,7 @@ class Recording:
     names: Mapping[int, str]
     constants: dict[str, Tensor]
     known: dict[Any, Any] = field(default_factory=dict)  # see record_run
+    reads_mode: bool = False
 
     def record_mode(self, mode: Mode, inputs: Bound) -> tuple[fx.Graph, Bound]:
         """The graph of one mode, and what it was run on: a batch of two where batch norm can't train on the example.
@@ -162,12 +166,13 @@ class Recording:
             Exception: as ``record_run``; a RefusalError where it counts its runs.
         """
         before = attributes_of(working, is_layer)
-        graph = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        graph, reads_mode = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        self.reads_mode |= reads_mode
         after = attributes_of(working, is_layer)
         changed = changed_values(before, after)
         if not changed:
             return graph
-        again = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        again, _ = record_run(working, self.names, self.constants, self.known, inputs, mode)
         counted = changed_values(after, attributes_of(working, is_layer))
         if counted or not same_graphs(graph, again):
             raise RefusalError(

@@ -11,6 +11,8 @@ from threading import Lock
 from types import ClassMethodDescriptorType
 from typing import Any
 
+from torch import nn
+
 Handler = Callable[..., Any]  # (recorder, the function of torch, *its arguments)
 
 RECORDER: ContextVar[Any] = ContextVar("recorder", default=None)
@@ -30,6 +32,23 @@ def handles(owner: Any, name: str) -> Callable[[Handler], Handler]:
     return register
 
 
+class Training:
+    """``training`` of every module while anybody records: it tells the recorder that it is read."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        """Whether ``module`` is in train mode."""
+        if module is None:
+            raise AttributeError("training")  # a class has none
+        recorder = RECORDER.get()
+        if recorder is not None:
+            recorder.reads_mode = True
+        return vars(module)["training"] if "training" in vars(module) else module.__getattr__("training")
+
+    def __set__(self, module: Any, training: bool) -> None:
+        """Put it where it always is."""
+        vars(module)["training"] = training
+
+
 @contextmanager
 def watch_torch(recorder: Any) -> Iterator[None]:
     """While this holds, calls that this thread makes of the functions in ``HANDLERS`` go to their handlers."""
@@ -42,6 +61,16 @@ def watch_torch(recorder: Any) -> Iterator[None]:
         count_recordings(-1)
 
 
+@contextmanager
+def watch_nothing() -> Iterator[None]:
+    """While this holds, this thread does not record."""
+    token = RECORDER.set(None)
+    try:
+        yield
+    finally:
+        RECORDER.reset(token)
+
+
 def count_recordings(change: int) -> None:
     """Replace the functions before the first recording begins, and put them back when the last one is over."""
     global _count
@@ -51,10 +80,12 @@ def count_recordings(change: int) -> None:
             for (owner, name), handler in HANDLERS.items():
                 _originals[owner, name] = vars(owner)[name]
                 setattr(owner, name, watched(vars(owner)[name], handler))
+            nn.Module.training = Training()  # type: ignore[assignment]
         elif _count == 0:
             for (owner, name), original in _originals.items():
                 setattr(owner, name, original)
             _originals.clear()
+            del nn.Module.training
 
 
 def watched(original: Any, handler: Handler) -> Any:
