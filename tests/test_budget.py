@@ -105,6 +105,29 @@ def test_the_cost_function_is_what_the_counter_counts(name: str) -> None:
             assert cost_of(analysis, kind, channels)(kept) == counted(analysis, plan, kind), (kind, plan)
 
 
+class Attends(nn.Module):
+    """A block of attention, in plain Python where ``steered``."""
+
+    def __init__(self, steered: bool) -> None:
+        super().__init__()
+        self.steered = steered
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape [2, 128, 64] in and out."""
+        if self.steered and x.sum() > 1e9:
+            return x
+        q, k, v = self.qkv(x).view(2, 128, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_attention_costs_the_same_where_python_steers() -> None:
+    example = torch.randn(2, 128, 64)
+    whole, steered = (fxprune.trace(Attends(steered).eval(), example) for steered in (False, True))
+    projections, products = 2 * 128 * 64 * 256, 2 * 2 * 4 * 128 * 128 * 16
+    assert cost.flops(whole, example) == cost.flops(steered, example) == 2 * (projections + products)
+
+
 def test_memory_is_weights_and_values() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1, bias=False))
     analysis = fxprune.analyze(model, torch.randn(2, 3, 5, 5))

@@ -11,13 +11,13 @@ from cases import CASES, SIZES, Case
 
 import fxprune  # noqa: F401  (registers the rules)
 from fxprune.channels.labels import label_along, on_axis, pin_axes, varying_axes
-from fxprune.channels.tensor import ChannelTensor, Run, as_operand, freeze_unknown, name_of, rule
+from fxprune.channels.tensor import ChannelTensor, NameRun, as_operand, freeze_unknown, name_of, rule
 from fxprune.graph.shapes import shape_of_result
 
 
 def describe(case: Case) -> str:
     """What the operator of ``case`` does with the names of its operands, as text."""
-    run = Run(heads=case.heads, groups=case.groups)
+    run = NameRun(heads=case.heads, groups=case.groups)
     axes: dict[str, np.ndarray] = {}
     tensors = []
     for operand in case.operands.split():

@@ -25,7 +25,7 @@ from fxprune.channels.groups import (
 from fxprune.channels.interpret import name_parameters, name_within, run_on_names
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
-from fxprune.channels.tensor import Norm, Run, Term, on_meta, without_names
+from fxprune.channels.tensor import NameRun, Norm, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
 from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
@@ -261,7 +261,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     before = graph.meta.get("fxprune", {})  # of a compact model: it has the groups that it was cut by
     same = before.get("options") == {"heads": heads, "groups": groups}
     policies = dict(before["policies"]) if same else {}
-    run = Run(heads=heads, groups=groups, policies=policies, real=not isinstance(graph, TracedModule))
+    run = NameRun(heads=heads, groups=groups, policies=policies, real=not isinstance(graph, TracedModule))
     state, axes, aliases = name_parameters(graph, run)
     inputs = bind_inputs(example_inputs)
     if run.real:
@@ -302,7 +302,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
 
 
 def run_mode(
-    graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: Run
+    graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: NameRun
 ) -> tuple[Bound, dict[str, Any]]:
     """Run one mode's graph on the example, or on a batch of two where batch norm can't train on the example."""
     try:

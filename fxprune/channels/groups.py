@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fxprune.channels.names import Bools, Ints, Names, Reason
-from fxprune.channels.tensor import Run
+from fxprune.channels.tensor import NameRun
 from fxprune.channels.values import Value
 
-Place = tuple[str, int, int]  # a parameter or buffer, one of its axes, and a checksum of the channels there
+AxisMark = tuple[str, int, int]  # a parameter or buffer, one of its axes, and a checksum of the channels there
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def layers_of(group: Group) -> list[str]:
     return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
 
 
-def settle_grids(run: Run) -> None:
+def settle_grids(run: NameRun) -> None:
     """Merge names until, on every label that varies along several axes, what may stay is always a rectangle.
 
     That holds when along one axis each slab is of one class. Where it does not, the axis is chosen that leaves most
@@ -110,7 +110,7 @@ def classes_after(roots: Ints, axis: int) -> int:
     return len(np.unique(scratch.find(slabs)))
 
 
-def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Iterable[Value]) -> None:
+def freeze_leftovers(run: NameRun, axes: Mapping[tuple[str, int], Axis], values: Iterable[Value]) -> None:
     """Freeze what no operator touched, what only buffers know, and classes that are a whole axis or a whole value."""
     names = run.names
     names.node = ""
@@ -132,7 +132,7 @@ def freeze_leftovers(run: Run, axes: Mapping[tuple[str, int], Axis], values: Ite
 
 
 def read_groups(
-    run: Run, axes: Sequence[Axis], known: Mapping[frozenset[Place], str]
+    run: NameRun, axes: Sequence[Axis], known: Mapping[frozenset[AxisMark], str]
 ) -> tuple[list[Group], list[Frozen]]:
     """Classes that live on the same axes are a group; what is frozen is listed by axis and reason.
 
@@ -174,7 +174,7 @@ def read_groups(
     return groups, frozen
 
 
-def place_of(member: Member) -> Place:
+def place_of(member: Member) -> AxisMark:
     """Where a group lives, and in which order its channels are there."""
     return member.parameter, member.axis, zlib.crc32(member.channel.tobytes())
 
@@ -186,7 +186,7 @@ def channels_after(group: Group, kept: Sequence[int] | Ints) -> Ints:
     return after
 
 
-def places_after(group: Group, kept: Sequence[int], there: Container[str]) -> frozenset[Place]:
+def places_after(group: Group, kept: Sequence[int], there: Container[str]) -> frozenset[AxisMark]:
     """The places of a group that keeps the channels ``kept``, on the parameters that are ``there``."""
     after = channels_after(group, kept)
     members = [member for member in group.members if member.parameter in there]
@@ -229,7 +229,7 @@ def split_by_key(keys: Ints, among: Ints) -> Iterator[Ints]:
         yield order[start:stop]
 
 
-def norm_classes(run: Run) -> Ints:
+def norm_classes(run: NameRun) -> Ints:
     """The classes over which some norm runs."""
     touched = [
         run.names.find(norm.label).ravel()

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
-from fxprune.channels.tensor import STATISTICS, ChannelTensor, Run, apply_operator, on_meta
+from fxprune.channels.tensor import STATISTICS, ChannelTensor, NameRun, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
@@ -23,7 +23,7 @@ from fxprune.graph.traced import Mode, TracedModule
 
 
 def name_parameters(
-    graph: nn.Module, run: Run
+    graph: nn.Module, run: NameRun
 ) -> tuple[dict[str, Tensor], dict[tuple[str, int], Axis], dict[str, str]]:
     """Each parameter and floating-point buffer as a ChannelTensor with fresh names along every axis.
 
@@ -155,7 +155,7 @@ class Recorder(Runner):
     """Runs a graph on ChannelTensors and keeps the shape and labels of every value."""
 
     def __init__(
-        self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor], run: Run, region: str = ""
+        self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor], run: NameRun, region: str = ""
     ) -> None:
         super().__init__(module, mode, state)
         self.run_, self.region, self.values = run, region, dict[str, Any]()
@@ -272,7 +272,9 @@ def describe_cause(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def run_on_names(graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: Run) -> dict[str, Any]:
+def run_on_names(
+    graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: NameRun
+) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
     run.mode = mode
     recorder = Recorder(graph, mode, state, run)

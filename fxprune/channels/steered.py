@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fxprune.channels.interpret import Recorder, describe_cause, freeze_output, in_mode, name_within
 from fxprune.channels.labels import Label, freeze_labels, label_along
 from fxprune.channels.names import Bools, Names
-from fxprune.channels.tensor import ChannelTensor, Run, carry_out
+from fxprune.channels.tensor import ChannelTensor, NameRun, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
@@ -41,7 +41,7 @@ class Steered:
     "input" and "output". ``inputs``: mode -> region -> its arguments.
     """
 
-    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], run: Run) -> None:
+    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], run: NameRun) -> None:
         self.model, self.state, self.run = model, state, run
         self.regions = regions_of(model)
         self.layers = steered_layers(model)
@@ -172,7 +172,7 @@ def leave_untouched() -> Iterator[None]:
 class Steering:
     """Watches what plain Python reads of ChannelTensors and what it calls with them, while this context holds."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: NameRun) -> None:
         self.run = run
         self.inside = False  # a function that Python called is at work
         self.reads: dict[Any, Callable[..., Any]] = {
@@ -246,7 +246,7 @@ class Steering:
     def check(self, func: Any, given: Any, result: Any) -> None:
         """Freeze what a call is given that would not do the same with fewer channels."""
         names = self.run.names
-        labels = [label for value in values_in(given) for label in value.labels]
+        labels = [label for value in known_in(given) for label in value.labels]
         ends = [name for label in labels for name in (label.flat[0], label.flat[-1])]
         roots = np.unique(names.find(np.array(ends, dtype=np.int64)))
         free = roots[~names.frozen(roots)].tolist()
@@ -255,7 +255,7 @@ class Steering:
         found = [what_is_known(tensor) for tensor in tensors_within(result)]
         if hides_a_size(func, given) or not all(call_fits(names, func, given, found, name) for name in free):
             called = getattr(func, "__name__", str(func))
-            for value in (*values_in(given), *found):
+            for value in (*known_in(given), *found):
                 freeze_labels(names, value.labels, f"plain Python calls {called} with sizes of its own")
 
 
@@ -310,7 +310,7 @@ def what_is_known(tensor: Tensor) -> Known:
     return Known(tuple(data.shape), labels, data.dtype, False, order)
 
 
-def values_in(tree: Any) -> list[Known]:
+def known_in(tree: Any) -> list[Known]:
     """The values in a tree of arguments."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Known)]
 
@@ -355,7 +355,7 @@ class Without:
 
 
 def run_steered(
-    model: nn.Module, inputs: Bound, state: Mapping[str, Tensor], run: Run
+    model: nn.Module, inputs: Bound, state: Mapping[str, Tensor], run: NameRun
 ) -> tuple[dict[Mode, dict[str, Bound]], Values, str]:
     """Run ``model`` in both modes. Returns what regions were given, all values, and why train mode could not be run.
 

@@ -38,7 +38,7 @@ class Norm:
 
 
 @dataclass
-class Run:
+class NameRun:
     """What one or more runs of a model on names bring to light."""
 
     mode: Mode = Mode.EVAL  # of the graph that is being run
@@ -78,7 +78,7 @@ class ChannelTensor(Tensor):
 
     data_: Tensor
     labels: Labels
-    run: Run
+    run: NameRun
     source: str
     parameter: str | None
     zero: bool
@@ -89,7 +89,7 @@ class ChannelTensor(Tensor):
         cls,
         data: Tensor,
         labels: Labels,
-        run: Run,
+        run: NameRun,
         source: str = "a constant",
         parameter: str | None = None,
         zero: bool = True,
@@ -193,7 +193,7 @@ class Call:
     and all operands are zero; the rule may set it.
     """
 
-    run: Run
+    run: NameRun
     func: OpOverload
     args: Sequence[Any]
     kwargs: dict[str, Any]

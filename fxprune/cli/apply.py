@@ -8,7 +8,7 @@ import typer
 import fxprune
 from fxprune.cli import options
 from fxprune.cli.models import Source, open_model
-from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
+from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
 from fxprune.cli.say import print_progress
 from fxprune.errors import FileError
 from fxprune.plan import Plan
@@ -51,4 +51,4 @@ def apply(
     batches = images_for(opened, images, samples, seed)
     print_progress(f"analysing {source.model}")
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs, **found.options)
-    carry_out(analysis, found, opened, batches, options.read_fields(Wanted, {**given.params, "out": out}))
+    carry_out_plan(analysis, found, opened, batches, options.read_fields(Wanted, {**given.params, "out": out}))

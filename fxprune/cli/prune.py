@@ -14,7 +14,7 @@ from fxprune import passes
 from fxprune.budget.budget import Budget
 from fxprune.cli import data, options
 from fxprune.cli.models import open_model, suggest_names
-from fxprune.cli.results import Wanted, carry_out, check_folder, images_for
+from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
 from fxprune.cli.say import print_progress
 from fxprune.errors import BudgetError, FxpruneError
 from fxprune.report.summary import Summary
@@ -117,7 +117,7 @@ def prune(
     print_progress("planning")
     plan = scorer(**bounds).plan(analysis, budget)
     wanted = options.read_fields(Wanted, {**given.params, "out": out})
-    summary = carry_out(analysis, plan, opened, batches, wanted, criterion=criterion)
+    summary = carry_out_plan(analysis, plan, opened, batches, wanted, criterion=criterion)
     check_latency(summary, budget)
 
 

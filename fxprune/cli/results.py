@@ -34,7 +34,7 @@ class Wanted:
     as_json: bool
 
 
-def carry_out(
+def carry_out_plan(
     analysis: Analysis,
     plan: Plan,
     opened: Opened,
@@ -66,7 +66,7 @@ def carry_out(
         )
     if wanted.measure:
         print_progress("measuring")
-        batch = shape_of(opened)[0]
+        batch = input_shape(opened)[0]
         timed = fxprune.bench(analysis.graph, compact, opened.inputs, batches=[batch], backends=["eager"], seconds=0.5)
         summary = replace(summary, bench=timed)
     summary, files = write_results(analysis, compact, summary, opened, wanted)
@@ -145,9 +145,9 @@ def images_for(opened: Opened, folder: Path | None, samples: int, seed: int) -> 
         return None
     if len(tensors_in(opened.inputs)) > 1:
         raise data.DataError("--data gives one tensor of images, but the model takes more than one")
-    return data.load_images(folder, shape_of(opened), samples, seed)
+    return data.load_images(folder, input_shape(opened), samples, seed)
 
 
-def shape_of(opened: Opened) -> tuple[int, ...]:
+def input_shape(opened: Opened) -> tuple[int, ...]:
     """The shape of the first input."""
     return tuple(tensors_in(opened.inputs)[0].shape)

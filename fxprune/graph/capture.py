@@ -32,7 +32,7 @@ from fxprune.graph.inputs import Bound, tensors_in
 from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
 from fxprune.graph.places import stack_trace, users_frame
-from fxprune.graph.refusal import RefusalError
+from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
 from fxprune.graph.traced import Mode
@@ -375,7 +375,7 @@ class Recorder(TorchFunctionMode):
         if node is None:
             real = self.reals.get(id(tensor), tensor)
             if isinstance(real, FakeTensor):
-                raise RefusalError(f"a tensor of shape {list(real.shape)} comes from a call that can't be recorded")
+                raise LeftOverError(f"a tensor of shape {list(real.shape)} comes from a call that can't be recorded")
             name = self.names.get(id(real)) or self.name_constant(real)
             node = self.graph.create_node("get_attr", name)
             self.bind(tensor, node)

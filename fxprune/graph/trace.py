@@ -24,7 +24,7 @@ from fxprune.graph.draws import find_draw, has_drawn, read_state
 from fxprune.graph.effects import attributes_of, changed_values, describe_attribute
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
-from fxprune.graph.refusal import DoesNotRunError, RefusalError
+from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
 from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
 
@@ -134,7 +134,9 @@ class Recording:
         other = Recording(self.model, self.names, dict(self.constants))
         try:
             larger = other.record_graph(mode, with_larger_batch(inputs))
-        except TraceError:
+        except TraceError as error:
+            if isinstance(error.__cause__, LeftOverError):
+                raise
             return
         follow_batch(graph, larger, batch_of(inputs))
 

@@ -14,28 +14,28 @@ from fxprune.errors import BenchError
 from fxprune.files.export import export_onnx
 from fxprune.graph.inputs import Bound, tensors_in
 
-Run = Callable[[], Any]
+ForwardPass = Callable[[], Any]
 
 
-def run_eager(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def run_eager(model: nn.Module, inputs: Bound, threads: int) -> ForwardPass:
     """PyTorch as it is."""
     return make_forward(model, inputs)
 
 
-def run_compiled(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def run_compiled(model: nn.Module, inputs: Bound, threads: int) -> ForwardPass:
     """``torch.compile`` with its default options, compiled here."""
     run = make_forward(torch.compile(copy.deepcopy(model), dynamic=False), inputs)
     run()
     return run
 
 
-def run_onnxruntime(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def run_onnxruntime(model: nn.Module, inputs: Bound, threads: int) -> ForwardPass:
     """Onnxruntime on the CPU."""
     session, feeds = load_session(model, inputs, threads, "CPUExecutionProvider")
     return lambda: session.run(None, feeds)
 
 
-def onnxruntime_cuda(model: nn.Module, inputs: Bound, threads: int) -> Run:
+def onnxruntime_cuda(model: nn.Module, inputs: Bound, threads: int) -> ForwardPass:
     """Onnxruntime on the GPU; inputs and outputs stay there."""
     import onnxruntime as ort
 
@@ -65,7 +65,7 @@ def load_session(model: nn.Module, inputs: Bound, threads: int, provider: str) -
     return session, {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
 
 
-BACKENDS: dict[str, Callable[[nn.Module, Bound, int], Run]] = {
+BACKENDS: dict[str, Callable[[nn.Module, Bound, int], ForwardPass]] = {
     "eager": run_eager,
     "compile": run_compiled,
     "onnxruntime": run_onnxruntime,

@@ -20,7 +20,7 @@ from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
 from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, TracedModule, regions_of
-from fxprune.report.rows import Lanes, Part, Parts, Row, choose_hue, counted, entry, lay_out, section
+from fxprune.report.rows import Lanes, Part, Parts, Row, choose_hue, count_noun, lay_out, write_entry, write_section
 
 LARGE = 120  # nodes: in a graph with more of them what is nested in nested modules starts folded
 HEADING = "Channels that belong together"
@@ -79,7 +79,7 @@ class Report:
                 rows = list(self.rows(path, module))
                 both = len(module.distinct_graphs()) == 1
                 title = path or "The graph"
-                yield section(title if both else f"{title}, in eval mode", "", rows, is_open=len(rows) <= LARGE)
+                yield write_section(title if both else f"{title}, in eval mode", "", rows, is_open=len(rows) <= LARGE)
 
     def rows(self, region: str, module: TracedModule) -> Iterator[Row]:
         """The nodes of a graph in eval mode, but for those that compute sizes and no tensors."""
@@ -125,7 +125,9 @@ class Report:
             axes = list(self.axes(its))
             rows.append(Row(path or "the model", kind, (), "", [parts for _, parts in axes[:1]], axes, None))
         if rows:
-            yield section("In no graph", "Plain Python calls these layers, or train mode alone, or nothing.", rows)
+            yield write_section(
+                "In no graph", "Plain Python calls these layers, or train mode alone, or nothing.", rows
+            )
 
     def axes(self, names: Iterable[str]) -> Iterator[tuple[str, Parts]]:
         """The axes of parameters and buffers, and the channels along them; they count as shown."""
@@ -161,7 +163,7 @@ class Report:
         for number, group in enumerate(self.groups):
             about = "A normalization runs over them: its statistics change when channels go." if group.inexact else ""
             members = [f"{member.parameter}[{member.axis}]" for member in group.members]
-            yield entry(f"g{number}", group.name, counted(group.size, "channel", "channels"), about, members)
+            yield write_entry(f"g{number}", group.name, count_noun(group.size, "channel", "channels"), about, members)
 
     def frozen_entries(self) -> Iterator[str]:
         """The reasons with the axes that they froze, and where they arose."""
@@ -171,4 +173,4 @@ class Report:
             members = [
                 f"{each.parameter}[{each.axis}]: {len(each.index)} frozen: {place[each.reason]}" for each in found
             ]
-            yield entry(f"f{number}", text, counted(len(found), "axis", "axes"), "", members)
+            yield write_entry(f"f{number}", text, count_noun(len(found), "axis", "axes"), "", members)

@@ -64,16 +64,16 @@ def lay_out(reads: Sequence[Sequence[int]]) -> list[Lanes]:
     return [lanes._replace(width=width) for lanes in result]
 
 
-def section(title: str, about: str, rows: Sequence[Row], is_open: bool = True) -> str:
+def write_section(title: str, about: str, rows: Sequence[Row], is_open: bool = True) -> str:
     """A graph, or the layers that stand in none."""
     width = next((row.lanes.width for row in rows if row.lanes), 0)
     return (
         f'<section style="--lanes:{width}"><h2>{escape(title)}</h2><p>{escape(about)}</p>'
-        f"{nested(rows, is_open)}</section>"
+        f"{nest_rows(rows, is_open)}</section>"
     )
 
 
-def nested(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0, outer: str = "") -> str:
+def nest_rows(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0, outer: str = "") -> str:
     """Rows, with those of one module in a fold where they are at least three and not all.
 
     Folds within folds start closed unless ``is_open``. ``outer``: how the names in a fold start; that is shown once.
@@ -82,42 +82,43 @@ def nested(rows: Sequence[Row], is_open: bool, depth: int = 0, level: int = 0, o
     for scope, run in itertools.groupby(rows, lambda row: row.scope[: depth + 1]):
         its = list(run)
         if len(scope) <= depth:
-            html += (unfolded(row, outer) for row in its)
+            html += (unfold_row(row, outer) for row in its)
         elif len(its) < 3 or len(its) == len(rows):
-            html.append(nested(its, is_open, depth + 1, level, outer))
+            html.append(nest_rows(its, is_open, depth + 1, level, outer))
         else:
             groups = {of: part for row in its for of, part in row.touches.items() if of[0] == "g"}
-            swatches = "".join(map(swatch, itertools.islice(groups.values(), 12)))
+            swatches = "".join(map(draw_swatch, itertools.islice(groups.values(), 12)))
             html.append(
                 f'<details class="fold" style="--in:{level + 1}"{" open" if is_open or not level else ""}><summary>'
-                f"{above(its[0].lanes)}{named('.'.join(scope), outer)}"
+                f"{draw_above(its[0].lanes)}{shorten_path('.'.join(scope), outer)}"
                 f'<span class="kind">{len(its)} nodes</span><span class="bars">{swatches}</span></summary>'
-                f"{nested(its, is_open, depth + 1, level + 1, '.'.join(scope) + '.')}</details>"
+                f"{nest_rows(its, is_open, depth + 1, level + 1, '.'.join(scope) + '.')}</details>"
             )
     return "".join(html)
 
 
-def unfolded(row: Row, outer: str) -> str:
+def unfold_row(row: Row, outer: str) -> str:
     """A row that opens: what it gives and the axes of its parameters, in bars and in words."""
     lines = dict[Parts, list[str]]()  # axes of the same channels share a line
     for title, parts in (*(("what it gives", parts) for parts in row.gives), *row.axes):
         lines.setdefault(parts, []).append(title)
     items = "".join(
-        f"<li><code>{breakable(', '.join(titles))}</code>{bar(parts)}<span>{words(parts)}</span>"
+        f"<li><code>{break_words(', '.join(titles))}</code>{draw_bar(parts)}<span>{word_parts(parts)}</span>"
         for parts, titles in lines.items()
     )
     shown = row.gives[:4]
     sizes = " × ".join(str(sum(part.size for part in parts)) for parts in shown)
     return (
-        f'<details class="row" data-in="{" ".join(row.touches)}"><summary>{beside(row.lanes)}'
-        f'{named(row.name, outer)}<span class="kind">{breakable(row.kind)}</span>'
-        f'<span class="bars">{"".join(map(bar, shown))}{sizes}</span><span class="says">{breakable(says(shown))}</span>'
-        f'</summary><div class="more">{below(row.lanes)}<div><p>{escape(row.about)}</p><ul>{items}</ul></div></div>'
+        f'<details class="row" data-in="{" ".join(row.touches)}"><summary>{draw_beside(row.lanes)}'
+        f'{shorten_path(row.name, outer)}<span class="kind">{break_words(row.kind)}</span>'
+        f'<span class="bars">{"".join(map(draw_bar, shown))}{sizes}</span>'
+        f'<span class="says">{break_words(say_bars(shown))}</span></summary>'
+        f'<div class="more">{draw_below(row.lanes)}<div><p>{escape(row.about)}</p><ul>{items}</ul></div></div>'
         "</details>\n"
     )
 
 
-def says(bars: Sequence[Parts]) -> str:
+def say_bars(bars: Sequence[Parts]) -> str:
     """The gist of some bars in words: which group, or how many, and why the rest is frozen."""
     found = {part.of: part.text for parts in bars for part in parts}
     groups = [text for of, text in found.items() if of[0] == "g"]
@@ -125,31 +126,31 @@ def says(bars: Sequence[Parts]) -> str:
     return ", ".join((groups if len(groups) < 2 else [f"{len(groups)} groups"]) + frozen)
 
 
-def beside(lanes: Lanes | None) -> str:
+def draw_beside(lanes: Lanes | None) -> str:
     """The lines beside a row: what passes it, what it reads, what it gives; and its dot."""
     if not lanes:
         return ""
     own = f"M{lanes.at + 0.5} 1V2" if lanes.at in lanes.below else ""
     reads = "".join(f"M{lane + 0.5} 0Q{lane + 0.5} 1 {lanes.at + 0.5} 1" for lane in lanes.reads)
-    return gutter(lanes, down(lanes.past) + reads + own, f'<i class="dot" style="--at:{lanes.at}"></i>')
+    return draw_gutter(lanes, draw_down(lanes.past) + reads + own, f'<i class="dot" style="--at:{lanes.at}"></i>')
 
 
-def above(lanes: Lanes | None) -> str:
+def draw_above(lanes: Lanes | None) -> str:
     """The lines above a row."""
-    return gutter(lanes, down(lanes.above)) if lanes else ""
+    return draw_gutter(lanes, draw_down(lanes.above)) if lanes else ""
 
 
-def below(lanes: Lanes | None) -> str:
+def draw_below(lanes: Lanes | None) -> str:
     """The lines below a row."""
-    return gutter(lanes, down(lanes.below)) if lanes else ""
+    return draw_gutter(lanes, draw_down(lanes.below)) if lanes else ""
 
 
-def down(lanes: Iterable[int]) -> str:
+def draw_down(lanes: Iterable[int]) -> str:
     """The path of lanes that only pass."""
     return "".join(f"M{lane + 0.5} 0V2" for lane in lanes)
 
 
-def gutter(lanes: Lanes, path: str, dot: str = "") -> str:
+def draw_gutter(lanes: Lanes, path: str, dot: str = "") -> str:
     """Lines, stretched to the height of what they stand beside."""
     return (
         f'<span class="gutter" aria-hidden="true"><svg viewBox="0 0 {lanes.width} 2" preserveAspectRatio="none">'
@@ -157,7 +158,7 @@ def gutter(lanes: Lanes, path: str, dot: str = "") -> str:
     )
 
 
-def bar(parts: Parts) -> str:
+def draw_bar(parts: Parts) -> str:
     """Channels as a bar whose length grows with the square root of their number."""
     width = 3 * math.sqrt(sum(part.size for part in parts))
     pieces = "".join(
@@ -165,46 +166,45 @@ def bar(parts: Parts) -> str:
         f'title="{part.size} {escape(part.text)}"></b>'
         for part in parts
     )
-    return (
-        f'<span class="bar" role="img" aria-label="{escape(says([parts]))}" style="width:{width:.0f}px">{pieces}</span>'
-    )
+    label = escape(say_bars([parts]))
+    return f'<span class="bar" role="img" aria-label="{label}" style="width:{width:.0f}px">{pieces}</span>'
 
 
-def words(parts: Parts) -> str:
+def word_parts(parts: Parts) -> str:
     """Channels in words, with links to the groups and reasons."""
     return ", ".join(
-        f'{part.size} <a href="#{part.of}" data-of="{part.of}">{breakable(part.text)}</a>' for part in parts
+        f'{part.size} <a href="#{part.of}" data-of="{part.of}">{break_words(part.text)}</a>' for part in parts
     )
 
 
-def swatch(part: Part) -> str:
+def draw_swatch(part: Part) -> str:
     """The colour of a group."""
     return f'<b class="swatch {part.of[0]} {part.of}" data-of="{part.of}" title="{escape(part.text)}"></b>'
 
 
-def entry(of: str, name: str, size: str, about: str, members: Iterable[str]) -> str:
+def write_entry(of: str, name: str, size: str, about: str, members: Iterable[str]) -> str:
     """A group or a reason in the lists beside the graphs."""
-    lines = "".join(f"<li><code>{breakable(member)}</code>" for member in members)
+    lines = "".join(f"<li><code>{break_words(member)}</code>" for member in members)
     return (
         f'<details class="entry" id="{of}"><summary><b class="swatch {of[0]} {of}"></b>'
-        f'<span class="name">{breakable(name)}</span><span class="kind">{size}</span></summary>'
+        f'<span class="name">{break_words(name)}</span><span class="kind">{size}</span></summary>'
         f"<p>{escape(about)}</p><ul>{lines}</ul></details>\n"
     )
 
 
-def named(name: str, outer: str) -> str:
+def shorten_path(name: str, outer: str) -> str:
     """A name, of which what every name in the fold starts with is not shown."""
     inner = name.removeprefix(outer)
-    hidden = f'<span class="outer">{breakable(outer)}</span>' if inner != name else ""
-    return f'<span class="name">{hidden}{breakable(inner)}</span>'
+    hidden = f'<span class="outer">{break_words(outer)}</span>' if inner != name else ""
+    return f'<span class="name">{hidden}{break_words(inner)}</span>'
 
 
-def breakable(text: str) -> str:
+def break_words(text: str) -> str:
     """A text that may break after its dots."""
     return escape(text).replace(".", ".<wbr>")
 
 
-def counted(number: int, one: str, many: str) -> str:
+def count_noun(number: int, one: str, many: str) -> str:
     """A number with its noun."""
     return f"{number} {one if number == 1 else many}"
 

@@ -84,7 +84,7 @@ class Restoration:
 
 
 @dataclass
-class Pair:
+class BatchPair:
     """One batch on its way through both models."""
 
     dense: "Live"
@@ -174,7 +174,7 @@ def restore(
             note = f"plain Python steers {type(compact).__name__}: its layers can't be restored one by one"
             return renew_averages(compact, batches, note)
         parts = zip((False, True), hold_out(batches), strict=True)
-        pairs = [Pair(Live(graph, its), Live(compact, its), held_out) for held_out, part in parts for its in part]
+        pairs = [BatchPair(Live(graph, its), Live(compact, its), held_out) for held_out, part in parts for its in part]
         return restore_layers(graph, compact, param_map, pairs)
 
 
@@ -214,7 +214,7 @@ def read_arguments(data: Any, model: nn.Module) -> list[Bound]:
 
 def read_batch(batch: Any, model: nn.Module) -> Bound:
     """The arguments in a batch; what follows them, such as labels, is left out."""
-    names = argument_names(model)
+    names = required_arguments(model)
     if isinstance(batch, dict):
         return (), {name: value for name, value in batch.items() if names is None or name in names}
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -225,7 +225,7 @@ def read_batch(batch: Any, model: nn.Module) -> Bound:
     return bind_inputs(tuple(batch) if names is None else tuple(batch)[: max(1, len(names))])
 
 
-def argument_names(model: nn.Module) -> list[str] | None:
+def required_arguments(model: nn.Module) -> list[str] | None:
     """The arguments of a graph that must be given; None where plain Python takes them."""
     if not isinstance(model, TracedModule):
         return None
@@ -287,7 +287,9 @@ def renew_averages(compact: nn.Module, batches: Sequence[Bound], note: str = "")
     return Restoration("batch_norm", note="; ".join(filter(None, (note, done))))
 
 
-def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamMap, pairs: list[Pair]) -> Restoration:
+def restore_layers(
+    graph: TracedModule, compact: TracedModule, param_map: ParamMap, pairs: list[BatchPair]
+) -> Restoration:
     """Walk both models and restore each layer whose input has changed."""
     originals = {node.name: node for node in graph.graphs[Mode.EVAL].nodes}
     uses, weights = count_uses(compact), find_weights(compact)
@@ -301,7 +303,7 @@ def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamM
             if node.op.startswith("call") and has_changed_input(live, node, source, original, weights):
                 left.append(describe_reader(compact, live, node, weights))
             continue
-        place = Place(compact, node, original, layer, kept_outputs(dense, param_map[layer.name]), pairs)
+        place = LayerPair(compact, node, original, layer, kept_outputs(dense, param_map[layer.name]), pairs)
         if not place.is_comparable():
             left.append(f"{layer.name}: more than the channels of what it gives went")
             continue
@@ -314,7 +316,7 @@ def restore_layers(graph: TracedModule, compact: TracedModule, param_map: ParamM
     return Restoration("least_squares", tuple(rows), note)
 
 
-def walk_together(graph: TracedModule, compact: TracedModule, pairs: Sequence[Pair]) -> Iterator[fx.Node]:
+def walk_together(graph: TracedModule, compact: TracedModule, pairs: Sequence[BatchPair]) -> Iterator[fx.Node]:
     """The nodes of ``compact`` in order, each when all batches have its value in both models."""
     waiting = iter(graph.graphs[Mode.EVAL].nodes)
     names = {node.name for node in graph.graphs[Mode.EVAL].nodes}
@@ -335,7 +337,7 @@ def walk_together(graph: TracedModule, compact: TracedModule, pairs: Sequence[Pa
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPair:
     """A layer where both models have arrived.
 
     Attributes:
@@ -352,7 +354,7 @@ class Place:
     original: fx.Node
     layer: LinearLayer
     kept: Tensor | None
-    pairs: Sequence[Pair]
+    pairs: Sequence[BatchPair]
 
     @property
     def source(self) -> fx.Node:
@@ -365,7 +367,7 @@ class Place:
         given, wanted = pair.compact.env[self.node], pair.dense.env[self.original]
         return tuple(given.shape) == tuple(self.at_kept(wanted).shape)
 
-    def missing(self, pair: Pair, tail: "Tail") -> Tensor:
+    def missing(self, pair: BatchPair, tail: "Tail") -> Tensor:
         """What the layer should give and does not: shaped like its output, in float32 at least."""
         given, wanted = widen(pair.compact.env[self.node]), self.at_kept(widen(pair.dense.env[self.original]))
         missing = wanted - given
@@ -411,7 +413,7 @@ class Tail:
     original: fx.Node | None = None
 
 
-def follow_layer(place: Place) -> Tail:
+def follow_layer(place: LayerPair) -> Tail:
     """What follows the layer, over batch norms and what does nothing in eval mode."""
     layer, node, live = place.layer, place.node, place.pairs[0].compact
     scale = torch.ones(live.env[node].shape[layer.channel_axis], device=layer.weight.device, dtype=torch.float64)
@@ -431,7 +433,7 @@ def follow_layer(place: Place) -> Tail:
     return Tail(norm, scale)
 
 
-def find_other(place: Place, node: fx.Node, join: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+def find_other(place: LayerPair, node: fx.Node, join: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The other operand of a residual sum in both models, where it has its value and is shaped like the layer's."""
     pair = place.pairs[0]
     other = next(operand for operand in join.all_input_nodes if operand is not node)
@@ -447,7 +449,7 @@ def widen(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def restore_layer(place: Place, uses: int, generator: torch.Generator) -> RestoredLayer | None:
+def restore_layer(place: LayerPair, uses: int, generator: torch.Generator) -> RestoredLayer | None:
     """Restore one layer; None where it gives what it gave."""
     layer, tail = place.layer, follow_layer(place)
     if not has_changed(place, tail):
@@ -465,7 +467,7 @@ def restore_layer(place: Place, uses: int, generator: torch.Generator) -> Restor
     return RestoredLayer(layer.name, before / size, after[best] / size, "restored")
 
 
-def has_changed(place: Place, tail: Tail) -> bool:
+def has_changed(place: LayerPair, tail: Tail) -> bool:
     """Whether the layer gives something else than it gave, by more than rounding."""
     dtype = place.pairs[0].compact.env[place.node].dtype
     missing, given = 0.0, 0.0
@@ -477,7 +479,7 @@ def has_changed(place: Place, tail: Tail) -> bool:
     return math.sqrt(missing) > allow_rounding(dtype) * math.sqrt(given)
 
 
-def why_left(place: Place, uses: int) -> str:
+def why_left(place: LayerPair, uses: int) -> str:
     """Why a layer is not restored; "" where it is tried."""
     layer, x = place.layer, place.pairs[0].compact.env[place.source]
     if uses > 1:
@@ -502,7 +504,7 @@ def measure_errors(changes: Sequence[Change], rows: Iterable[Rows], scale: Tenso
     return [size or 1.0, *others]
 
 
-def apply_change(place: Place, tail: Tail, change: Change) -> None:
+def apply_change(place: LayerPair, tail: Tail, change: Change) -> None:
     """Change the layer, and what takes the intercept."""
     layer = place.layer
     layer.weight.add_(as_weight(layer, change.matrix).to(layer.weight))

@@ -15,6 +15,7 @@ from fxprune.budget.solver import round_widths
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.groups import Group
 from fxprune.channels.names import Ints
+from fxprune.channels.values import values_in
 from fxprune.errors import PlanError
 from fxprune.graph.trace import named_tensors, trace
 from fxprune.graph.traced import TracedModule
@@ -22,7 +23,6 @@ from fxprune.pipeline import example_of
 from fxprune.rewrite.attributes import layer_attributes
 
 from ._constants import kind_of
-from .fold_constants import is_tensor, values_in
 
 GROWS = (torch.cat, torch.flatten, "flatten")  # the movements that are right at any width
 
@@ -98,7 +98,7 @@ def find_stiff(analysis: Analysis) -> Iterator[str]:
         for node in place.graph.nodes:
             if (
                 node.op in ("placeholder", "output", "get_attr")
-                or not is_tensor(values[node.name])
+                or not values_in(values[node.name])
                 or can_grow(graph, node)
             ):
                 continue

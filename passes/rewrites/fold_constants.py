@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils import _pytree as pytree
 
 from fxprune.budget.cost import Channels
 from fxprune.channels.analysis import Analysis, abridge_list, analyze
 from fxprune.channels.labels import label_along
 from fxprune.channels.names import Ints
-from fxprune.channels.values import Value
+from fxprune.channels.values import Value, values_in
 from fxprune.graph.layers import TRANSPOSED, channel_axis, is_depthwise
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
@@ -90,7 +89,7 @@ class _Constants:
                 does = kind_of(graph, node)
                 if does == "contraction":
                     self.look(readings[node.name], values[node.args[0].name])
-                elif does == "" and is_tensor(values[node.name]):
+                elif does == "" and values_in(values[node.name]):
                     for source in node.all_input_nodes:
                         self.block(self.channels_in(values[source.name]), f"{describe_place(node)} reads it")
 
@@ -190,7 +189,7 @@ class _Constants:
                 continue
             added = weight[:, moved].flatten(2).sum(2) if weight.ndim > 2 else weight[:, moved]
             bias = (added * torch.from_numpy(value[moved]).to(added)).sum(1)
-            norm = norm_after(copied, path)
+            norm = find_norm_behind(copied, path)
             if layer.bias is not None:
                 layer.bias.add_(bias.to(layer.bias))
             elif norm is not None:
@@ -200,7 +199,7 @@ class _Constants:
         return biases
 
 
-def norm_after(model: TracedModule, path: str) -> Any:
+def find_norm_behind(model: TracedModule, path: str) -> Any:
     """The batch norm that takes all that the convolution ``path`` gives, and nothing else; None if there is none."""
     graphs = model.distinct_graphs().values()
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_module"]
@@ -220,15 +219,3 @@ def shared_weights(model: nn.Module) -> set[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     return {path for paths in owners.values() if len(paths) > 1 for path in paths}
-
-
-def values_in(tree: Any) -> list[Value]:
-    """The tensors of a node's value."""
-    return [leaf for leaf in pytree.tree_leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Value)) if is_tensor(leaf)]
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a node gives tensors."""
-    if isinstance(value, Value):
-        return True
-    return any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(value))

@@ -96,7 +96,7 @@ class GateChannels(PassBase):
                 continue
             size = conv.weight.detach().abs()
             used = ((size >= self.threshold) & (size > 0)).flatten(2).any(2)
-            norms = {norm_after(model, node, twice) for node in nodes}
+            norms = {name_norm_after(model, node, twice) for node in nodes}
             norm = norms.pop() if len(norms) == 1 else ""
             whole = torch.ones_like(used[:, 0])
             gate = _Gate(at_least_one(used.any(0)), at_least_one(used.any(1) if norm else whole), norm)
@@ -115,7 +115,7 @@ def at_least_one(used: Tensor) -> Tensor:
     return used.nonzero().flatten() if used.any() else torch.zeros(1, dtype=torch.int64, device=used.device)
 
 
-def norm_after(model: nn.Module, node: fx.Node, twice: set[str]) -> str:
+def name_norm_after(model: nn.Module, node: fx.Node, twice: set[str]) -> str:
     """The batch norm that alone uses what ``node`` gives, and that only a sum uses; "" if there is none."""
     norm = next(iter(node.users)) if len(node.users) == 1 else node
     layer = model.get_submodule(str(norm.target)) if norm.op == "call_module" else None
