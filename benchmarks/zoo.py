@@ -239,7 +239,7 @@ def check(name: str) -> dict[str, Any]:
 
     import fxprune
     from fxprune import cost, passes
-    from fxprune.errors import VerifyError
+    from fxprune.errors import VerificationError
     from fxprune.rewrite.verify import mask_removed
 
     model, x = made(name)
@@ -252,7 +252,7 @@ def check(name: str) -> dict[str, Any]:
     dtype = torch.float32 if big else torch.float64
     try:
         result = fxprune.verify(graph, compact, param_map, x, dtype=dtype, gradients=not big)
-    except VerifyError:
+    except VerificationError:
         if kind_of(name) not in zoo_libraries.LIBRARIES:
             raise
         dtype = torch.float32  # its own Python computes in float32, whatever it is given
