@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
-from fxprune.channels.layers import Lowered, lower_layer
 from fxprune.channels.tensor import STATISTICS, ChannelTensor, Run, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
+from fxprune.graph.lowering import Lowered, lower_layer
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import Mode, TracedModule

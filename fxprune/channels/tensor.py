@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from fxprune.channels.labels import Label, Labels, Operand, condense_label, freeze_labels, varying_axes
 from fxprune.channels.names import Names
-from fxprune.channels.shapes import shape_of_result
+from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.traced import Mode
 
 

@@ -19,14 +19,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from fxprune.channels.layers import lower_layer
-from fxprune.channels.shapes import shape_of_result
 from fxprune.graph.batch import FIRST
 from fxprune.graph.contexts import write_grad_mode
 from fxprune.graph.inputs import Bound, tensors_in
+from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
 from fxprune.graph.places import stack_trace, users_frame
 from fxprune.graph.refusal import RefusalError
+from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
 from fxprune.graph.traced import Mode
 from fxprune.graph.watch import watch_torch

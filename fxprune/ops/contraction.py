@@ -25,10 +25,10 @@ from fxprune.channels.labels import (
     settle_labels,
     varying_axes,
 )
-from fxprune.channels.layers import Lowered, Tensors, lowering
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import WHOLE, Call, Term, as_operand, rule
 from fxprune.graph.layers import CONVOLUTIONS, TRANSPOSED
+from fxprune.graph.lowering import Lowered, Tensors, lowering
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.graph.traced import Mode
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes

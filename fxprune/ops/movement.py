@@ -29,9 +29,9 @@ from fxprune.channels.labels import (
     squash_names,
     varying_axes,
 )
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import Call, ChannelTensor, as_operand, freeze_unknown, rule
 from fxprune.channels.values import Value
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.ops.pointwise import same_shape
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import (

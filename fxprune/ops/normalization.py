@@ -17,8 +17,6 @@ from fxprune.channels.labels import (
     settle_labels,
     varying_axes,
 )
-from fxprune.channels.layers import Lowered, Tensors, lowering
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import (
     STEPS,
     WHOLE,
@@ -29,6 +27,8 @@ from fxprune.channels.tensor import (
     mark_norm,
     rule,
 )
+from fxprune.graph.lowering import Lowered, Tensors, lowering
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument, value_of

@@ -15,12 +15,12 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.interpret import Runner, describe_cause
 from fxprune.channels.labels import stays_along
 from fxprune.channels.names import Bools
-from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value, values_in
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require_type
 from fxprune.graph.inputs import describe_inputs, tensors_in
 from fxprune.graph.places import describe_place
+from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.trace import copy_modules, named_tensors
 from fxprune.graph.traced import (
     START,
