@@ -614,3 +614,64 @@ def test_torchs_transformers_lose_heads(make: Callable[[], nn.Module]) -> None:
     analysis = fxprune.analyze(whole(model, x), x)
     assert any("in_proj" in member.parameter for group in analysis.groups.values() for member in group.members)
     pruned(model, x)
+
+
+# ------------------------------------------------------------------------------------------- what people do with it
+
+
+class Head(nn.Module):
+    """Containers, indexed by number and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        self.parts = nn.ModuleList([nn.Flatten(), nn.Linear(256, 16)])
+        self.head = nn.ModuleDict({"last": nn.Linear(16, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        for part in self.parts:
+            x = part(x)
+        return self.head["last"](x)
+
+
+def test_containers_stay_containers() -> None:
+    compact = pruned(Head().double())
+    compact.head["last"] = nn.Linear(compact.head["last"].in_features, 7).double()
+    assert compact(X).shape == (2, 7)
+    assert [type(layer) for layer in compact.features[:2]] == [nn.Conv2d, nn.ReLU]
+    compact.parts[1] = nn.Linear(compact.parts[1].in_features, compact.head["last"].in_features).double()
+    assert copy.deepcopy(compact)(X).shape == (2, 7)
+
+
+def in_two_modes(m: Net, x: Tensor) -> Tensor:
+    return m.o(F.dropout(m.b(m.a(x).relu()).relu(), 0.1, m.training))
+
+
+@pytest.mark.parametrize("forward", [in_two_modes, checks_shapes])
+@pytest.mark.parametrize("training", [False, True])
+def test_compact_models_are_traced_again(forward: Callable[..., Any], training: bool) -> None:
+    compact = pruned(net(forward)).train(training)
+    again = torch.fx.symbolic_trace(compact)
+    for model in (again, compact):
+        torch.manual_seed(0)
+        outcome = model(X)
+        torch.manual_seed(0)
+        assert torch.equal(outcome, compact(X))
+
+
+def test_a_check_of_arguments_is_traced_again_too() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor, scale: int = 2) -> Tensor:
+            return self.o(self.b(self.a(x).relu() * scale).relu())
+
+    again = torch.fx.symbolic_trace(pruned(randomize(Scaled(checks_shapes)).double()))
+    assert again(X, 2).shape == (2, 4, 8, 8)
+    with pytest.raises(TraceError, match="argument 'scale' is 3, but the graph was made with 2"):
+        again(X, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
+def test_compact_models_are_scripted() -> None:
+    compact = pruned(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).double())
+    assert torch.equal(torch.jit.script(compact)(X), compact(X))
