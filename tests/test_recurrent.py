@@ -67,7 +67,8 @@ def test_hidden_units_are_pruned(name: str) -> None:
     compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)
     result = fxprune.verify(analysis.graph, compact, param_map, X)  # raises where they differ
     assert result.moved > 1e-3
-    assert compact.get_submodule("layer").hidden_size < 16
+    layer = compact.get_submodule("layer")
+    assert layer.hidden_size < 16 or 0 < layer.proj_size < 6
     assert compact(X[:1]).shape == model(X[:1]).shape
     assert compact.get_submodule("layer").input_size == compact.get_submodule("before").out_features
 
