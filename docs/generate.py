@@ -177,4 +177,11 @@ def example(name):
     return f"```python\n{path.read_text(encoding='utf-8').rstrip()}\n```"
 
 
-TEXTS = {"operators": operators, "models": models, "libraries": libraries, "results": results, "others": others, "example": example}
+TEXTS = {
+    "operators": operators,
+    "models": models,
+    "libraries": libraries,
+    "results": results,
+    "others": others,
+    "example": example,
+}

@@ -675,3 +675,44 @@ def test_a_check_of_arguments_is_traced_again_too() -> None:
 def test_compact_models_are_scripted() -> None:
     compact = pruned(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).double())
     assert torch.equal(torch.jit.script(compact)(X), compact(X))
+
+
+class Grouped(nn.Module):
+    """Attention with four heads of queries to two of keys and values; the Python of ``steered`` looks at values."""
+
+    def __init__(self, steered: bool) -> None:
+        super().__init__()
+        self.i, self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(8, 32), nn.Linear(8, 32)
+        self.o, self.steered = nn.Linear(64, 8), steered
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.i(x)
+        if self.steered and x.sum() > 1e9:
+            return x
+        q, k, v = (part(x).unflatten(-1, (-1, 16)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_heads_of_grouped_queries(steered: bool) -> None:
+    analysis = fxprune.analyze(Grouped(steered).eval(), torch.randn(2, 5, 8))
+    groups = [
+        group for group in analysis.groups.values() for m in group.members if (m.parameter, m.axis) == ("k.weight", 0)
+    ]
+    assert steered or [group.size for group in groups] == [2]
+
+
+def test_empty_slices_and_tied_embeddings() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.mid, self.head = nn.Embedding(10, 16), nn.Linear(16, 16), nn.Linear(16, 10, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            h = self.mid(self.emb(i))
+            return self.head(torch.cat([h[:, :0], h[:, 0:].relu()], 1))
+
+    analysis = fxprune.analyze(Tied(), torch.randint(10, (2, 5)))
+    assert "emb.weight[0]: all frozen" in analysis.explain("head")
