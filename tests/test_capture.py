@@ -707,3 +707,105 @@ def test_torchs_transformers_lose_heads(make: Callable[[], nn.Module]) -> None:
     analysis = fxprune.analyze(whole(model, x), x)
     assert any("in_proj" in member.parameter for group in analysis.groups.values() for member in group.members)
     pruned(model, x)
+
+
+# ------------------------------------------------------------------------------------------- what people do with it
+
+
+class Head(nn.Module):
+    """Containers, indexed by number and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        self.parts = nn.ModuleList([nn.Flatten(), nn.Linear(256, 16)])
+        self.head = nn.ModuleDict({"last": nn.Linear(16, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        for part in self.parts:
+            x = part(x)
+        return self.head["last"](x)
+
+
+def test_containers_stay_containers() -> None:
+    compact = pruned(Head().double())
+    compact.head["last"] = nn.Linear(compact.head["last"].in_features, 7).double()
+    assert compact(X).shape == (2, 7)
+    assert [type(layer) for layer in compact.features[:2]] == [nn.Conv2d, nn.ReLU]
+    compact.parts[1] = nn.Linear(compact.parts[1].in_features, compact.head["last"].in_features).double()
+    assert copy.deepcopy(compact)(X).shape == (2, 7)
+
+
+def in_two_modes(m: Net, x: Tensor) -> Tensor:
+    return m.o(F.dropout(m.b(m.a(x).relu()).relu(), 0.1, m.training))
+
+
+@pytest.mark.parametrize("forward", [in_two_modes, checks_shapes])
+@pytest.mark.parametrize("training", [False, True])
+def test_compact_models_are_traced_again(forward: Callable[..., Any], training: bool) -> None:
+    compact = pruned(net(forward)).train(training)
+    again = torch.fx.symbolic_trace(compact)
+    for model in (again, compact):
+        torch.manual_seed(0)
+        outcome = model(X)
+        torch.manual_seed(0)
+        assert torch.equal(outcome, compact(X))
+
+
+def test_a_check_of_arguments_is_traced_again_too() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor, scale: int = 2) -> Tensor:
+            return self.o(self.b(self.a(x).relu() * scale).relu())
+
+    again = torch.fx.symbolic_trace(pruned(randomize(Scaled(checks_shapes)).double()))
+    assert again(X, 2).shape == (2, 4, 8, 8)
+    with pytest.raises(TraceError, match="argument 'scale' is 3, but the graph was made with 2"):
+        again(X, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
+def test_compact_models_are_scripted() -> None:
+    compact = pruned(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).double())
+    assert torch.equal(torch.jit.script(compact)(X), compact(X))
+
+
+class Grouped(nn.Module):
+    """Attention with four heads of queries to two of keys and values; the Python of ``steered`` looks at values."""
+
+    def __init__(self, steered: bool) -> None:
+        super().__init__()
+        self.i, self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(8, 32), nn.Linear(8, 32)
+        self.o, self.steered = nn.Linear(64, 8), steered
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.i(x)
+        if self.steered and x.sum() > 1e9:
+            return x
+        q, k, v = (part(x).unflatten(-1, (-1, 16)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_heads_of_grouped_queries(steered: bool) -> None:
+    analysis = fxprune.analyze(Grouped(steered).eval(), torch.randn(2, 5, 8))
+    groups = [
+        group for group in analysis.groups.values() for m in group.members if (m.parameter, m.axis) == ("k.weight", 0)
+    ]
+    assert steered or [group.size for group in groups] == [2]
+
+
+def test_empty_slices_and_tied_embeddings() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.mid, self.head = nn.Embedding(10, 16), nn.Linear(16, 16), nn.Linear(16, 10, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            h = self.mid(self.emb(i))
+            return self.head(torch.cat([h[:, :0], h[:, 0:].relu()], 1))
+
+    analysis = fxprune.analyze(Tied(), torch.randint(10, (2, 5)))
+    assert "emb.weight[0]: all frozen" in analysis.explain("head")

@@ -157,9 +157,10 @@ class Analysis:
             AnalysisError: the model has nothing of that name.
         """
         require_type(name, str, "name", AnalysisError)
+        named = {first for alias, first in self.aliases.items() if f"{alias}.".startswith(f"{name}.")}
         lines = []
         for group in self.groups.values():
-            touched = [m for m in group.members if m.parameter == name or m.parameter.startswith(name + ".")]
+            touched = [m for m in group.members if m.parameter in named]
             if group.name == name or touched:
                 where = ", ".join(f"{m.parameter}[{m.axis}]" for m in touched or group.members[:1])
                 others = [m for m in group.members if m not in touched]
@@ -170,13 +171,13 @@ class Analysis:
                 if group.inexact:
                     lines.append("    A normalization runs over them: its statistics change when channels go.")
         for frozen in self.frozen:
-            if frozen.parameter == name or frozen.parameter.startswith(name + "."):
+            if frozen.parameter in named:
                 size = self.axes[frozen.parameter, frozen.axis].size
                 count = "all" if len(frozen.index) == size else f"{len(frozen.index)} of {size}"
                 lines.append(f"{frozen.parameter}[{frozen.axis}]: {count} frozen: {self.place(frozen.reason)}")
         if lines:
             return "\n".join(lines)
-        if name in self.shapes or any(key.startswith(name + ".") for key in self.shapes):
+        if named:
             return f"{name}: every axis has size 1, there is nothing to prune"
         raise AnalysisError(f"nothing called {name!r} in this model. Names are those of its state_dict or its modules.")
 

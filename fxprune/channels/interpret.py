@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
-from fxprune.channels.tensor import STATISTICS, ChannelTensor, NameRun, apply_operator, on_meta
+from fxprune.channels.tensor import STATES, STATISTICS, ChannelTensor, NameRun, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
@@ -182,7 +182,13 @@ class Recorder(Runner):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A module that gets what it got before, in the other mode say, gives what it gave, and merges nothing new."""
-        run = self.run_
+        run, layer = self.run_, self.layer(target)
+        if len(args) == 1 and not kwargs and type(layer) in STATES:
+            args = (*args, STATES[type(layer)](layer, args[0]))
+        if not run.real:  # what the graph made of numbers is on another device than its inputs are here
+            args, kwargs = map_tensors(
+                lambda arg: arg if isinstance(arg, ChannelTensor) else on_meta(arg), (args, kwargs)
+            )
         if kwargs or run.real or not all(isinstance(arg, ChannelTensor) for arg in args):
             return super().call_module(target, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -192,17 +198,18 @@ class Recorder(Runner):
         )
         key = target, given, operator is None and self.mode  # what torch runs, it may refuse in the other mode
         if key in run.calls:
-            _, result, norms = run.calls[key]
+            _, result, norms, flops = run.calls[key]
+            run.flops += flops if run.mode is Mode.EVAL else []
             run.norms += [replace(norm, mode=run.mode, node=run.names.node) for norm in norms]
             return result
-        before = len(run.norms)
+        norms, flops = len(run.norms), len(run.flops)
         labels = [arg.labels for arg in args]  # kept, so that their memory is not used again
         if operator is None:
             result = super().call_module(target, args, {})
         else:
             with torch._C.DisableTorchFunctionSubclass():
                 result = apply_operator(*operator, {})
-        run.calls[key] = labels, result, run.norms[before:]
+        run.calls[key] = labels, result, run.norms[norms:], run.flops[flops:]
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:

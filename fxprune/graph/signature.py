@@ -99,7 +99,9 @@ def check_argument(value: Any, pattern: Any, name: str) -> None:
     Raises:
         TraceError: it has another value.
     """
-    if not matches_pattern(value, pattern):
+    if isinstance(value, fx.Proxy):  # the graph is traced again: so will be the check
+        value.tracer.create_proxy("call_function", check_argument, (value, pattern, name), {})
+    elif not matches_pattern(value, pattern):
         raise TraceError(
             f"argument {name!r} is {show_argument(value)}, but the graph was made with {show_argument(pattern)}, and "
             "holds for that alone: trace the model with example_inputs that give this argument"

@@ -303,11 +303,15 @@ def plain_root(working: nn.Module, called: set[Any]) -> nn.Module:
     return bare_module(working, made)
 
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # these stay: people index them
+
+
 def bare_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A plain module for ``module`` and for each below it, unless ``made`` has one by the id."""
+    """A plain module or container for ``module`` and for each below it, unless ``made`` has one by the id."""
     if id(module) in made:
         return made[id(module)]
-    new = made[id(module)] = nn.Module()
+    kind = next((kind for kind in CONTAINERS if isinstance(module, kind)), nn.Module)
+    new = made[id(module)] = kind()
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
         new.__dict__[name] = module.__dict__[name]
     new._modules = {

@@ -1,6 +1,7 @@
 """TracedModule: a GraphModule with a graph for each mode. A model is one, or has them for its parts: its regions."""
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,9 @@ class TracedModule(fx.GraphModule):
 
     Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
     """
+
+    # torch.jit.script leaves them out.
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "graphs", "code"]  # noqa: RUF012
 
     def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
         """Take over everything that ``root`` holds, except its class."""
@@ -209,13 +213,22 @@ def reasons_of(model: nn.Module) -> dict[str, str]:
 
 
 def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share."""
+    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share.
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
-
-    forward.__wrapped__ = evaluate  # type: ignore[attr-defined]  # whose arguments torch.fx and inspect read
-    return forward
+    It is made of text, as that of every GraphModule: ``symbolic_trace`` counts the arguments in its code.
+    """
+    parameters = inspect.signature(evaluate).parameters.values()
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty)
+        for parameter in parameters
+    ]
+    given = ", ".join(f"{own.name}={own.name}" if own.kind is own.KEYWORD_ONLY else str(own) for own in bare)
+    scope: dict[str, Any] = {"train": train, "evaluate": evaluate}
+    exec(f"def forward{inspect.Signature(bare)}: return (train if self.training else evaluate)({given})", scope)
+    forward: Any = scope["forward"]
+    forward.__defaults__ = getattr(evaluate, "__defaults__", None)
+    forward.__kwdefaults__ = getattr(evaluate, "__kwdefaults__", None)
+    return forward  # type: ignore[no-any-return]
 
 
 def observed_values(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:

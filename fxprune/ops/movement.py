@@ -182,6 +182,8 @@ def slice_(call: Call) -> Labels:
         labels = settle_labels(
             call.names, (pin_axes(call.names, label, [axis], "sliced with a step") for label in labels)
         )
+    if not call.shape[axis]:  # nothing is left that could have a name along it
+        return tuple(label for label in labels if label.shape[axis] == 1)
     moved = [
         squash_names(call.func(spread_label(label, value.shape), *call.args[1:], **call.kwargs)) for label in labels
     ]

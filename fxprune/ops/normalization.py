@@ -158,6 +158,8 @@ def fit_layer_norm(run: CompactRun, node: fx.Node) -> None:
 
 @attributes(nn.LayerNorm, nn.RMSNorm)
 def layer_norm_attributes(layer: Any, given: Shape, out: Shape) -> dict[str, Any]:
+    if not given:  # nothing is known of what it is given
+        return {} if layer.weight is None else {"normalized_shape": tuple(layer.weight.shape)}
     return {"normalized_shape": tuple(given[-len(layer.normalized_shape) :])}
 
 

@@ -29,6 +29,7 @@ from fxprune.rewrite.param_map import Kept, ParamMap
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # with dropout between their layers
 
 
 @dataclass(frozen=True)
@@ -385,4 +386,7 @@ class Comparable(TorchFunctionMode):
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if func is F.scaled_dot_product_attention:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
+        if func in RECURRENT:  # the probability stands behind the number of layers
+            at = next(at for at, value in enumerate(args) if type(value) is int) + 1
+            args = [*args[:at], 0.0, *args[at + 1 :]]
         return func(*args, **kwargs)
