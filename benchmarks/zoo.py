@@ -2,11 +2,13 @@
 
     python benchmarks/zoo.py                     all models, each in a process of its own
     python benchmarks/zoo.py --timm              small models of the families of timm instead
+    python benchmarks/zoo.py --libraries         those of zoo_libraries.py: Hugging Face, smp, MONAI, diffusers …
     python benchmarks/zoo.py --models resnet18   some
     python benchmarks/zoo.py --onnx              their ONNX parity too
     python benchmarks/zoo.py --analyses          analyse anew, without checking the law
 
-Appends a line a model to results/zoo.jsonl (zoo_timm.jsonl), skips what is there, and writes results/zoo.md.
+Appends a line a model to results/zoo.jsonl (zoo_timm.jsonl, zoo_libraries.jsonl), skips what is there, and writes
+results/zoo.md.
 """
 
 import argparse
@@ -21,6 +23,8 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import zoo_libraries
 
 RESULTS = Path(__file__).parent / "results"
 BIG = 150_000_000  # parameters from which the law is checked in float32, outputs only
@@ -45,7 +49,8 @@ TIMM = (  # small ones of its families, that train on a CPU in seconds
 
 def kind_of(name: str) -> str:
     """Where a model comes from."""
-    return "timm" if name.startswith("timm:") else names()[name]
+    library, _, rest = name.partition(":")
+    return library if rest else names()[name]
 
 
 def names() -> dict[str, str]:
@@ -64,11 +69,14 @@ def names() -> dict[str, str]:
 
 
 def build(name: str) -> Any:
-    """The model with random weights, and norms, biases and scales that are not at their initial values."""
+    """A model of torchvision or timm."""
+    return from_timm(name) if kind_of(name) == "timm" else from_torchvision(name)
+
+
+def randomise(model: Any) -> None:
+    """Give norms, biases and scales other values than their initial ones."""
     import torch
 
-    torch.manual_seed(0)
-    model = from_timm(name) if kind_of(name) == "timm" else from_torchvision(name)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -83,7 +91,6 @@ def build(name: str) -> Any:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and not module.weight.any():
                 module.weight.normal_(0, 0.02, generator=generator)
-    return model
 
 
 def from_timm(name: str) -> Any:
@@ -136,9 +143,17 @@ def example(name: str, model: Any) -> Any:
 
 
 def made(name: str) -> tuple[Any, Any]:
-    """A model and its input."""
-    model = build(name)
-    return model, example(name, model)
+    """A model with random weights, and its input."""
+    import torch
+
+    torch.manual_seed(0)
+    if kind_of(name) in zoo_libraries.LIBRARIES:
+        model, x = zoo_libraries.build_model(name)
+    else:
+        model = build(name)
+        x = example(name, model)
+    randomise(model)
+    return model, x
 
 
 def runs(model: Any, x: Any) -> bool:
@@ -224,6 +239,7 @@ def check(name: str) -> dict[str, Any]:
 
     import fxprune
     from fxprune import cost, passes
+    from fxprune.errors import VerificationError
     from fxprune.rewrite.verify import mask_removed
 
     model, x = made(name)
@@ -233,9 +249,14 @@ def check(name: str) -> dict[str, Any]:
     # At random: a good choice hardly moves the outputs, and the proof would show little.
     plan = passes.Random().plan(analysis, fxprune.Budget(flops=0.5))
     compact, param_map = fxprune.rewrite(graph, analysis, plan)
-    result = fxprune.verify(
-        graph, compact, param_map, x, dtype=torch.float32 if big else torch.float64, gradients=not big
-    )
+    dtype = torch.float32 if big else torch.float64
+    try:
+        result = fxprune.verify(graph, compact, param_map, x, dtype=dtype, gradients=not big)
+    except VerificationError:
+        if kind_of(name) not in zoo_libraries.LIBRARIES:
+            raise
+        dtype = torch.float32  # its own Python computes in float32, whatever it is given
+        result = fxprune.verify(graph, compact, param_map, x, dtype=dtype)
     graph.eval(), compact.eval()
     dense = graph
     if not isinstance(graph, fxprune.TracedModule):  # what boxes there are depends on the weights: count on the same
@@ -246,13 +267,41 @@ def check(name: str) -> dict[str, Any]:
         "kind": kind_of(name),
         "flops": cost.flops(compact, x) / cost.flops(dense, x),
         "params": cost.params(compact) / cost.params(graph),
-        "dtype": "float32" if big else "float64",
+        "dtype": str(dtype).removeprefix("torch."),
         "outputs": result.outputs,
         "gradients": None if big else result.gradients,
         "trained": result.trained,
         "moved": result.moved,
         "onnx": None,
+        **(use(name, model, compact, x) if kind_of(name) in zoo_libraries.LIBRARIES else {}),
     }
+
+
+def use(name: str, model: Any, compact: Any, x: Any) -> dict[str, Any]:
+    """Train a compact model for a step, and run it on another batch; say why the model is no one graph."""
+    import torch
+
+    from fxprune.errors import TraceError
+    from fxprune.graph.batch import with_larger_batch
+    from fxprune.graph.inputs import bind_inputs, map_tensors, tensors_in
+    from fxprune.graph.trace import trace_whole
+
+    args, kwargs = bind_inputs(x)
+    optimizer = torch.optim.SGD(compact.parameters(), 1e-3)
+    losses = [tensor.float().square().mean() for tensor in tensors_in(compact.train()(*args, **kwargs))]
+    sum(loss for loss in losses if loss.requires_grad).backward()
+    optimizer.step()
+    larger = with_larger_batch((args, kwargs))
+    pairs = zip(tensors_in((args, kwargs)), tensors_in(larger), strict=True)
+    more = iter([torch.cat([a, a[:1]]) if a.shape != b.shape else a for a, b in pairs])
+    args, kwargs = map_tensors(lambda _: next(more), larger)
+    with torch.no_grad():
+        compact.eval()(*args, **kwargs)
+    try:
+        trace_whole(model, bind_inputs(x))
+    except TraceError as error:
+        return {"why": str(error)}
+    return {"why": ""}
 
 
 def report(rows: list[dict[str, Any]], title: str) -> str:
@@ -314,6 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="", help="comma-separated; default all")
     parser.add_argument("--timm", action="store_true", help="the models of timm (pip install timm)")
+    parser.add_argument("--libraries", action="store_true", help="the models of other libraries (the extra zoo)")
     parser.add_argument("--onnx", action="store_true", help="compare onnxruntime with PyTorch too")
     parser.add_argument("--analyses", action="store_true", help="analyse anew what is in the results")
     parser.add_argument("--limit-s", type=float, default=1200)
@@ -323,9 +373,17 @@ def main() -> None:
         print(json.dumps(parity(options.one) if options.onnx else check(options.one)))
         return
     RESULTS.mkdir(exist_ok=True)
-    every = [f"timm:{name}" for name in TIMM.split()] if options.timm else list(names())
-    title = f"timm {version('timm')}, small models of its families" if options.timm else "torchvision, every model"
-    path = RESULTS / ("zoo_timm.jsonl" if options.timm else "zoo.jsonl")
+    if options.libraries:
+        every, title = zoo_libraries.list_models(), "Other libraries, small models"
+        path = RESULTS / "zoo_libraries.jsonl"
+    elif options.timm:
+        every, title = (
+            [f"timm:{name}" for name in TIMM.split()],
+            f"timm {version('timm')}, small models of its families",
+        )
+        path = RESULTS / "zoo_timm.jsonl"
+    else:
+        every, title, path = list(names()), "torchvision, every model", RESULTS / "zoo.jsonl"
     earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = {row["model"]: row for row in earlier if "error" not in row}
     for name in options.models.split(",") if options.models else every:

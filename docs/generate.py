@@ -97,7 +97,7 @@ def operators():
 
 def models():
     """The zoo, one line a model: what was measured on all of torchvision's models."""
-    rows = [json.loads(line) for line in (RESULTS / "zoo.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows("zoo")
     lines = [
         "| model | kind | channels | frozen | FLOPs left | difference | ONNX |",
         "|---|---|---:|---:|---:|---:|---|",
@@ -119,6 +119,32 @@ def models():
     return f"{len(rows)} models:\n\n" + "\n".join(lines)
 
 
+def read_rows(name):
+    """What ``benchmarks/zoo.py`` recorded, a dict for each model."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def libraries():
+    """The models of other libraries, one line each: what was measured, or why not."""
+    lines = [
+        "| library | model | graphs | frozen | FLOPs left | difference | ONNX |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
+    for row in read_rows("zoo_libraries"):
+        library, _, model = row["model"].partition(":")
+        if "error" in row:
+            lines.append(f"| {library} | {model} | {row['error'][:300].replace('|', '/')} | | | | |")
+            continue
+        graphs = f"{len(row['regions'])} regions" if row["regions"] else row["graphs"]
+        law = max(row["outputs"], row["gradients"] or 0)
+        onnx = f"{row['onnx']:.0e}" if isinstance(row["onnx"], float) else "refused" if row["onnx"] else "not measured"
+        lines.append(
+            f"| {library} | {model} | {graphs} | {row['frozen']:.1%} | {row['flops']:.1%} "
+            f"| {law:.0e}{' (float32)' if row['dtype'] == 'float32' else ''} | {onnx} |"
+        )
+    return "\n".join(lines)
+
+
 def results(name):
     """What a benchmark wrote: without its title, headings a level lower, with the file that it stands in."""
     path = RESULTS / f"{name}.md"
@@ -137,7 +163,7 @@ def others():
     asked = re.findall(r"^<!-- results (\S+) -->$", pages, re.MULTILINE)
     parts = []
     for path in sorted(RESULTS.glob("*.md")):
-        if path.stem not in {*asked, "zoo"}:  # the zoo is the table of models
+        if path.stem not in {*asked, "zoo", "zoo_libraries"}:  # the zoos are the tables of models
             title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
             parts.append(f"## {title}\n\n{results(path.stem)}")
     return "\n\n".join(parts)
@@ -151,4 +177,11 @@ def example(name):
     return f"```python\n{path.read_text(encoding='utf-8').rstrip()}\n```"
 
 
-TEXTS = {"operators": operators, "models": models, "results": results, "others": others, "example": example}
+TEXTS = {
+    "operators": operators,
+    "models": models,
+    "libraries": libraries,
+    "results": results,
+    "others": others,
+    "example": example,
+}

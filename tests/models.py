@@ -1640,7 +1640,7 @@ class LstmOnly(nn.Module):
 
 
 register("lstm_head", LstmHead, "the LSTM is frozen, the first convolution is not", normal((2, 3, 12)))
-register("lstm_only", LstmOnly, "an LSTM between input and classifier", TOKENS, prunable=False)
+register("lstm_only", LstmOnly, "an LSTM between input and classifier", TOKENS)
 
 
 class _StraightThrough(torch.autograd.Function):

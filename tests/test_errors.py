@@ -29,6 +29,8 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.trace import trace_whole
 
 HALF = Budget(channels=0.5, tolerance=0.2)
 
@@ -114,12 +116,12 @@ def test_a_model_that_can_not_be_traced() -> None:
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "depends on data" in text)
     message = rf"can't trace module 1.1 \(Branching\) of Sequential, .*test_errors.py:{line}: `if x.sum\(\) > 0:"
     with unchanged(model), pytest.raises(TraceError, match=message):
-        fxprune.trace(model)
+        trace_whole(model, bind_inputs(torch.randn(2, 4)))
 
 
-def test_a_model_that_can_not_be_traced_in_parts_either() -> None:
+def test_a_model_that_does_not_run() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Branching())
-    message = r"can't trace module 1 .*one by one either: Sequential does not run on example_inputs: .*mat1"
+    message = r"^Sequential does not run on example_inputs: module 0 \(Linear\) of Sequential: .*mat1"
     with unchanged(model), pytest.raises(TraceError, match=message):
         fxprune.trace(model, torch.randn(2, 5))
 
@@ -141,14 +143,16 @@ def test_example_inputs_of_another_shape() -> None:
     model, _ = prepare(MODELS["residual"])
     with (
         unchanged(model),
-        pytest.raises(AnalysisError, match=r"does not run on channel names, given the shapes .*: RuntimeError"),
+        pytest.raises(
+            TraceError, match=r"does not run on .*module 0.0 \(Conv2d\) of .*input\[2, 5, 8, 8\] to have 3 channels"
+        ),
     ):
         fxprune.prune(model, torch.randn(2, 5, 8, 8), passes.Magnitude(), budget=HALF)
 
 
 def test_example_inputs_that_are_missing() -> None:
     model, (image, _) = prepare(MODELS["two_inputs"])
-    with unchanged(model), pytest.raises(AnalysisError, match="give no value for argument 'vector'"):
+    with unchanged(model), pytest.raises(TraceError, match="missing a required argument: 'vector'"):
         fxprune.prune(model, image, passes.Magnitude(), budget=HALF)
 
 

@@ -11,8 +11,8 @@ from cases import CASES, SIZES, Case
 
 import fxprune  # noqa: F401  (registers the rules)
 from fxprune.channels.labels import label_along, on_axis, pin_axes, varying_axes
-from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import ChannelTensor, NameRun, as_operand, freeze_unknown, name_of, rule
+from fxprune.graph.shapes import shape_of_result
 
 
 def describe(case: Case) -> str:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from models import MODELS, prepare
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import fxprune
 from fxprune import Analysis, ParamMap, Plan, Restoration, passes, restore
@@ -388,17 +387,6 @@ class Multiplied(nn.Module):
         return x @ self.matrix + self.shift
 
 
-class Windows(nn.Module):
-    """One function of torchvision has all layers of attention in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = ShiftedWindowAttention(6, [2, 2], [1, 1], 2)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.attention(x.unflatten(1, (4, 4)))
-
-
 READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
     "parts of one weight": (Packed, (5,), ["layer.packed: linear reads what is computed from layer.packed"]),
     "a product": (Multiplied, (2, 5), ["layer.matrix: there is no least squares for matmul"]),
@@ -411,7 +399,6 @@ READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] =
         ],
     ),
     "recurrent": (lambda: nn.GRU(6, 3), (2, 5), ["layer: there is no least squares for GRU"]),
-    "window attention": (Windows, (16, 5), ["there is no least squares for window_attention"]),
     "a norm": (lambda: nn.LayerNorm([2, 6]), (2, 5), []),
 }
 

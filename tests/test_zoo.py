@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import zoo_libraries
 from zoo import check
 
 CLASSIFICATION = (
@@ -29,6 +30,22 @@ TIMM = [  # what torchvision has none of
         "nfnet_l0 res2net50_14w_8s skresnet18 xcit_nano_12_p16_224"
     ).split()
 ]
+LIBRARIES = (  # a dozen kinds of what other libraries have
+    *("transformers:bert", "transformers:llama", "transformers:whisper", "transformers:qwen3", "transformers:swin"),
+    *("transformers:segformer", "smp:Unet", "monai:SegResNet", "diffusers:UNet2DConditionModel", "open_clip:ViT"),
+    *("torch:Transformer", "torch:GRU"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_other_libraries(name: str) -> None:
+    pytest.importorskip(zoo_libraries.LIBRARIES[name.partition(":")[0]][1])
+    row = check(name)
+    assert not row["regions"], row["why"]
+    assert row["dtype"] == "float64"
+    assert row["moved"] > 1e-3
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from fxprune.graph.traced import device_of
 from fxprune.plan import Plan
 
 TRIES = 16  # numbers of channels, where the fewest leave too much of a budget
+FEW = 16  # groups, up to which one may pay for the others: with more of them there is always a plan that fits
 
 
 class Solver:
@@ -77,8 +78,8 @@ class Solver:
         """The widths that use up at most 1, and at least ``1 - tolerance``, of what ``used`` measures.
 
         Where widths that are multiples use too little or too much, smaller multiples do; where single channels do too,
-        some more go, for others to be given back. Raises UnreachableError, with
-        the nearest, where no widths are found.
+        some more go, for others to be given back, and in small networks one group pays for the others. Raises
+        UnreachableError, with the nearest, where no widths are found.
         """
         nearest, step = None, self.multiple
         while True:
@@ -92,6 +93,8 @@ class Solver:
                     if nearest is None or used(widths) > used(nearest):
                         nearest = widths
             if (step == 1).all():
+                if nearest is not None and (exchanged := self.exchange(nearest, used, 1 - tolerance)) is not None:
+                    return exchanged
                 raise UnreachableError(least if nearest is None else nearest, above=nearest is None)
             step = np.maximum(1, step // 2)
 
@@ -111,6 +114,25 @@ class Solver:
                 break
             step = np.maximum(1, step // 2)
         return widths
+
+    def exchange(self, widths: Ints, used: Callable[[Ints], float], enough: float) -> Ints | None:
+        """``widths`` in which one group has more or fewer channels, and others make up for it, to use ``enough``."""
+        if len(self.sizes) > FEW:
+            return None
+        for number in np.argsort(-widths / self.sizes, kind="stable"):
+            step = np.ones_like(widths)
+            step[number] = 0
+            for change in sorted(range(-TRIES, TRIES + 1), key=abs):
+                new, before = widths.copy(), np.zeros_like(widths)
+                new[number] = np.clip(new[number] + change, self.floor[number], self.cap[number])
+                while used(new) > 1 and (new != before).any():
+                    before, new = new, np.maximum(new - step, self.floor)
+                before = np.zeros_like(widths)
+                while (new != before).any():
+                    before, new = new, self.fill(new, step, used)
+                if 1 >= used(new) >= enough:
+                    return new
+        return None
 
     def fill(self, widths: Ints, step: Ints, used: Callable[[Ints], float]) -> Ints:
         """Give groups back ``step`` channels each, those cut deepest first, while the budget holds."""

@@ -22,15 +22,16 @@ from fxprune.channels.groups import (
     read_groups,
     settle_grids,
 )
-from fxprune.channels.interpret import describe_place, name_parameters, name_within, run_on_names
+from fxprune.channels.interpret import name_parameters, name_within, run_on_names
 from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import NameRun, Norm, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
 from fxprune.errors import AnalysisError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
+from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, regions_of
+from fxprune.graph.traced import Mode, Place, TracedModule, Values, places_of, reasons_of, regions_of
 from fxprune.options import allow_words, check_options
 from fxprune.plan import Plan
 
@@ -159,9 +160,10 @@ class Analysis:
             AnalysisError: the model has nothing of that name.
         """
         require_type(name, str, "name", AnalysisError)
+        named = {first for alias, first in self.aliases.items() if f"{alias}.".startswith(f"{name}.")}
         lines = []
         for group in self.groups.values():
-            matching = [m for m in group.members if m.parameter == name or m.parameter.startswith(name + ".")]
+            matching = [m for m in group.members if m.parameter in named]
             if group.name == name or matching:
                 where = ", ".join(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1])
                 partners = [m for m in group.members if m not in matching]
@@ -172,13 +174,13 @@ class Analysis:
                 if group.inexact:
                     lines.append("    A normalization runs over them: its statistics change when channels go.")
         for frozen in self.frozen:
-            if frozen.parameter == name or frozen.parameter.startswith(name + "."):
+            if frozen.parameter in named:
                 size = self.axes[frozen.parameter, frozen.axis].size
                 count = "all" if len(frozen.index) == size else f"{len(frozen.index)} of {size}"
                 lines.append(f"{frozen.parameter}[{frozen.axis}]: {count} frozen: {self.place(frozen.reason)}")
         if lines:
             return "\n".join(lines)
-        if name in self.shapes or any(key.startswith(name + ".") for key in self.shapes):
+        if named:
             return f"{name}: every axis has size 1, there is nothing to prune"
         raise AnalysisError(f"nothing called {name!r} in this model. Names are those of its state_dict or its modules.")
 
@@ -226,6 +228,9 @@ class Analysis:
         if not isinstance(self.graph, TracedModule):
             graphs = abridge_list(list(regions_of(self.graph)), limit=20) or "none"
             lines.append(f"graphs: {graphs}. The rest of {type(self.graph).__name__} is plain Python")
+            lines += [
+                f"plain Python, {path or 'the whole'}: {reason}" for path, reason in reasons_of(self.graph).items()
+            ]
         if self.not_run:
             lines.append(f"not run: {self.not_run}")
         return "\n".join(lines)

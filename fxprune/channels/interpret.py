@@ -1,6 +1,5 @@
 """Interpret: run a graph on tensors that carry channel names, and keep what every node gives."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fxprune.channels.groups import Axis
 from fxprune.channels.labels import Label, freeze_labels, on_axis
-from fxprune.channels.layers import Lowered, lower_layer
-from fxprune.channels.tensor import STATISTICS, ChannelTensor, NameRun, apply_operator, on_meta
+from fxprune.channels.tensor import STATES, STATISTICS, ChannelTensor, NameRun, apply_operator, on_meta
 from fxprune.channels.values import Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
-from fxprune.graph.trace import is_users, named_tensors
+from fxprune.graph.lowering import Lowered, lower_layer
+from fxprune.graph.places import describe_place
+from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import Mode, TracedModule
 
 
@@ -77,7 +78,15 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
             part.training = mode.other.training
 
 
-class Runner(fx.Interpreter):
+class GraphInterpreter(fx.Interpreter):
+    """torch's, which also knows arguments behind "*args"."""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An argument; for "*args" and "**kwargs" a tuple and a dict of them."""
+        return next(self.args_iter) if target.startswith("*") else super().placeholder(target, args, kwargs)
+
+
+class Runner(GraphInterpreter):
     """Runs the graph of one mode, with the tensors of ``state`` for the parameters and buffers of those names."""
 
     def __init__(self, module: TracedModule, mode: Mode, state: Mapping[str, Tensor]) -> None:
@@ -167,13 +176,19 @@ class Recorder(Runner):
                 f"{describe_cause(error)}"
             ) from error
         self.values[n.name] = (
-            self.as_value(result) if isinstance(result, Tensor) else map_tensors(self.as_value, result)
+            self.as_value(result) if isinstance(result, Tensor) else pytree.tree_map(self.as_values, result)
         )
         return result
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A module that gets what it got before, in the other mode say, gives what it gave, and merges nothing new."""
-        run = self.run_
+        run, layer = self.run_, self.layer(target)
+        if len(args) == 1 and not kwargs and type(layer) in STATES:
+            args = (*args, STATES[type(layer)](layer, args[0]))
+        if not run.real:  # what the graph made of numbers is on another device than its inputs are here
+            args, kwargs = map_tensors(
+                lambda arg: arg if isinstance(arg, ChannelTensor) else on_meta(arg), (args, kwargs)
+            )
         if kwargs or run.real or not all(isinstance(arg, ChannelTensor) for arg in args):
             return super().call_module(target, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -183,17 +198,18 @@ class Recorder(Runner):
         )
         key = target, given, operator is None and self.mode  # what torch runs, it may refuse in the other mode
         if key in run.calls:
-            _, result, norms = run.calls[key]
+            _, result, norms, flops = run.calls[key]
+            run.flops += flops if run.mode is Mode.EVAL else []
             run.norms += [replace(norm, mode=run.mode, node=run.names.node) for norm in norms]
             return result
-        before = len(run.norms)
+        norms, flops = len(run.norms), len(run.flops)
         labels = [arg.labels for arg in args]  # kept, so that their memory is not used again
         if operator is None:
             result = super().call_module(target, args, {})
         else:
             with torch._C.DisableTorchFunctionSubclass():
                 result = apply_operator(*operator, {})
-        run.calls[key] = labels, result, run.norms[before:]
+        run.calls[key] = labels, result, run.norms[norms:], run.flops[flops:]
         return result
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -212,8 +228,16 @@ class Recorder(Runner):
         """What the model returns keeps its shape."""
         result = super().output(target, args, kwargs)
         if not self.region:
-            map_tensors(lambda tensor: freeze_output(tensor), result)
+            for tensor in tensors_in(result):
+                freeze_output(tensor)
         return result
+
+    def as_values(self, leaf: Any) -> Any:
+        """What is known of a tensor, or of the tensors in an object; anything else as it is."""
+        if isinstance(leaf, Tensor):
+            return self.as_value(leaf)
+        tensors = tensors_in(leaf)
+        return [self.as_value(tensor) for tensor in tensors] if tensors else leaf
 
     def as_value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a plain tensor has no labels."""
@@ -255,13 +279,6 @@ def describe_cause(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def describe_place(node: fx.Node) -> str:
-    """A node's name and the line of the user's model that it comes from."""
-    frames = re.findall(r'File "(.+)", line (\d+), in .+\n *(.+)', node.stack_trace or "")
-    users = [frame for frame in frames if is_users(frame[0])]
-    return "{} ({}:{}: `{}`)".format(node.name, *users[-1]) if users else node.name
-
-
 def run_on_names(
     graph: TracedModule, mode: Mode, inputs: Bound, state: dict[str, Tensor], run: NameRun
 ) -> dict[str, Any]:
@@ -276,14 +293,15 @@ def bind_placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
     """The arguments for each placeholder of ``graph``, in order."""
     args, kwargs = inputs
     given = iter(args)
+    names = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
         if node.op != "placeholder":
             continue
         name = str(node.target)
         if name.startswith("**"):
-            yield {key: value for key, value in kwargs.items()}
+            yield {key: value for key, value in kwargs.items() if key not in names}
         elif name.startswith("*"):
-            yield from given
+            yield tuple(given)
         elif name in kwargs:
             yield kwargs[name]
         else:

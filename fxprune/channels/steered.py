@@ -27,8 +27,8 @@ from fxprune.channels.tensor import ChannelTensor, NameRun, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
+from fxprune.graph.places import is_users
 from fxprune.graph.regions import replaced_forwards, steered_layers
-from fxprune.graph.trace import is_users
 from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
 
 logger = logging.getLogger("fxprune")

@@ -10,12 +10,12 @@ from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from fxprune.channels.labels import Label, Labels, Operand, condense_label, freeze_labels, varying_axes
 from fxprune.channels.names import Names
-from fxprune.channels.shapes import shape_of_result
+from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.traced import Mode
 
 
@@ -242,12 +242,14 @@ class Call:
         return target
 
 
+States = Callable[[Any, ChannelTensor], Any]
 Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
 # ops/ fills these tables.
 RULES: dict[str, Rule] = {}  # by the operator's name: see rule
 KEEPS_ZERO: set[str] = set()  # the operators whose result is zero where all operands are
 WHOLE: dict[Any, OpOverload] = {}  # function that torch would take apart -> operator with a rule for it as a whole
 STEPS: dict[Any, Callable[..., Any]] = {}  # function -> the same in other steps than torch takes
+STATES: dict[type[nn.Module], States] = {}  # layer that makes its first state itself -> that, with names
 STATISTICS: set[Any] = set()  # functions that verify takes over what is kept: see norm_over_kept in rewrite/norms.py
 
 
@@ -271,6 +273,19 @@ def rule(*operators: str, keeps_zero: bool = False) -> Callable[[Rule], Rule]:
         KEEPS_ZERO.difference_update(operators)
         KEEPS_ZERO.update(operators if keeps_zero else ())
         _resolved.clear()
+        return function
+
+    return register
+
+
+def states(*layers: type[nn.Module]) -> Callable[[States], States]:
+    """Say what layers begin with when they are given one tensor only: decorates ``f(layer, x)``, a second argument.
+
+    A layer would make it of zeros without names, which hold on to all channels that they meet.
+    """
+
+    def register(function: States) -> States:
+        STATES.update(dict.fromkeys(layers, function))
         return function
 
     return register

@@ -147,6 +147,9 @@ def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool
     import onnx
 
     args, kwargs = inputs
+    if args and isinstance(args[-1], dict):  # torch.onnx takes it for keyword arguments
+        named = inspect.signature(module.forward).bind(*args, **kwargs)
+        args, kwargs = (), dict(named.arguments)
     shapes: Any = None
     if dynamic_batch:
         batch = torch.export.Dim("batch")

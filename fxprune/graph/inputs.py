@@ -1,6 +1,7 @@
 """Example inputs: a tensor, a tuple of arguments, or (args, kwargs); and trees of values in general."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,16 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in ``tree``, in order."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors in ``tree``, in order; dataclasses and mappings of any class are looked into."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            found += tensors_in(list(leaf.values()))
+    return found
 
 
 def for_mode(inputs: Bound, mode: Mode, module: nn.Module) -> Bound:

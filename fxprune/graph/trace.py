@@ -6,65 +6,66 @@ objects under their own names; the modules are copies, so that nothing done to t
 
 import copy
 import inspect
-import linecache
-import os
-import sys
-import traceback
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from functools import cache, cached_property
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fxprune.errors import TraceError, require_type
-from fxprune.graph.attention import find_replacement
-from fxprune.graph.inputs import bind_inputs, tensors_in
+from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
+from fxprune.graph.capture import is_layer, record_run
+from fxprune.graph.check import check_graph
+from fxprune.graph.draws import find_draw, has_drawn, read_state
+from fxprune.graph.effects import attributes_of, changed_values, describe_attribute
+from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
+from fxprune.graph.places import describe_error_place
+from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
-from fxprune.graph.traced import ATOMS, START, TracedModule, carried_attributes, is_traced
-from fxprune.loaded import loaded_types
-
-TORCH = os.path.dirname(torch.__file__) + os.sep
-OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
-TRACED_THROUGH = (nn.Unflatten, nn.ChannelShuffle)  # sizes of pruned axes stand in their attributes
-NOT_NEEDED = (torch._assert, "mean")  # unless used: checks of sizes, and the attention weights' mean over the heads
-KEPT = ("torchvision.ops.StochasticDepth",)  # like dropout: what it does depends on the mode, but not on channels
+from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
 
 
-def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
+def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> Any:
     """Trace ``model`` in train and in eval mode.
 
     Args:
         model: any module, a GraphModule included. DistributedDataParallel and ``torch.compile`` wrappers are taken off.
             It is not changed.
         example_inputs: a tensor, a tuple of arguments, or (args, kwargs). They say which arguments are given; the
-            others keep their defaults. Their values matter only where ``torch.fx`` can't trace the model as a whole.
+            others keep their defaults.
+        check: compare the graphs with the model, outputs and gradients in both modes, and record them once more with a
+            larger batch. It costs two runs of the model in each mode, one with its backward pass.
 
     Returns:
         A GraphModule with the state_dict keys, parameters and buffers of ``model`` (the same tensors, not copies), in
-        the mode of ``model``. Where ``torch.fx`` can't trace the model as a whole, a copy of it, of its own class, in
-        which the largest parts that can be traced are such GraphModules: its regions. The model is run on the example
-        then, to see how its Python calls them.
+        the mode of ``model``. Where the model's Python asks for the values of tensors, a copy of the model, of its own
+        class, in which the largest parts that do not are such GraphModules: its regions.
 
     Raises:
-        TraceError: the model's Python can't be traced; names the module, file and line.
+        TraceError: the model can't be recorded, or its graph would not be the model; names the module, file and line.
     """
     require_type(model, nn.Module, "model", TraceError)
     model = unwrap_model(model)
     if is_traced(model):
         return model
     check_traceable(model)
-    working = working_copy(model)
-    constants = unused_arguments(working, example_inputs)
+    inputs = bind_inputs(example_inputs)
+    check_inputs(model, inputs)
     try:
-        traced: Any = trace_whole(working, constants)
+        traced: Any = trace_whole(model, inputs, check)
+    except DoesNotRunError:
+        raise
     except TraceError as whole:
-        inputs = bind_inputs(example_inputs)
-        if not any(inputs):
-            raise
         try:
-            traced = trace_regions(working_copy(model).eval(), inputs, trace_whole).train(model.training)
+            traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
+            traced.train(model.training)
+            traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
+        except DoesNotRunError:
+            raise
         except TraceError as error:
             raise TraceError(f"{whole} Its parts could not be traced one by one either: {error}.") from whole
     if START in vars(model):
@@ -72,27 +73,147 @@ def trace(model: nn.Module, example_inputs: Any = ()) -> Any:
     return traced
 
 
-def trace_whole(working: nn.Module, constants: dict[str, Any]) -> TracedModule:
-    """Trace ``working``, a copy that is used up, as one graph; ``constants`` are arguments that keep these values."""
-    modes = [(module, module.training) for module in working.modules()]
-    with Watch() as watch:
-        evaluate = train = trace_mode(working, False, constants)
-        if watch.read or switches_modes(module for module, _ in modes):
-            train = trace_mode(working, True, constants)
-    for module, training in modes:
-        if module.training != training:
-            module.training = training
+def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedModule:
+    """Record ``model``, which is not changed, in both modes; with ``check``, compare the graphs with it.
+
+    Raises:
+        TraceError: the run can't be recorded, or the graph does not give what the model gives.
+    """
+    recording = Recording(model, names_of(model), {})
+    evaluate, given = recording.record_mode(Mode.EVAL, inputs)
+    runs = {Mode.EVAL: (evaluate, given)}
+    if recording.reads_mode:
+        runs[Mode.TRAIN] = recording.record_mode(Mode.TRAIN, inputs)
+    if check:
+        for mode, (graph, given) in runs.items():
+            recording.follow_batch(mode, graph, given)
+    train, in_train = runs.get(Mode.TRAIN, (evaluate, for_mode(inputs, Mode.TRAIN, model)))
     if same_graphs(train, evaluate):
         train = evaluate
     called = {node.target for graph in (train, evaluate) for node in graph.nodes if node.op == "call_module"}
-    return TracedModule(plain_root(working, called), train, evaluate)
+    root = plain_root(copy_modules(model, {}), called)
+    vars(root).update(recording.constants)
+    traced = TracedModule(root, train, evaluate)
+    if check and not any(tensor.is_meta for tensor in (*model.parameters(), *tensors_in(inputs))):
+        check_graph(partial(copy_modules, model, {}), traced, {Mode.EVAL: inputs, Mode.TRAIN: in_train})
+    return traced
+
+
+@dataclass
+class Recording:
+    """Runs of copies of one model."""
+
+    model: nn.Module
+    names: Mapping[int, str]
+    constants: dict[str, Tensor]
+    known: dict[Any, Any] = field(default_factory=dict)  # see record_run
+    reads_mode: bool = False
+
+    def record_mode(self, mode: Mode, inputs: Bound) -> tuple[fx.Graph, Bound]:
+        """The graph of one mode, and what it was run on: a batch of two where batch norm can't train on the example.
+
+        Raises:
+            TraceError: the run can't be recorded.
+        """
+        try:
+            return self.record_graph(mode, inputs), inputs
+        except TraceError as error:
+            double = for_mode(inputs, mode, self.model)
+            if double is inputs or not isinstance(error.__cause__, ValueError):
+                raise
+            return self.record_graph(mode, double), double
+
+    def follow_batch(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
+        """Let ``graph`` follow the size of the batch, unless the model itself takes no other.
+
+        Raises:
+            TraceError: Python does something else for another batch.
+        """
+        if not batch_of(inputs):
+            return
+        other = Recording(self.model, self.names, dict(self.constants))
+        try:
+            larger = other.record_graph(mode, with_larger_batch(inputs))
+        except TraceError as error:
+            if isinstance(error.__cause__, LeftOverError):
+                raise
+            return
+        follow_batch(graph, larger, batch_of(inputs))
+
+    def record_graph(self, mode: Mode, inputs: Bound) -> fx.Graph:
+        """The graph of one mode.
+
+        Raises:
+            TraceError: the run can't be recorded.
+        """
+        working, before = copy_modules(self.model, {}), read_state()
+        try:
+            graph = self.record_settled(working, inputs, mode)
+        except Exception as error:
+            raise explain_error(working, error) from error
+        if has_drawn(before):
+            again = copy_modules(self.model, {})
+            place = find_draw(lambda: record_run(again, self.names, {}, {}, inputs, mode))
+            raise TraceError(
+                f"can't trace {type(self.model).__name__}, {place}: Python there draws a random number, which the "
+                "graph would hold for ever. Draw with torch (torch.rand) and choose with torch.where, or in a module "
+                "of its own"
+            )
+        return graph
+
+    def record_settled(self, working: nn.Module, inputs: Bound, mode: Mode) -> fx.Graph:
+        """The graph of one mode of ``working``, which must not depend on how often it was run.
+
+        Raises:
+            Exception: as ``record_run``; a RefusalError where it counts its runs.
+        """
+        before = attributes_of(working, is_layer)
+        graph, reads_mode = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        self.reads_mode |= reads_mode
+        after = attributes_of(working, is_layer)
+        changed = changed_values(before, after)
+        if not changed:
+            return graph
+        again, _ = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        counted = changed_values(after, attributes_of(working, is_layer))
+        if counted or not same_graphs(graph, again):
+            raise RefusalError(
+                f"{describe_attribute(*(counted or changed)[0])} is another after each run, which a graph would not "
+                "follow: make it a buffer, and write into that"
+            )
+        return graph
+
+
+def explain_error(model: nn.Module, error: Exception) -> TraceError:
+    """What to say of an error in a recorded run of ``model``."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        said = (
+            f"Python there asks for the values of a tensor ({error.func}), which differ from run to run. Compute with "
+            "tensors instead (torch.where), or move that line into a module of its own"
+        )
+    return TraceError(f"can't trace {describe_error_place(model, error)}: {said}.")
+
+
+def check_inputs(model: nn.Module, inputs: Bound) -> None:
+    """Refuse inputs that the model's forward does not take."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*inputs[0], **inputs[1])
+    except TypeError as error:
+        raise TraceError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tensor, a tuple of "
+            "arguments, or (args, kwargs)."
+        ) from error
 
 
 def check_traceable(model: nn.Module) -> None:
     """Refuse models that hide their Python, and layers that wait for their first input."""
     name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(f"{name} is TorchScript, which can't be traced again; give the model it was made from")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"{path} of {name}" if path else name
+            raise TraceError(f"{part} is TorchScript, which can't be traced again; give the model it was made from")
     for parameter, tensor in named_tensors(model).items():
         if nn.parameter.is_lazy(tensor):
             raise TraceError(f"{parameter} of {name} has no shape yet: call the model once, as its lazy layers need")
@@ -163,194 +284,16 @@ def copy_modules(root: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     return result
 
 
-def working_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares every tensor with ``model``, with opaque attention replaced."""
-    working = copy_modules(model, {})
-    replaced: dict[int, nn.Module] = {}
-    for name, module in list(working.named_modules(remove_duplicate=False)):
-        make = find_replacement(module)
-        if make is None or not name:
-            continue
-        new = replaced.setdefault(id(module), make(module))
-        working.set_submodule(name, new)
-    make = find_replacement(working)
-    return make(working) if make else working
-
-
-class Watch:
-    """Stands in for ``training`` of all modules, and knows whether it was read: if not, both modes are one graph.
-
-    fx traces without entering layers of torch.nn, so their reading it does not count.
-    """
-
-    read = False
-
-    def __enter__(self) -> Self:
-        nn.Module.training = self  # type: ignore[assignment]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del nn.Module.training
-
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        self.read = True
-        if module is None or "training" not in module.__dict__:
-            raise AttributeError("training")
-        return module.__dict__["training"]
-
-    def __set__(self, module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-
-def switches_modes(modules: Iterable[nn.Module]) -> bool:
-    """Whether a module does more than to set ``training`` when it is set to train or eval mode."""
-    modules = list(modules)
-    return any({"train", "eval"} & vars(module).keys() for module in modules) or any(
-        its.train is not nn.Module.train
-        or its.eval is not nn.Module.eval
-        or any("training" in vars(base) for base in its.__mro__ if base is not nn.Module)
-        for its in {type(module) for module in modules}
-    )
-
-
-def unused_arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The arguments of ``forward`` that the example leaves at their defaults; tracing takes these as constants."""
-    signature = inspect.signature(model.forward)
-    args, kwargs = bind_inputs(example_inputs)
-    if not args and not kwargs:
-        return {}
-    try:
-        given = signature.bind_partial(*args, **kwargs).arguments
-    except TypeError as error:
-        raise TraceError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tensor, a tuple of "
-            "arguments, or (args, kwargs)."
-        ) from error
-    return {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if name not in given and parameter.default is not inspect.Parameter.empty
-    }
-
-
-class Tracer(fx.Tracer):
-    """Keeps the layers of ``torch.nn`` as modules, and remembers where in the model it is.
-
-    ``follow_buffers``: what the model computes from its buffers alone becomes graph, not a constant that would miss a
-    ``load_state_dict`` or ``to``.
-    """
-
-    def __init__(self, follow_buffers: bool = True) -> None:
-        super().__init__(autowrap_functions=())
-        self.proxy_buffer_attributes = follow_buffers
-        self.inside: list[tuple[int, str]] = []  # the id and class of each module around the current line
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """The graph of ``root``. The tracer then forgets the model: closures of fx keep the tracer for a while."""
-        try:
-            return super().trace(root, concrete_args or None)
-        finally:
-            inside = self.inside
-            vars(self).clear()
-            self.inside = inside
-
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """The first name of each tensor that becomes a node, by its id."""
-        buffers = self.root.named_buffers() if self.proxy_buffer_attributes else ()
-        return {id(tensor): name for name, tensor in (*buffers, *self.root.named_parameters())}
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """A parameter or followed buffer is a node: fx does the same, but searches all of them each time."""
-        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
-            return attr_val
-        if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
-        return parameter_proxy_cache[name]
-
-    def path_of_module(self, mod: nn.Module) -> str:
-        """The path of a module. A slice of a Sequential has none, but its layers have."""
-        try:
-            return super().path_of_module(mod)
-        except NameError:
-            if self.is_leaf_module(mod, ""):
-                raise
-            return ""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether ``m`` stays a module."""
-        layer = super().is_leaf_module(m, module_qualified_name) and not isinstance(m, TRACED_THROUGH)
-        return layer or isinstance(m, loaded_types(*KEPT))
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that knows the line of the user's model it comes from; beyond ``trace_mode`` are its callers."""
-        node = super().create_node(*args, **kwargs)
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code not in STARTS and not is_users(frame.f_code.co_filename):
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None and frame.f_code not in STARTS:
-            node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
-        return node
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Trace one module, which is left standing if it fails."""
-        self.inside.append((id(m), type(m).__name__))
-        result = super().call_module(m, forward, args, kwargs)
-        self.inside.pop()
-        return result
-
-
-def trace_mode(model: nn.Module, training: bool, concrete: dict[str, Any]) -> fx.Graph:
-    """The graph of ``model`` in one mode."""
-    model.train(training)
-    try:
-        graph = Tracer(follow_buffers=True).trace(model, concrete)
-    except Exception:  # Python there may depend on the value of a buffer
-        graph = trace_once(model, concrete)
-    for node in list(graph.nodes):
-        if isinstance(node.type, str):  # an annotation of postponed evaluation; torch 2.11 can't pickle it
-            node.type = None
-        if node.target in NOT_NEEDED and not node.users:
-            graph.erase_node(node)
-    return graph
-
-
-def trace_once(model: nn.Module, concrete: dict[str, Any]) -> fx.Graph:
-    """The graph of ``model`` with buffers taken as constants, or an error that says where it can't be traced."""
-    tracer = Tracer(follow_buffers=False)
-    try:
-        return tracer.trace(model, concrete)
-    except Exception as error:
-        where = next(
-            (frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if is_users(frame.filename)), None
-        )
-        place = f", {where.filename}:{where.lineno}: `{where.line}`" if where else ""
-        module = type(model).__name__
-        if tracer.inside:
-            paths = {id(part): path for path, part in model.named_modules()}
-            inner, kind = tracer.inside[-1]
-            module = f"{paths.get(inner, '')} ({kind})"
-        raise TraceError(
-            f"torch.fx can't trace module {module} of {type(model).__name__}{place}: {type(error).__name__}: {error} "
-            "Python there depends on the values of tensors. With example_inputs, its parts are traced one by one; "
-            "or put that code into a function marked with torch.fx.wrap."
-        ) from error
-
-
-STARTS = (trace_mode.__code__, trace_once.__code__)
-
-
-@cache
-def stack_trace(file: str, line: int, function: str) -> str:
-    """One frame of a stack trace, as Python writes it."""
-    return f'  File "{file}", line {line}, in {function}\n    {linecache.getline(file, line).strip()}\n'
-
-
-@cache
-def is_users(filename: str) -> bool:
-    """Whether a stack frame is the user's, and not torch's or ours."""
-    return not filename.startswith((TORCH, OURS, "<"))
+def names_of(model: nn.Module) -> dict[int, str]:
+    """The first name of each tensor that modules hold, by its id: parameters, buffers, and other attributes."""
+    names: dict[int, str] = {}
+    for name, tensor in named_tensors(model).items():
+        names.setdefault(id(tensor), name)
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                names.setdefault(id(value), f"{path}.{name}".removeprefix("."))
+    return names
 
 
 def plain_root(working: nn.Module, called: set[Any]) -> nn.Module:
@@ -360,11 +303,15 @@ def plain_root(working: nn.Module, called: set[Any]) -> nn.Module:
     return bare_module(working, made)
 
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # these stay: people index them
+
+
 def bare_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A plain module for ``module`` and for each below it, unless ``made`` has one by the id."""
+    """A plain module or container for ``module`` and for each below it, unless ``made`` has one by the id."""
     if id(module) in made:
         return made[id(module)]
-    new = made[id(module)] = nn.Module()
+    kind = next((kind for kind in CONTAINERS if isinstance(module, kind)), nn.Module)
+    new = made[id(module)] = kind()
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
         new.__dict__[name] = module.__dict__[name]
     new._modules = {

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, require_type
+from fxprune.graph.contexts import ENTERS, end_contexts
+from fxprune.graph.rows import Row, graph_of, rows_of
 
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
+PLAIN = "fxprune_plain"  # why parts of a model stay plain Python stands here
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
 
 
@@ -58,16 +61,15 @@ class OwnedGraph(fx.Graph):
 class Late:
     """``forward`` of a model until somebody asks for it: the code of a graph that is only looked at is never made."""
 
-    def __get__(self, model: "TracedModule | None", owner: type) -> Any:
-        if model is None:
-            return self
-        model.recompile()
-        return model.forward
+    def __init__(self, model: "TracedModule") -> None:
+        self.model = weakref.ref(model)  # of a class of its own
 
-    def __call__(self, model: "TracedModule", *args: Any, **kwargs: Any) -> Any:
-        """As a function: some libraries call ``type(model).forward(model, x)``."""
-        model.recompile()
-        return type(model).forward(model, *args, **kwargs)
+    def __get__(self, model: "TracedModule | None", owner: type) -> Any:
+        """Make it, whether the model is asked or its class: some libraries call ``type(model).forward(model, x)``."""
+        made = model or self.model()
+        assert made is not None
+        made.recompile()
+        return made.forward if model is not None else type(made).forward
 
 
 class TracedModule(fx.GraphModule):
@@ -75,6 +77,9 @@ class TracedModule(fx.GraphModule):
 
     Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
     """
+
+    # torch.jit.script leaves them out.
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "graphs", "code"]  # noqa: RUF012
 
     def __init__(self, root: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph) -> None:
         """Take over everything that ``root`` holds, except its class."""
@@ -107,7 +112,7 @@ class TracedModule(fx.GraphModule):
             graph._owning_module = None
             graph.owning_module = self
         self._graph = train_graph
-        type(self).forward = Late()
+        type(self).forward = Late(self)  # type: ignore[assignment]  # a descriptor that gives one
 
     @property
     def graph(self) -> fx.Graph:
@@ -149,6 +154,8 @@ class TracedModule(fx.GraphModule):
             self._graph = graph
             codes[mode] = super().recompile()
             forwards[mode] = cls.forward
+            if any(node.target in ENTERS for node in graph.nodes):
+                forwards[mode] = cls.forward = end_contexts()(cls.forward)  # even if it fails
         if Mode.TRAIN in forwards:
             cls.forward = by_mode(forwards[Mode.TRAIN], forwards[Mode.EVAL])
         return codes.get(Mode.of(self), codes[Mode.EVAL])
@@ -172,10 +179,7 @@ class TracedModule(fx.GraphModule):
         return new
 
     def __reduce__(self) -> Any:
-        """Plain GraphModules that share their submodules: torch knows how to pickle these."""
-        root = self.root()
-        graphs = self.distinct_graphs()
-        return rebuild_traced, (root, {mode: fx.GraphModule(root, copy_graph(graph)) for mode, graph in graphs.items()})
+        return rebuild_traced, (self.root(), {mode: rows_of(graph) for mode, graph in self.distinct_graphs().items()})
 
     def root(self) -> nn.Module:
         """A plain module with everything this one holds except its graphs."""
@@ -202,14 +206,29 @@ def is_plain(value: Any) -> bool:
     return type(value) in ATOMS or (type(value) in (tuple, list) and all(type(each) in ATOMS for each in value))
 
 
+def reasons_of(model: nn.Module) -> dict[str, str]:
+    """Why parts of a traced model stay plain Python, by their paths; "" is the whole."""
+    reasons: dict[str, str] = getattr(model, "meta", {}).get(PLAIN, {})
+    return reasons
+
+
 def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share."""
+    """A ``forward`` that is ``train`` or ``evaluate``, with the signature they share.
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(evaluate)  # type: ignore[attr-defined]
-    return forward
+    It is made of text, as that of every GraphModule: ``symbolic_trace`` counts the arguments in its code.
+    """
+    parameters = inspect.signature(evaluate).parameters.values()
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty)
+        for parameter in parameters
+    ]
+    given = ", ".join(f"{own.name}={own.name}" if own.kind is own.KEYWORD_ONLY else str(own) for own in bare)
+    scope: dict[str, Any] = {"train": train, "evaluate": evaluate}
+    exec(f"def forward{inspect.Signature(bare)}: return (train if self.training else evaluate)({given})", scope)
+    forward: Any = scope["forward"]
+    forward.__defaults__ = getattr(evaluate, "__defaults__", None)
+    forward.__kwdefaults__ = getattr(evaluate, "__kwdefaults__", None)
+    return forward  # type: ignore[no-any-return]
 
 
 def observed_values(graph: fx.Graph, observers: Mapping[str, Callable[[Tensor], None]]) -> fx.Graph:
@@ -226,10 +245,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copy.deepcopy(graph)
 
 
-def rebuild_traced(root: nn.Module, modules: dict[Mode, fx.GraphModule]) -> TracedModule:
+def rebuild_traced(root: nn.Module, rows: dict[Mode, list[Row]]) -> TracedModule:
     """Undo ``TracedModule.__reduce__``."""
-    evaluate = modules[Mode.EVAL]
-    return TracedModule(root, modules.get(Mode.TRAIN, evaluate).graph, evaluate.graph)
+    graphs = {mode: graph_of(rows[mode]) for mode in rows}
+    return TracedModule(root, graphs.get(Mode.TRAIN, graphs[Mode.EVAL]), graphs[Mode.EVAL])
 
 
 def regions_of(model: nn.Module) -> dict[str, TracedModule]:

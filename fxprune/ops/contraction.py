@@ -7,7 +7,7 @@ with all that belongs to it (a head, a group), or the same contracted index in e
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ from fxprune.channels.labels import (
     settle_labels,
     varying_axes,
 )
-from fxprune.channels.layers import Lowered, Tensors, lowering
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import WHOLE, Call, Term, as_operand, rule
 from fxprune.graph.layers import CONVOLUTIONS, TRANSPOSED
+from fxprune.graph.lowering import Lowered, Tensors, lowering
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.graph.traced import Mode
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
@@ -315,7 +315,8 @@ ATTENTION = (
 @rule(*ATTENTION.split())
 def attention(call: Call) -> Any:
     """softmax(q k^T + mask) v, its leading axes batch letters."""
-    query, key, value = (as_operand(tensor) for tensor in call.args[:3])
+    query, *others = (as_operand(tensor) for tensor in call.args[:3])
+    key, value = (repeat_heads(other, tuple(query.shape)) for other in others)
     letters = "bhij"[: len(query.shape) - 2]
     scores = contract_matrices(call, query, key, f"{letters}mk", f"{letters}nk", f"{letters}mn")
     shape = (*query.shape[:-1], key.shape[-2])
@@ -324,6 +325,15 @@ def attention(call: Call) -> Any:
     weights = Operand(join_labels(call.names, operands, len(shape)), shape, "attention weights", zero=False)
     labels = contract_matrices(call, weights, value, f"{letters}mn", f"{letters}nk", f"{letters}mk")
     return [labels] + [()] * (len(call.out) - 1) if isinstance(call.out, (tuple, list)) else labels
+
+
+def repeat_heads(value: Operand, shape: Shape) -> Operand:
+    """Keys or values of fewer heads than the queries of ``shape`` have: each for as many queries."""
+    if len(shape) < 3 or value.shape[-3] == shape[-3]:
+        return value
+    times = shape[-3] // value.shape[-3]
+    labels = (label.repeat(times, -3) if label.shape[-3] > 1 else label for label in value.labels)
+    return replace(value, labels=tuple(labels), shape=(*value.shape[:-3], shape[-3], *value.shape[-2:]))
 
 
 @fitter("scaled_dot_product_attention")

@@ -30,9 +30,9 @@ from fxprune.channels.labels import (
     squash_names,
     varying_axes,
 )
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import Call, ChannelTensor, as_operand, freeze_unknown, rule
 from fxprune.channels.values import Value
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.ops.pointwise import same_shape
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import (
@@ -190,6 +190,8 @@ def slice_(call: Call) -> Labels:
         labels = settle_labels(
             call.names, (pin_axes(call.names, label, [axis], "sliced with a step") for label in labels)
         )
+    if not call.shape[axis]:  # nothing is left that could have a name along it
+        return tuple(label for label in labels if label.shape[axis] == 1)
     moved = [
         squash_names(call.func(spread_label(label, value.shape), *call.args[1:], **call.kwargs)) for label in labels
     ]

@@ -17,8 +17,6 @@ from fxprune.channels.labels import (
     settle_labels,
     varying_axes,
 )
-from fxprune.channels.layers import Lowered, Tensors, lowering
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import (
     STEPS,
     WHOLE,
@@ -30,6 +28,8 @@ from fxprune.channels.tensor import (
     rule,
 )
 from fxprune.graph.layers import BATCH_NORMS
+from fxprune.graph.lowering import Lowered, Tensors, lowering
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.ops.pointwise import add_vector, with_vectors
 from fxprune.rewrite.attributes import attributes
 from fxprune.rewrite.fit import CompactRun, find_argument, fitter, old_value, set_argument, value_of
@@ -161,6 +161,8 @@ def fit_layer_norm(run: CompactRun, node: fx.Node) -> None:
 
 @attributes(nn.LayerNorm, nn.RMSNorm)
 def layer_norm_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
+    if not input:  # nothing is known of what it is input
+        return {} if layer.weight is None else {"normalized_shape": tuple(layer.weight.shape)}
     return {"normalized_shape": tuple(input[-len(layer.normalized_shape) :])}
 
 

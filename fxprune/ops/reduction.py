@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.channels.labels import Labels, freeze_labels, pin_axes, settle_labels, varying_axes
-from fxprune.channels.layers import Lowered, Tensors, lowering
-from fxprune.channels.shapes import Shape, plain_shape
 from fxprune.channels.tensor import STEPS, Call, as_operand, mark_norm, name_of, rule
+from fxprune.graph.lowering import Lowered, Tensors, lowering
+from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.ops.pointwise import same_shape
 from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.kinds import mark_kind

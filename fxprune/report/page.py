@@ -16,9 +16,9 @@ from torch import fx
 
 from fxprune.atomic import replace_file
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import describe_place
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
+from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, TracedModule, regions_of
 from fxprune.report.rows import Lanes, Part, Parts, Row, choose_hue, count_noun, lay_out, write_entry, write_section
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import describe_place
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
+from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause, describe_place
+from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause
 from fxprune.errors import RestoreError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
+from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, in_eval, require_traced
 from fxprune.progress import track_progress
 from fxprune.rewrite.branches import is_sum

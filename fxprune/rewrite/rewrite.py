@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.interpret import Runner, describe_cause, describe_place
+from fxprune.channels.interpret import Runner, describe_cause
 from fxprune.channels.labels import stays_along
 from fxprune.channels.names import Bools
-from fxprune.channels.shapes import shape_of_result
 from fxprune.channels.tensor import name_of, on_meta
 from fxprune.channels.values import Value, values_in
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require_type
 from fxprune.graph.inputs import describe_inputs, tensors_in
+from fxprune.graph.places import describe_place
+from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.trace import copy_modules, named_tensors
 from fxprune.graph.traced import (
     START,
@@ -227,10 +229,8 @@ class Fitter(Runner):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A region may be given fewer channels than before."""
-        value, expected = super().placeholder(target, args, kwargs), self.after.get(self.node)
-        if not isinstance(value, Tensor) or not isinstance(expected, Value) or value.shape == expected.shape:
-            return value
-        return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
+        value = super().placeholder(target, args, kwargs)
+        return pytree.tree_map(as_expected, value, self.after[self.node]) if self.node in self.after else value
 
     def tensor(self, name: str) -> Tensor | None:
         """Where an operator runs, it runs without data."""
@@ -290,6 +290,13 @@ class Fitter(Runner):
                 "model is unchanged; keep the channels there with keep=, and please report it."
             )
         return result
+
+
+def as_expected(value: Any, expected: Any) -> Any:
+    """A tensor of the shape that is predicted for it; anything else as it is."""
+    if not isinstance(value, Tensor) or not isinstance(expected, Value) or value.shape == expected.shape:
+        return value
+    return torch.empty(expected.shape, dtype=expected.dtype, device="meta")
 
 
 def bake_scalars(node: fx.Node, value: Any) -> None:

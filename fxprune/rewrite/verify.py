@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.channels.interpret import bind_placeholders, name_within
+from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
+from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
+from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, regions_of, require_traced
 from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.norms import NormOverKept
@@ -28,6 +30,7 @@ from fxprune.rewrite.param_map import ParamMap
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # with dropout between their layers
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,17 @@ def verify(
 
     Both are copied to ``dtype`` (float64: agreement to 1e-10, float32: to 1e-5) and dropout is switched off. A model
     that amplifies the last bit of inputs and weights to more than that may differ by ten times as much. Where
-    plain Python steers regions, what these give is compared too, before that Python looks at it.
+    plain Python steers regions, what these give is compared too, before that Python looks at it. ``graph`` may be your
+    own model: then its graph is compared with it too, see ``trace``.
 
     Raises:
+        TraceError: ``graph`` is a model that has no graph, or another one.
         VerificationError: they differ; says where and by how much.
     """
-    require_traced(graph, "graph", VerificationError)
+    require_type(graph, nn.Module, "graph", VerificationError)
     require_traced(compact, "compact", VerificationError)
     require_type(param_map, ParamMap, "param_map", VerificationError)
+    graph = trace(graph, example_inputs)
     check_maps(graph, compact, param_map)
     if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind_inputs(example_inputs)))):
         raise VerificationError(
@@ -253,7 +259,12 @@ def outputs_of(
     torch.manual_seed(0)
     args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
     dtype = device_of(model)[1]
-    with torch.set_grad_enabled(gradients), Comparable(dtype), masked_norms(model, norms, seen_before) as seen:
+    with (
+        torch.set_grad_enabled(gradients),
+        keep_draws(),
+        Comparable(dtype),
+        masked_norms(model, norms, seen_before) as seen,
+    ):
         result = model(*args, **kwargs)
     outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
     if gradients:
@@ -328,7 +339,7 @@ def masked_layer(path: str, layer: nn.Module, norms: Mapping[tuple[Mode, str], K
     return masked
 
 
-class MaskedNorms(fx.Interpreter):
+class MaskedNorms(GraphInterpreter):
     """Runs the graph of one mode; the norms of the nodes in ``norms`` see only what is kept of their input."""
 
     def __init__(self, module: TracedModule, mode: Mode, norms: Mapping[tuple[Mode, str], Kept]) -> None:
@@ -376,4 +387,7 @@ class Comparable(TorchFunctionMode):
             return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if func is F.scaled_dot_product_attention:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
+        if func in RECURRENT:  # the probability stands behind the number of layers
+            at = next(at for at, value in enumerate(args) if type(value) is int) + 1
+            args = [*args[:at], 0.0, *args[at + 1 :]]
         return func(*args, **kwargs)

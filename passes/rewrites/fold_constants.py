@@ -12,11 +12,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.budget.cost import Channels
 from fxprune.channels.analysis import Analysis, abridge_list, analyze
-from fxprune.channels.interpret import describe_place
 from fxprune.channels.labels import label_along
 from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
 from fxprune.graph.layers import TRANSPOSED, channel_axis, is_depthwise
+from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule
 from fxprune.pipeline import example_of

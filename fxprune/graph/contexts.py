@@ -1,0 +1,140 @@
+"""Contexts: what holds for the calls within it, as nodes: where it begins and where it ends.
+
+Gradients that are off or on, and autocast. What a graph can't hold so is refused.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch.fx.node import has_side_effect
+from torch.utils import checkpoint
+
+from fxprune.graph.refusal import RefusalError
+from fxprune.graph.watch import handles
+
+GRAD_MODE = torch.no_grad.__enter__.__code__.co_filename
+_open: ContextVar[tuple[Any, ...]] = ContextVar("open contexts", default=())  # those that a graph has entered
+
+
+class Writer(Protocol):
+    """What is used here of a recorder."""
+
+    entered: dict[int, fx.Node]  # what leaving a context takes, by the id of the context
+
+    def node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """A new node."""
+
+
+def write_grad_mode(writer: Writer, enabled: bool) -> None:
+    """``torch._C._set_grad_enabled`` is called: by a context that begins, and sets a mode, or ends, and puts back one.
+
+    What it puts back is what it met. While the model is recorded that may be another mode than when its graph runs.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and (frame.f_code.co_filename != GRAD_MODE or frame.f_back.f_code.co_filename == GRAD_MODE):
+        frame = frame.f_back  # the outermost: ``no_grad`` itself uses ``set_grad_enabled``
+    context = id(frame.f_locals.get("self")) if frame is not None else 0
+    if frame is not None and frame.f_code.co_name == "__exit__" and context in writer.entered:
+        writer.node("call_function", torch._C._set_grad_enabled, (writer.entered.pop(context),), {})
+    else:
+        before = writer.node("call_function", torch.is_grad_enabled, (), {})
+        writer.entered.setdefault(context, before)
+        writer.node("call_function", torch._C._set_grad_enabled, (enabled,), {})
+    torch._C._set_grad_enabled(enabled)
+
+
+@handles(torch.autocast, "__enter__")
+def write_enter(writer: Writer, function: Any, context: Any) -> Any:
+    """``with torch.autocast(...)`` begins."""
+    options = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+    with torch._C.DisableTorchFunction():
+        writer.entered[id(context)] = writer.node("call_function", enter_autocast, options, {})
+        return function(context)
+
+
+@handles(torch.autocast, "__exit__")
+def write_exit(writer: Writer, function: Any, context: Any, *error: Any) -> Any:
+    """``with torch.autocast(...)`` ends."""
+    with torch._C.DisableTorchFunction():
+        writer.node("call_function", leave, (writer.entered.pop(id(context)),), {})
+        return function(context, *error)
+
+
+@has_side_effect
+def enter_autocast(device: str, dtype: torch.dtype, enabled: bool, cache: bool) -> torch.autocast:
+    """Begin autocast; ``leave`` ends it."""
+    context = torch.autocast(device, dtype, enabled, cache)
+    context.__enter__()  # type: ignore[no-untyped-call]
+    _open.set((*_open.get(), context))
+    return context
+
+
+@has_side_effect
+def leave(context: torch.autocast) -> None:
+    """End autocast."""
+    _open.set(tuple(other for other in _open.get() if other is not context))
+    context.__exit__(None, None, None)
+
+
+ENTERS = (enter_autocast, torch._C._set_grad_enabled)  # graphs that call these run in ``end_contexts``
+
+
+@contextmanager
+def end_contexts() -> Iterator[None]:
+    """What a graph has entered in here ends with this, should the graph fail before it leaves it."""
+    before = _open.get()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        for context in reversed(_open.get()[len(before) :]):
+            leave(context)
+
+
+@handles(checkpoint, "_checkpoint_without_reentrant_generator_impl")
+def refuse_checkpoint(writer: Writer, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What is computed again in the backward pass can't stand in a graph."""
+    raise RefusalError("a checkpoint can't stand in a graph; what calls it stays plain Python")
+
+
+@handles(torch.autograd.Function, "apply")
+def write_function(recorder: Any, function: Any, kind: Any, *args: Any) -> Any:
+    """A function with a backward of its own is one node: what its forward calls is not recorded."""
+    if kind is checkpoint.CheckpointFunction:
+        refuse_checkpoint(recorder, function)
+    with torch._C.DisableTorchFunction():
+        with recorder.fake:
+            result = function(kind, *recorder.fake_all(args))
+        return recorder.bind(result, recorder.node("call_function", Apply(kind), args, {}))
+
+
+class Apply:
+    """``apply`` of a ``torch.autograd.Function``, with the name of its class."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.__name__, self.__module__ = kind.__name__, kind.__module__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Apply) and other.kind is self.kind
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self.kind.apply(*args)
+
+
+@handles(torch.jit.ScriptFunction, "__call__")
+def call_script(recorder: Any, function: Any, script: Any, *args: Any, **kwargs: Any) -> Any:
+    """A scripted function is what it was made from."""
+    source = getattr(script, "_torchdynamo_inline", None)
+    if source is None:
+        raise RefusalError(f"{script.name} is TorchScript without its Python; give the function that it was made from")
+    return source(*args, **kwargs)

@@ -1,0 +1,15 @@
+"""Refusal: what is said of a model that can't be recorded."""
+
+from fxprune.errors import TraceError
+
+
+class RefusalError(Exception):
+    """What the recorder can't write down; the message says why and what to do."""
+
+
+class LeftOverError(RefusalError):
+    """A tensor of an earlier recording is met again: the model's Python keeps it, in a cache of functions say."""
+
+
+class DoesNotRunError(TraceError):
+    """The model itself fails on its example."""

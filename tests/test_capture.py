@@ -1,0 +1,811 @@
+"""Capture: the graph is the user's model, whatever Python that has; or the line is named that no graph can hold."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import operator
+import pickle
+import random
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODELS, conv_bn, prepare, randomize
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxprune
+from fxprune import passes
+from fxprune.errors import TraceError
+from fxprune.graph import capture, watch
+from fxprune.graph.contexts import Apply
+from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.trace import trace_whole
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Three convolutions, and a forward that is given."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("count", torch.zeros(()))
+        self.hidden = [nn.Parameter(torch.ones(8, 1, 1, dtype=torch.float64))]
+        self.how = forward
+
+    def forward(self, x: Any) -> Any:
+        return self.how(self, x)
+
+
+def net(forward: Callable[..., Any]) -> Net:
+    return randomize(Net(forward)).double().eval()
+
+
+def whole(model: nn.Module, example: Any = X) -> fxprune.TracedModule:
+    return trace_whole(model, bind_inputs(example))
+
+
+def pruned(model: nn.Module, example: Any = X) -> Any:
+    budget = fxprune.Budget(channels=0.6, tolerance=0.2)
+    return fxprune.prune(model, example, passes.Magnitude(scope="local", round_to=1), budget=budget)
+
+
+def line_of(text: str) -> int:
+    return next(at for at, line in enumerate(Path(__file__).read_text().splitlines(), 1) if text in line)
+
+
+@pytest.mark.parametrize("name", [name for name, case in MODELS.items() if not case.steered])
+def test_every_tiny_network_is_one_graph(name: str) -> None:
+    model, example = prepare(MODELS[name])
+    assert isinstance(whole(model, example), fxprune.TracedModule)
+
+
+# ------------------------------------------------------------------------------------------- Python that just works
+
+
+def if_tensor(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x).relu()
+    if isinstance(y, Tensor):
+        y = m.b(y[:, :, 1:-1, 1:-1]).relu()
+    return m.o(y)
+
+
+def checks_shapes(m: Net, x: Tensor) -> Tensor:
+    assert x.dim() == 4
+    if x.shape[1] != 3 or x.size(-1) % 4:
+        raise ValueError("size")
+    return m.o(m.b(m.a(x).relu()).relu())
+
+
+def reads_dtypes(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    if y.dtype in (torch.float16, torch.bfloat16) or y.device.type == "cuda":
+        y = y.float()
+    return m.o(m.b(y.relu().to(m.a.weight.dtype).to(x.device)).relu())
+
+
+def loops(m: Net, x: Tensor) -> Tensor:
+    parts = list(m.a(x).chunk(4, 1))
+    parts.append(parts[-1].relu())
+    return m.o(m.b(torch.cat([part * 1.5 for part in parts[1:]], 1)).relu())
+
+
+def maps(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.b(torch.cat(list(map(torch.relu, m.a(x).chunk(2, 1))), 1)))
+
+
+def stars(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    b, _, h, w = y.shape
+    y = y.flatten(2).transpose(1, 2)
+    y = y.view(*y.shape[:-1], -1, 4).flatten(2)
+    return m.o(m.b(y.transpose(1, 2).reshape(b, -1, h, w)).relu())
+
+
+def asks_by_axes(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.b(m.a(x).relu()) * {3: 1.0, 4: 2.0}[x.ndim])
+
+
+def makes_constants(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x).relu()
+    mask = torch.tensor([1.0, 0.0] * 4, dtype=y.dtype)[:, None, None] + torch.from_numpy(np.ones((8, 1, 1)))
+    return m.o(m.b(y * mask) + torch.zeros(y.shape[0], 1, 1, 1, device=y.device, dtype=y.dtype))
+
+
+@pytest.mark.parametrize(
+    "forward", [if_tensor, checks_shapes, reads_dtypes, loops, maps, stars, asks_by_axes, makes_constants]
+)
+def test_python_that_just_works(forward: Callable[..., Any]) -> None:
+    model = net(forward)
+    graph, large = whole(model), torch.cat([X, -X, X + 1])
+    assert torch.equal(graph(large), model(large)), "another batch"
+    assert pruned(model)(large).shape == model(large).shape
+    frozen = [str(item.reason) for item in fxprune.analyze(graph, X).frozen if item.parameter == "a.bias"]
+    assert not frozen or forward is makes_constants
+
+
+@pytest.mark.parametrize(
+    "size", [len, lambda x: int(x.shape[0]), lambda x: x.numel() // 192, lambda x: x.shape.numel() // 192], ids=str
+)
+def test_the_batch_is_followed_however_it_is_read(size: Callable[[Tensor], int]) -> None:
+    model = net(lambda m, x: m.o(m.b(m.a(x)).reshape(size(x), 8, 2 * 4, -1)))
+    assert torch.equal(whole(model)(X[:1]), model(X[:1]))
+
+
+def test_python_that_loops_over_the_batch() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.o(torch.stack([m.a(image).relu() for image in x]))  # one by one
+
+    message = rf"test_capture.py:{line_of('# one by one')}: .* is another for another batch size"
+    with pytest.raises(TraceError, match=message):
+        whole(net(forward))
+    model = net(forward)
+    assert torch.equal(fxprune.trace(model, X)(X[:1]), model(X[:1])), "it stays plain Python"
+
+
+def test_a_node_names_the_line_of_the_model() -> None:
+    graph = whole(net(stars))
+    lines = {node.name: node.stack_trace for node in graph.graph.nodes if node.op.startswith("call")}
+    assert all("test_capture.py" in (trace or "") for name, trace in lines.items() if "size" not in name), lines
+
+
+def test_a_graph_of_two_modes_can_be_traced_by_torch() -> None:
+    model = net(lambda m, x: m.o(F.dropout(m.a(x), 0.5, m.training)))
+    graph = whole(model)
+    assert len(graph.distinct_graphs()) == 2
+    assert torch.equal(torch.fx.symbolic_trace(graph.eval())(X), model(X))
+
+
+# -------------------------------------------------------------------------------------------------------- contexts
+
+
+def under_no_grad(m: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = m.a(x).relu()
+    return m.o(m.b(y))
+
+
+@torch.no_grad()
+def stem(m: Net, x: Tensor) -> Tensor:
+    return m.a(x).relu()
+
+
+def decorated(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.b(stem(m, x)))
+
+
+def switched(m: Net, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(False):
+        y = m.a(x).relu()
+        with torch.enable_grad():
+            z = m.b(y.detach())
+    return m.o(z)
+
+
+@pytest.mark.parametrize("forward", [under_no_grad, decorated, switched])
+def test_what_does_not_train_does_not_train(forward: Callable[..., Any]) -> None:
+    compact = pruned(net(forward)).train()
+    compact(X).sum().backward()
+    assert compact.get_submodule("a").weight.grad is None
+    assert float(compact.get_submodule("b").weight.grad.abs().sum()) > 0
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            before = torch.is_grad_enabled()
+            compact(X)
+            assert torch.is_grad_enabled() is before, "what it met is put back"
+
+
+@pytest.mark.filterwarnings("ignore:.*CPU autocast")
+def test_autocast_begins_and_ends() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            return m.o(m.b(y.float()))
+
+    model = randomize(Net(forward)).float().eval()
+    x = X.float()
+    for graph in (whole(model, x), pickle.loads(pickle.dumps(whole(model, x)))):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(graph(x), model(x))
+            assert graph(x).dtype == torch.float32
+            assert torch.is_autocast_enabled("cpu")
+    inner = whole(randomize(Net(lambda m, x: inside_autocast(m, x))).float(), x)
+    assert inner(x).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def inside_autocast(m: Net, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return m.o(m.b(m.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*CPU autocast")
+def test_contexts_end_where_a_graph_fails() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            return m.o(m.a(x))
+
+    graph = whole(net(forward))
+    with pytest.raises(RuntimeError, match="expected input"):
+        graph(X[:, :2])
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))], ids=["copy", "pickle"]
+)
+def test_a_function_keeps_its_backward(copied: Callable[..., Any]) -> None:
+    model = net(lambda m, x: m.o(Round.apply(m.b(m.a(x)))))
+    for graph in (whole(model), copied(whole(model)), pruned(model)):
+        graph.train()(X).sum().backward()
+        assert float(graph.get_submodule("a").weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.o(m.a(x) * torch.rand(8, 1, 1)),
+        lambda m, x: m.o(m.a(x) * torch.empty(8, 1, 1).bernoulli_(0.5)),
+        lambda m, x: m.o(F.dropout(m.a(x), 0.5, True)),
+    ],
+)
+def test_noise_is_drawn_anew(forward: Callable[..., Any]) -> None:
+    graph = whole(net(forward))
+    for each in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert len({float(each(X).detach().sum()) for _ in range(10)}) > 5
+
+
+# ----------------------------------------------------------------------------- buffers, hooks, arguments, results
+
+
+def counts(m: Net, x: Tensor) -> Tensor:
+    m.count += 1
+    return m.o(m.a(x))
+
+
+def counts_anew(m: Net, x: Tensor) -> Tensor:
+    m.count = m.count + 1
+    return m.o(m.a(x) * m.count.clamp(max=1.0))
+
+
+def counts_in_place(m: Net, x: Tensor) -> Tensor:
+    m.count.add_(1)
+    return m.o(m.a(x))
+
+
+@pytest.mark.parametrize("forward", [counts, counts_anew, counts_in_place])
+def test_buffers_are_written(forward: Callable[..., Any]) -> None:
+    model = net(forward)
+    graph = whole(model)
+    assert float(model.count) == 0, "tracing writes nothing"
+    graph(X), graph(X)
+    assert float(graph.get_buffer("count")) == 2
+    assert "count" in graph.state_dict()
+
+
+def test_hooks_of_root_containers_and_layers() -> None:
+    model = nn.Sequential(conv_bn(3, 8), nn.Conv2d(8, 4, 1)).double().eval()
+    model.register_forward_pre_hook(lambda module, given: (given[0] / 4,))
+    model[0].register_forward_hook(lambda module, given, result: result * 3)
+    model.register_forward_hook(lambda module, given, result: {"logits": result})
+    calls: list[int] = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    graph = whole(model)
+    calls.clear()
+    assert torch.equal(graph(X)["logits"], model(X)["logits"])
+    assert len(calls) == 2, "those of a layer stay on it"
+
+
+def writes_sizes(m: Net, x: Tensor) -> Tensor:
+    m.grid = x.shape[2:]
+    m.height, m.flags = x.shape[2], {"ready": True}
+    return m.o(m.b(m.a(x)).reshape(x.shape[0], 8, m.height, -1))
+
+
+def writes_a_cache(m: Net, x: Tensor) -> Tensor:
+    m.ramp = torch.arange(x.shape[2], dtype=torch.float64) * m.b.weight.sum()
+    return m.o(m.a(x) + m.ramp)
+
+
+@pytest.mark.parametrize("forward", [writes_sizes, writes_a_cache])
+def test_what_is_written_anew_in_each_run_is_no_effect(forward: Callable[..., Any]) -> None:
+    model = net(forward)
+    assert torch.equal(whole(model)(X[:1]), model(X[:1]))
+    assert not {"grid", "ramp"} & vars(whole(net(forward))).keys()
+
+
+def look(*_: Any) -> None:
+    """A hook for its effects."""
+
+
+@pytest.mark.parametrize(
+    ("hang", "message"),
+    [
+        (lambda m: m.register_forward_hook(look), "hook look of the model gives nothing back"),
+        (lambda m: m[0].register_forward_pre_hook(look), "hook look of module 0 gives nothing back"),
+        (lambda m: m[0].register_full_backward_hook(look), "module 0 has a backward hook"),
+    ],
+)
+def test_hooks_that_a_graph_would_lose(hang: Callable[[nn.Sequential], Any], message: str) -> None:
+    model = nn.Sequential(conv_bn(3, 8), nn.Conv2d(8, 4, 1)).double().eval()
+    hang(model)
+    with pytest.raises(TraceError, match=message):
+        whole(model)
+    assert any(
+        kind
+        for part in model.modules()
+        for kind in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks)
+    )
+
+
+class Arguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *more: Tensor, double: bool = False, **rest: Any
+    ) -> Tensor:
+        y = self.a(x).relu()
+        for tensor in (*more, *rest.values()):
+            y = y + tensor
+        y = y if mask is None else y * mask
+        return 2 * y if double else y
+
+
+V = torch.randn(2, 8)
+MASK = torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("example", "same", "others"),
+    [
+        (V, [((V,), {"mask": None}), ((V,), {"double": False})], [((V, MASK), {}), ((V,), {"double": True})]),
+        ((V, MASK), [((V, MASK * 3), {})], [((V, None), {}), ((V,), {}), ((V, MASK, MASK), {})]),
+        ((V, MASK, MASK), [((V, MASK, MASK + 1), {})], [((V, MASK), {}), ((V, MASK, MASK, MASK), {})]),
+        (((V,), {"extra": MASK}), [((V,), {"extra": 2 * MASK})], [((V,), {}), ((V,), {"other": MASK})]),
+        (((), {"x": V, "double": True}), [((), {"x": V, "double": True})], [((V,), {}), ((V,), {"double": 1})]),
+    ],
+)
+def test_arguments_are_those_of_the_example(example: Any, same: list[Any], others: list[Any]) -> None:
+    model = Arguments()
+    graph = whole(model, example)
+    for args, kwargs in same:
+        assert torch.equal(graph(*args, **kwargs), model(*args, **kwargs))
+    for args, kwargs in others:
+        with pytest.raises(TraceError, match=r"argument '(mask|double|more|rest)' is .* made with .* trace"):
+            graph(*args, **kwargs)
+    fxprune.analyze(graph, example)
+
+
+def test_keywords_behind_a_decorator() -> None:
+    def returns(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, *args, **kwargs)
+
+        return wrapper
+
+    class Decorated(Arguments):
+        forward = returns(Arguments.forward)
+
+    model = Decorated()
+    assert torch.equal(whole(model, ((), {"x": V, "extra": MASK}))(x=V, extra=2 * MASK), model(V, extra=2 * MASK))
+
+
+def test_an_argument_that_no_graph_can_take() -> None:
+    with pytest.raises(TraceError, match="argument 'mask' is a Generator, which no graph can take"):
+        whole(Arguments(), (V, torch.Generator()))
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    more: Any = None
+
+
+@dataclasses.dataclass
+class Ordered(collections.OrderedDict):  # type: ignore[type-arg]
+    logits: Any = None
+
+    def __post_init__(self) -> None:
+        self["logits"] = self.logits
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "get"),
+    [
+        (lambda y: Output(y, [y, None]), lambda out: out.logits),
+        (lambda y: Ordered(y), lambda out: out["logits"]),
+        (lambda y: Pair(y, y + 1), lambda out: out.logits),
+        (lambda y: collections.OrderedDict(out=y), lambda out: out["out"]),
+        (lambda y: {"out": [y, (y, "text", 1)]}, lambda out: out["out"][0]),
+    ],
+)
+def test_results_keep_their_class(wrap: Callable[..., Any], get: Callable[..., Any]) -> None:
+    model = net(lambda m, x: wrap(m.o(m.b(m.a(x)))))
+    expected = model(X)
+    for graph in (whole(model), pruned(model), pickle.loads(pickle.dumps(whole(model)))):
+        found = graph(X)
+        assert type(found) is type(expected)
+        assert get(found).shape == get(expected).shape
+    assert torch.equal(get(whole(model)(X)), get(expected))
+
+
+def test_a_result_that_no_graph_can_make() -> None:
+    with pytest.raises(TraceError, match="the model returns a set, which no graph can make"):
+        whole(net(lambda m, x: {m.a(x)}))
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def draws_random(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    if random.random() < 0.5:  # a draw
+        y = y + m.b(y)
+    return m.o(y)
+
+
+def draws_numpy(m: Net, x: Tensor) -> Tensor:
+    scale = np.random.rand()  # numpy's draw
+    return m.o(m.a(x) * scale)
+
+
+def asks(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) if bool(x.sum() > 0) else m.b(m.a(x)))  # asks
+
+
+def asks_behind_try(m: Net, x: Tensor) -> Tensor:
+    try:
+        big = x.max().item() > 3  # asks in a try
+    except RuntimeError:
+        big = False
+    return m.o(m.a(x) * 2 if big else m.a(x))
+
+
+def asks_numpy(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * float(x.detach().numpy().mean()))  # asks numpy
+
+
+def picks(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x[x.sum((1, 2, 3)) > -1e9]))  # picks
+
+
+def recomputes(m: Net, x: Tensor) -> Tensor:
+    return m.o(checkpoint(m.b, m.a(x), use_reentrant=False))  # recomputes
+
+
+def infers(m: Net, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        y = m.a(x)  # infers
+    return m.o(y.clone())
+
+
+def uses_hidden(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * m.hidden[0])  # hidden
+
+
+def widens(m: Net, x: Tensor) -> Tensor:
+    m.count = m.count.expand(2).clone()
+    return m.o(m.a(x))
+
+
+def takes_generator(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) + torch.rand(8, 1, 1, generator=torch.Generator()))  # generator
+
+
+@functools.lru_cache
+def mask_of(size: int) -> Tensor:
+    return torch.ones(size, 1, 1)
+
+
+def remembers(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * mask_of(8))  # remembers
+
+
+def keeps(m: Net, x: Tensor) -> Tensor:
+    m.seen = m.a(x)
+    return m.o(m.seen)
+
+
+def keeps_in_a_list(m: Net, x: Tensor) -> Tensor:
+    m.hidden.append(m.a(x))  # type: ignore[arg-type]
+    return m.o(m.hidden[-1])
+
+
+def counts_runs(m: Net, x: Tensor) -> Tensor:
+    m.runs = getattr(m, "runs", 0) + 1
+    return m.o(m.a(x))
+
+
+def is_new(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x) if hasattr(m, "old") else m.b(m.a(x))
+    m.old = True
+    return m.o(y)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is deprecated
+    DOUBLE = torch.jit.CompilationUnit("def double(x):\n    return x * 2\n").double
+    TRACED_RELU = torch.jit.trace(nn.ReLU(), torch.ones(2))
+
+
+def calls_script(m: Net, x: Tensor) -> Tensor:
+    return m.o(DOUBLE(m.a(x)))  # script
+
+
+@pytest.mark.parametrize(
+    ("forward", "mark", "message"),
+    [
+        (draws_random, "# a draw", "draws a random number"),
+        (draws_numpy, "# numpy's draw", "draws a random number"),
+        (asks, "# asks", "asks for the values of a tensor"),
+        (asks_behind_try, "", "asks for the values of a tensor"),
+        (asks_numpy, "# asks numpy", "numpy"),
+        (picks, "# picks", "asks for the values of a tensor"),
+        (recomputes, "# recomputes", "checkpoint can't stand in a graph"),
+        (infers, "# infers", "write torch.no_grad"),
+        (uses_hidden, "# hidden", r"a parameter of shape \[8, 1, 1\] is used that the model does not register"),
+        (widens, "", r"buffer count becomes .* keep shape and dtype"),
+        (takes_generator, "# generator", "a Generator is given to torch"),
+        (remembers, "# remembers", r"tensor of shape \[8, 1, 1\] comes from a call that can't be recorded"),
+        (calls_script, "# script", "TorchScript without its Python"),
+        (keeps, "", r"attribute 'seen' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
+        (keeps_in_a_list, "", r"attribute 'hidden' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
+        (counts_runs, "", "attribute 'runs' of the model is another after each run"),
+        (is_new, "", "attribute 'old' of the model is another after each run"),
+    ],
+)
+def test_what_a_graph_can_not_hold(forward: Callable[..., Any], mark: str, message: str) -> None:
+    python, numpy = random.getstate(), np.random.get_state(legacy=True)[1].tolist()
+    place = rf"test_capture.py:{line_of('  ' + mark)}.*" if mark else ""
+    with pytest.raises(TraceError, match=f"(?s){place}{message}"):
+        whole(net(forward))
+    assert random.getstate() == python
+    assert np.random.get_state(legacy=True)[1].tolist() == numpy
+
+
+@pytest.mark.parametrize(
+    "forward", [draws_random, asks, asks_behind_try, asks_numpy, picks, recomputes, keeps, counts_runs]
+)
+def test_it_stays_plain_python(forward: Callable[..., Any]) -> None:
+    model = net(forward)
+    graph = fxprune.trace(nn.Sequential(model, conv_bn(4, 4).double().eval()), X)
+    assert [path for path in fxprune.graph.traced.regions_of(graph)] == ["1"]
+    random.seed(0)
+    expected = model(X)
+    random.seed(0)
+    assert torch.equal(graph[0](X), expected)
+    text = str(fxprune.analyze(graph, X))
+    assert re.search(r"plain Python, 0: .*(Net|Conv2d)", text), text
+    assert "plain Python, the whole: can't trace " in text
+
+
+def test_torchscript_in_a_model_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), TRACED_RELU)
+    with pytest.raises(TraceError, match=r"^1 of Sequential is TorchScript, .* give the model it was made from"):
+        fxprune.trace(model, torch.randn(2, 3, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------------------------ check
+
+
+@pytest.mark.parametrize(
+    ("wrong", "forward", "message"),
+    [
+        ({"sub": operator.add}, lambda m, x: m.o(m.a(x) - m.b(m.a(x))), "in eval mode output 0 is another"),
+        ({"mul": lambda a, b: (a * b).detach()}, lambda m, x: m.o(m.a(x) * m.a(x)), "a.bias gets no gradient"),
+        (
+            {"mul": lambda a, b: a * b.detach()},
+            lambda m, x: m.o(m.a(x) * m.a(x)),
+            "the gradient of a.weight is another",
+        ),
+        ({"sub": lambda a, b: (a - b)[:1]}, lambda m, x: m.a(x) - 1, "in eval mode output 0 is another"),
+        ({"sub": lambda a, b: [a - b]}, lambda m, x: m.a(x) - 1, r"the result is \['Tensor\[2, 8, 8, 8\]'\], not"),
+        ({"sub": lambda a, b: 1 / 0}, lambda m, x: m.a(x) - 1, "the graph of Net does not run: ZeroDivisionError"),
+    ],
+)
+def test_a_graph_that_is_not_the_model(
+    wrong: dict[str, Any], forward: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "OPERATORS", capture.OPERATORS | wrong)
+    model = net(forward)
+    with pytest.raises(TraceError, match=message):
+        whole(model)
+    assert isinstance(trace_whole(model, bind_inputs(X), check=False), fxprune.TracedModule)
+
+
+def test_the_check_leaves_everything_as_it_was() -> None:
+    model = nn.Sequential(conv_bn(3, 8), nn.Dropout(), nn.Conv2d(8, 4, 1)).double()
+    state, noise = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fxprune.trace(model, X)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_verify_takes_the_users_model() -> None:
+    model = net(stars)
+    analysis = fxprune.analyze(model, X)
+    plan = passes.Magnitude().plan(analysis, fxprune.Budget(channels=0.6, tolerance=0.2))
+    compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)
+    assert fxprune.verify(model, compact, param_map, X).outputs < 1e-10
+    with pytest.raises(fxprune.errors.VerificationError, match=r"graph must be a Module, but it is 3"):
+        fxprune.verify(3, compact, param_map, X)
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+
+def test_nothing_is_left_behind_and_threads_do_not_meet() -> None:
+    before = {place: vars(place[0])[place[1]] for place in watch.HANDLERS}
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                model = net(lambda m, x: m.o(Round.apply(m.b(m.a(x)))))
+                assert any(node.target == Apply(Round) for node in whole(model).graph.nodes)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        y = torch.ones(2, requires_grad=True)
+        Round.apply(y).sum().backward()
+        assert y.grad is not None
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert {place: vars(place[0])[place[1]] for place in watch.HANDLERS} == before
+
+
+# ----------------------------------------------------------------------------------------------- torch's transformers
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(16, 4, 32, norm_first=True),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2),
+    ],
+)
+def test_torchs_transformers_lose_heads(make: Callable[[], nn.Module]) -> None:
+    model = randomize(nn.Sequential(nn.Linear(8, 16), make(), nn.Linear(16, 4))).double().eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    analysis = fxprune.analyze(whole(model, x), x)
+    assert any("in_proj" in member.parameter for group in analysis.groups.values() for member in group.members)
+    pruned(model, x)
+
+
+# ------------------------------------------------------------------------------------------- what people do with it
+
+
+class Head(nn.Module):
+    """Containers, indexed by number and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        self.parts = nn.ModuleList([nn.Flatten(), nn.Linear(256, 16)])
+        self.head = nn.ModuleDict({"last": nn.Linear(16, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        for part in self.parts:
+            x = part(x)
+        return self.head["last"](x)
+
+
+def test_containers_stay_containers() -> None:
+    compact = pruned(Head().double())
+    compact.head["last"] = nn.Linear(compact.head["last"].in_features, 7).double()
+    assert compact(X).shape == (2, 7)
+    assert [type(layer) for layer in compact.features[:2]] == [nn.Conv2d, nn.ReLU]
+    compact.parts[1] = nn.Linear(compact.parts[1].in_features, compact.head["last"].in_features).double()
+    assert copy.deepcopy(compact)(X).shape == (2, 7)
+
+
+def in_two_modes(m: Net, x: Tensor) -> Tensor:
+    return m.o(F.dropout(m.b(m.a(x).relu()).relu(), 0.1, m.training))
+
+
+@pytest.mark.parametrize("forward", [in_two_modes, checks_shapes])
+@pytest.mark.parametrize("training", [False, True])
+def test_compact_models_are_traced_again(forward: Callable[..., Any], training: bool) -> None:
+    compact = pruned(net(forward)).train(training)
+    again = torch.fx.symbolic_trace(compact)
+    for model in (again, compact):
+        torch.manual_seed(0)
+        outcome = model(X)
+        torch.manual_seed(0)
+        assert torch.equal(outcome, compact(X))
+
+
+def test_a_check_of_arguments_is_traced_again_too() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor, scale: int = 2) -> Tensor:
+            return self.o(self.b(self.a(x).relu() * scale).relu())
+
+    again = torch.fx.symbolic_trace(pruned(randomize(Scaled(checks_shapes)).double()))
+    assert again(X, 2).shape == (2, 4, 8, 8)
+    with pytest.raises(TraceError, match="argument 'scale' is 3, but the graph was made with 2"):
+        again(X, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
+def test_compact_models_are_scripted() -> None:
+    compact = pruned(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).double())
+    assert torch.equal(torch.jit.script(compact)(X), compact(X))
+
+
+class Grouped(nn.Module):
+    """Attention with four heads of queries to two of keys and values; the Python of ``steered`` looks at values."""
+
+    def __init__(self, steered: bool) -> None:
+        super().__init__()
+        self.i, self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(8, 32), nn.Linear(8, 32)
+        self.o, self.steered = nn.Linear(64, 8), steered
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.i(x)
+        if self.steered and x.sum() > 1e9:
+            return x
+        q, k, v = (part(x).unflatten(-1, (-1, 16)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_heads_of_grouped_queries(steered: bool) -> None:
+    analysis = fxprune.analyze(Grouped(steered).eval(), torch.randn(2, 5, 8))
+    groups = [
+        group for group in analysis.groups.values() for m in group.members if (m.parameter, m.axis) == ("k.weight", 0)
+    ]
+    assert steered or [group.size for group in groups] == [2]
+
+
+def test_empty_slices_and_tied_embeddings() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.mid, self.head = nn.Embedding(10, 16), nn.Linear(16, 16), nn.Linear(16, 10, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            h = self.mid(self.emb(i))
+            return self.head(torch.cat([h[:, :0], h[:, 0:].relu()], 1))
+
+    analysis = fxprune.analyze(Tied(), torch.randint(10, (2, 5)))
+    assert "emb.weight[0]: all frozen" in analysis.explain("head")
