@@ -135,7 +135,9 @@ def test_python_that_just_works(forward: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [len, lambda x: int(x.shape[0]), lambda x: x.numel() // 192, lambda x: x.shape.numel() // 192], ids=str
+    "size",
+    [len, lambda x: int(x.shape[0]), lambda x: x.numel() // 192, lambda x: x.shape.numel() // 192],
+    ids=["len", "int", "numel", "shape.numel"],
 )
 def test_the_batch_is_followed_however_it_is_read(size: Callable[[Tensor], int]) -> None:
     model = net(lambda m, x: m.o(m.b(m.a(x)).reshape(size(x), 8, 2 * 4, -1)))
