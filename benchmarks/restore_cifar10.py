@@ -215,7 +215,7 @@ def main() -> None:
     planners = list_planners()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="the folder of the images")
-    parser.add_argument("--weights", type=Path, required=True, help="the folder of the trained networks")
+    parser.add_argument("--weights", type=Path, help="the folder of the trained networks; by default in --data")
     parser.add_argument("--networks", nargs="+", default=list(BLOCKS), choices=BLOCKS)
     parser.add_argument("--flops", nargs="+", type=float, default=[0.59, 0.5, 0.75, 0.35])
     parser.add_argument("--criteria", nargs="+", default=list(planners), choices=planners)
@@ -225,6 +225,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
 
+    weights = options.weights or options.data / "checkpoints"
+    if not weights.is_dir():
+        parser.error(f"no folder {weights}: say with --weights where the trained networks are")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{NAME}.jsonl"
@@ -233,7 +236,7 @@ def main() -> None:
     sizes = {"images": options.images, "tested": options.tested}
     for network in options.networks:
         dense = ResNet(BLOCKS[network]).eval()
-        dense.load_state_dict(load_file(options.weights / f"{network}-cifar10.safetensors"))
+        dense.load_state_dict(load_file(weights / f"{network}-cifar10.safetensors"))
         accuracy = measure_accuracy(dense, tested)
         for seed in range(options.seeds):
             data = read_images(options.data / "train", options.images, seed)

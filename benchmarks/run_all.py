@@ -57,6 +57,7 @@ BENCHMARKS = (
     Benchmark("fuzz", "--count 1000000 --seconds 1500", full=True, folder=""),
     Benchmark("before_training", full=True, trains=True),
     Benchmark("criteria_cifar10", full=True, trains=True),
+    Benchmark("restore_cifar10", full=True, trains=True),
     Benchmark("dropback_cifar10", full=True, trains=True, folder="--results"),
     Benchmark("clicktrain_cifar10", full=True, trains=True, folder="--results"),
     Benchmark(

@@ -54,9 +54,8 @@ def main():
     work = (sum(3 * record.flops * record.steps * BATCH for record in log) for log in logs)  # backward is twice forward
     compare(rows, f"training FLOPs, {EPOCHS} epochs", "{:.3g}", *work)
     compare(rows, f"training time, {EPOCHS} epochs, s", "{:.1f}", dense.seconds, pruned.seconds)
-    compare(
-        rows, "of that, cuts and their proofs, s", "{:.1f}", *(sum(record.cut_time for record in log) for log in logs)
-    )
+    cutting = (sum(record.cut_time for record in log) for log in logs)
+    compare(rows, "of that, cuts and their proofs, s", "{:.1f}", *cutting)
     compare(rows, "test accuracy", "{:.1%}", *(accuracy(model, test_set) for model in models))
     shared.console.print(rows)
     pruned.session.log.plot(OUT / "timeline.png")
@@ -74,10 +73,9 @@ class Run:
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.weight.data *= scale
-        optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
-        options = {"batch_size": BATCH, "verify": True, "progress": False}
-        self.session = fxprune.Session(model, example[:16], optimizer, pruners, **options)
-        self.session.register(scheduler=LambdaLR(optimizer, rate))
+        sgd = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
+        self.session = fxprune.Session(model, example[:16], sgd, pruners, batch_size=BATCH, verify=True, progress=False)
+        self.session.register(scheduler=LambdaLR(sgd, rate))
         self.model, self.seconds = self.session.model, 0.0
 
     def epoch(self, train_set, test_set):

@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fxprune.errors import FileError
@@ -33,6 +33,15 @@ def check_fields(kind: type[Any], values: Mapping[str, Any], names: Mapping[str,
             raise FileError(f"{kind.__name__}.{own} is {value!r:.60}, which is damaged")
 
 
+def fits_dataclass(kind: type[Any], values: Mapping[str, Any]) -> bool:
+    """Whether ``values`` are the fields of the dataclass ``kind``, which stands within another one."""
+    try:
+        check_fields(kind, values)
+    except FileError:
+        return False
+    return values.keys() <= {part.name for part in fields(kind)}
+
+
 def fits_hint(value: Any, hint: Any) -> bool:
     """Whether ``value`` is what ``hint`` says, as far as that can be told. True and False are no numbers."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
@@ -45,6 +54,10 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if hint is None or hint is types.NoneType:
         return value is None
     kind = origin or hint
+    if hint is Any:
+        return True
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        return fits_dataclass(hint, value)
     if not isinstance(kind, type) or kind is object:
         return True
     if issubclass(kind, Mapping):

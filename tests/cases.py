@@ -1,12 +1,13 @@
 """What operators do with channel names, one line a case.
 
 Each operand is given by the letters of its axes. Every letter is an axis with names of its own, of the size in SIZES; a
-second axis of the same letter is called by a capital; "." is an axis of size 7 without names.
+second axis of the same letter is called by a capital (the first free one: A, B, ...); "." is an axis of size 7 without
+names. Sizes of 1 can't be written.
 
-The expectation reads: axes of the result | names that merged | axes that are frozen. In the result, "-" is an axis
-without names, "c+d" one after the other, "c:3" only 3 of the names, "(o)" an axis that shares its names with others. A
-merged axis "c!" is one class, "c/2" is merged into 2; "c~d" have names in common. "grids" counts the views of which
-pruning must leave a rectangle.
+The expectation reads: axes of the result | names that merged | axes that are frozen. The letters of a result are those
+of the operand whose labels the rule hands on first. In the result, "-" is an axis without names, "c+d" one after the
+other, "c:3" only 3 of the names, "(o)" an axis that shares its names with others. A merged axis "c!" is one class,
+"c/2" is merged into 2; "c~d" have names in common. "grids" counts the views of which pruning must leave a rectangle.
 """
 
 from collections.abc import Callable

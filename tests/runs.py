@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Plan, Session, TracedModule
+from fxprune.errors import PlanError
 from fxprune.training.memory import Memory, held_values, saved_fields
 from fxprune.training.run import Run, TrainingPass
 
@@ -24,6 +25,10 @@ class Thin(TrainingPass):
 
     interval: int = 1
     part: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part < 1:
+            raise PlanError(f"part={self.part!r} must lie between 0 and 1")
 
     def after_epoch(self, run: Run, memory: Memory) -> Plan | None:
         if (run.epoch + 1) % self.interval:

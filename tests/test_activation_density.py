@@ -416,6 +416,27 @@ def test_cuts_of_others_are_not_its_own() -> None:
     assert saved(session)["cuts"] == 1
 
 
+@pytest.mark.parametrize("share", [0.9, 0.6])
+@pytest.mark.parametrize("settle", [True, False])
+def test_a_budget_is_met_and_nothing_goes_below_it(settle: bool, share: float) -> None:
+    patience = 1 if settle else 99
+    pruner = ActivationDensity(1.0, patience, cooldown=2, cuts=None, budget=fxprune.Budget(flops=share), by=4)
+    session, inputs = begin("residual", steps=0, passes=[pruner])
+    dense = fxprune.cost.flops(session.graph, inputs)
+    removed = []
+    for _ in range(6):
+        session.model(*inputs)
+        removed.append(session.epoch_end().removed)
+    assert share - 0.15 <= fxprune.cost.flops(session.graph, inputs) / dense <= share
+    assert sum(removed[:3]) > 0 if settle else removed[:3] == [0, 0, 0]
+    assert removed[4:] == [0, 0], "it stops there"
+
+
+def test_a_budget_needs_the_length_of_the_run() -> None:
+    with pytest.raises(PlanError, match=r"ActivationDensity is to meet its budget by 0\.6 of the run"):
+        begin("residual", steps=0, passes=[ActivationDensity(budget=fxprune.Budget(flops=0.5))])
+
+
 def test_the_loop_ends() -> None:
     session, inputs = begin("residual", steps=0, passes=[ActivationDensity(1.0, 1, 1, 1.0, None)])
     for _ in range(40):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import passes
 from fxprune.errors import PlanError, RestoreError
-from fxprune.passes.criteria.optimal_brain_surgeon import RIDGE, Read, remove_in_turn
+from fxprune.passes.criteria.optimal_brain_surgeon import RIDGE, _Read, remove_in_turn
 
 
 def lost_without(gone: list[int], covariance: Tensor, weight: Tensor) -> float:
@@ -31,7 +31,7 @@ def test_channels_go_one_after_the_other_by_what_is_lost(places: int) -> None:
     """Two readers of one group; a channel has one input of each, or two."""
     drawn = [draw(seed, 5 * places + 1, 4) for seed in (0, 1)]  # the last input is of another group
     rows = torch.arange(5 * places).view(5, places)
-    scores = remove_in_turn(5, [Read(torch.linalg.inv(covariance), weight, rows) for covariance, weight in drawn])
+    scores = remove_in_turn(5, [_Read(torch.linalg.inv(covariance), weight, rows) for covariance, weight in drawn])
     gone, before, least, expected = list[int](), 0.0, 0.0, np.zeros(5)
     while len(gone) < 5:
         totals = {
@@ -69,7 +69,9 @@ def test_the_score_is_of_what_the_layer_reads() -> None:
     rows = model[:2](x).detach()
     covariance = (rows - rows.mean(0)).mT @ (rows - rows.mean(0)) / 30
     covariance += RIDGE * covariance.diagonal().mean() * torch.eye(5, dtype=torch.float64)
-    scores = remove_in_turn(5, [Read(torch.linalg.inv(covariance), model[2].weight.detach(), torch.arange(5)[:, None])])
+    scores = remove_in_turn(
+        5, [_Read(torch.linalg.inv(covariance), model[2].weight.detach(), torch.arange(5)[:, None])]
+    )
     (found,) = passes.OptimalBrainSurgeon([x[:10], x[10:20], x[20:]]).score(fxprune.analyze(model, x[:2])).values()
     np.testing.assert_allclose(found / found.sum(), scores / scores.sum(), rtol=1e-10)
 

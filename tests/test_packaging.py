@@ -1,6 +1,7 @@
 """The shape of the project: what is packed, who imports whom, how files and classes are named."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from packaging.requirements import Requirement
 
 import fxprune
 from fxprune import passes
+from fxprune.cli.prune import CRITERIA as COMMAND_LINE
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = sorted((ROOT / "fxprune").rglob("*.py"))
@@ -110,6 +112,19 @@ def test_a_method_has_the_name_of_its_file(path):
     # Underscores don't count: PruneTrain is in prunetrain.py, FoldBatchNorm in fold_batchnorm.py.
     assert [name.lower() for name in public] == [path.stem.replace("_", "")]
     assert hasattr(passes, public[0])
+
+
+def test_no_criterion_is_forgotten_where_criteria_are_listed():
+    public = [getattr(passes, name) for name in passes.__all__]
+    kinds = [kind for kind in public if issubclass(kind, passes.Criterion) and not inspect.isabstract(kind)]
+    assert set(kinds) == set(COMMAND_LINE.values())
+    tested = (ROOT / "tests/criteria.py").read_text()
+    reference, page = ((ROOT / "docs" / name).read_text() for name in ("reference.md", "methods/criteria.md"))
+    before = (ROOT / "docs/methods/single_shot.md").read_text()
+    for name in (kind.__name__ for kind in kinds):
+        assert f"passes.{name}(" in tested, name
+        assert f".{name}\n" in reference, name
+        assert name in page or name in before, name
 
 
 def test_every_environment_variable_is_in_the_readme():

@@ -59,7 +59,7 @@ class OptimalBrainSurgeon(Criterion):
 
 
 @dataclass(frozen=True)
-class Reader:
+class _Reader:
     """A layer whose inputs are looked at.
 
     Attributes:
@@ -80,7 +80,7 @@ class Reader:
 
 
 @dataclass
-class Read:
+class _Read:
     """What a reader makes of the channels of one group, as channels go.
 
     Attributes:
@@ -109,7 +109,7 @@ class Read:
         self.inverse = self.inverse - self.inverse[:, gone] @ share
 
 
-def find_readers(analysis: Analysis) -> Iterator[Reader]:
+def find_readers(analysis: Analysis) -> Iterator[_Reader]:
     """The layers whose inputs are looked at, each once."""
     for path, region in regions_of(analysis.graph).items():
         for node in region.graph.nodes:
@@ -120,7 +120,7 @@ def find_readers(analysis: Analysis) -> Iterator[Reader]:
             weight = detach_weights(layer.weight).double().movedim(axis, -1).flatten(0, -2)
             channel_axis = -1 if layer.convolution is None else 1 - layer.weight.ndim
             source = node.all_input_nodes[0].name
-            yield Reader(analysis.aliases.get(name, name), path, source, channel_axis, axis, weight)
+            yield _Reader(analysis.aliases.get(name, name), path, source, channel_axis, axis, weight)
 
 
 def find_input_axis(layer: LinearLayer) -> int:
@@ -128,12 +128,12 @@ def find_input_axis(layer: LinearLayer) -> int:
     return 0 if layer.is_transposed else 1
 
 
-def sum_products(analysis: Analysis, readers: Mapping[str, Reader], data: Any) -> dict[str, Floats]:
+def sum_products(analysis: Analysis, readers: Mapping[str, _Reader], data: Any) -> dict[str, Floats]:
     """Products of all inputs of each reader, and of a 1 behind them: float64[inputs + 1, inputs + 1], flat."""
     sums: dict[str, Floats] = {}
     observed: list[nn.Module] = []
 
-    def watch(reader: Reader) -> Callable[[Tensor], None]:
+    def watch(reader: _Reader) -> Callable[[Tensor], None]:
         def add(value: Tensor) -> None:
             rows = value.detach().double().movedim(reader.channel_axis, -1).flatten(0, -2)
             rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
@@ -159,7 +159,7 @@ def sum_products(analysis: Analysis, readers: Mapping[str, Reader], data: Any) -
     return mean_over(analysis, batches, "OptimalBrainSurgeon", run)
 
 
-def observe(model: nn.Module, watches: Mapping[str, tuple[Reader, Callable[[Tensor], None]]]) -> None:
+def observe(model: nn.Module, watches: Mapping[str, tuple[_Reader, Callable[[Tensor], None]]]) -> None:
     """Have ``model``, a copy that runs in this mode alone, show each reader's input to its watch."""
     for path, region in regions_of(model).items():
         of_source: dict[str, list[Callable[[Tensor], None]]] = {}
@@ -181,8 +181,8 @@ def call_all(functions: list[Callable[[Tensor], None]]) -> Callable[[Tensor], No
 
 
 def lay_out_readers(
-    analysis: Analysis, group: Group, readers: Mapping[str, Reader], products: Mapping[str, Floats]
-) -> Iterator[Read]:
+    analysis: Analysis, group: Group, readers: Mapping[str, _Reader], products: Mapping[str, Floats]
+) -> Iterator[_Read]:
     """The readers of a group, before any channel goes."""
     for member in group.members:
         reader = readers.get(member.parameter)
@@ -193,7 +193,7 @@ def lay_out_readers(
         covariance = find_covariance(products[reader.name])
         variance = (weight @ covariance * weight).sum()
         if variance > 0:
-            yield Read(torch.linalg.inv(covariance), weight / variance.sqrt(), places)
+            yield _Read(torch.linalg.inv(covariance), weight / variance.sqrt(), places)
 
 
 def find_places(group: Group, member: Member) -> Tensor | None:
@@ -215,7 +215,7 @@ def find_covariance(products: Floats) -> Tensor:
     return covariance + ridge * torch.eye(size - 1, dtype=torch.float64)
 
 
-def remove_in_turn(size: int, readers: list[Read]) -> Floats:
+def remove_in_turn(size: int, readers: list[_Read]) -> Floats:
     """float64[channels]: what is lost with each when it goes, of all that are left the one with the least loss first.
 
     A channel scores no less than those that went before it.

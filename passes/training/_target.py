@@ -60,9 +60,15 @@ def find_deadline(run: Run, by: float, owner: str) -> int:
 
 def measure_costs(analysis: Analysis, budget: Budget) -> dict[str, float]:
     """What the model costs now, by each kind that ``budget`` limits."""
+    return measure_plan(analysis, Plan({}, analysis.sizes), budget)
+
+
+def measure_plan(analysis: Analysis, plan: Plan, budget: Budget) -> dict[str, float]:
+    """What the model costs after ``plan``."""
     channels = Channels.of(analysis)
-    everything = np.ones(sum(analysis.sizes.values()), dtype=bool)
-    return {kind: float(cost_of(analysis, kind, channels)(everything)) for kind, _ in budget.limits()}
+    rows = [np.isin(range(size), plan.keep.get(name, range(size))) for name, size in analysis.sizes.items()]
+    kept = np.concatenate([*rows, np.zeros(0, dtype=bool)])
+    return {kind: float(cost_of(analysis, kind, channels)(kept)) for kind, _ in budget.limits()}
 
 
 def budget_on_the_way(budget: Budget, dense: Mapping[str, float], share: float) -> Budget:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.budget.budget import patterns_of
+from fxprune.budget.budget import Bounds, Budget, patterns_of
 from fxprune.budget.cost import Channels, Floats
 from fxprune.budget.solver import held_groups
 from fxprune.channels.analysis import Analysis, abridge_list
@@ -28,6 +28,16 @@ from fxprune.training.meter import count_per_sample
 from fxprune.training.run import Run, TrainingPass
 
 from .._fresh import check_fresh, draw_weights
+from ._target import (
+    budget_on_the_way,
+    check_target,
+    find_deadline,
+    is_met,
+    measure_costs,
+    measure_plan,
+    read_budget,
+    solve_near,
+)
 from ._widths import keep_highest
 
 
@@ -42,6 +52,8 @@ class Densities:
         cuts: how many were made.
         planned: whether the last epoch ended with a plan of this pass.
         densities: of each group, as it was at the end of the last epoch.
+        dense: what the model cost when the session began, by what the budget limits.
+        deadline: the epoch, from 1, by whose end the budget is met.
         counts: for each activation the non-zero values of each channel, int64[names], and all values of one, int64[].
         measured: the activations, with the names of the channels there.
     """
@@ -52,6 +64,8 @@ class Densities:
     cuts: int = 0
     planned: bool = False
     densities: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, float] | None = None
+    deadline: int = 0
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
     measured: list[tuple[str, Label]] = derived_field(list)
 
@@ -81,6 +95,10 @@ class ActivationDensity(TrainingPass[Densities]):
         minimum: channels that each group keeps at least.
         round_to: keep so many more that widths are multiples of this.
         keep: patterns of what stays whole, as for the criteria.
+        budget: what may remain of the model as the session found it; not of latency. Where the densities ask for less,
+            the channels of the highest density stay that meet it, and then the cutting ends. Where it is not met when
+            it should be, a cut meets it, whether the densities have settled or not.
+        by: when the budget is met: a share of ``Session(epochs=...)``, or the number of an epoch.
     """
 
     saturation: float = 0.01
@@ -93,8 +111,12 @@ class ActivationDensity(TrainingPass[Densities]):
     minimum: int = 1
     round_to: int = 1
     keep: str | Sequence[str] = ()
+    budget: Budget | None = None
+    by: float = 0.6
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", read_budget(self.budget))
+        check_target(self)
         check_options(
             self,
             PlanError,
@@ -114,9 +136,19 @@ class ActivationDensity(TrainingPass[Densities]):
         """Find the groups that stay whole.
 
         Raises:
-            PlanError: there is nothing to resize, or to start again from new weights.
+            PlanError: there is nothing to resize, or to start again from new weights; or it is not known when the
+                budget should be met.
+            BudgetError: the budget is out of reach.
         """
-        return Densities(left=self._left(run, list(find_activations(run.analysis))))
+        memory = Densities(left=self._left(run, list(find_activations(run.analysis))))
+        if self.budget is not None:
+            memory.deadline = find_deadline(run, self.by, "ActivationDensity")
+            memory.dense = measure_costs(run.analysis, self.budget)
+            groups = run.analysis.sizes.keys() - set(memory.left)
+            solve_near(
+                run.analysis, {name: np.ones(run.analysis.sizes[name]) for name in groups}, self.budget, Bounds()
+            )
+        return memory
 
     def prepare(self, run: Run, memory: Densities) -> None:
         """Count, in train mode, the values and the non-zero values of each channel at each activation."""
@@ -149,14 +181,29 @@ class ActivationDensity(TrainingPass[Densities]):
         memory.since += 1
         memory.densities = now
         over = min(now.values()) >= self.stop or (self.cuts is not None and memory.cuts >= self.cuts)
-        if over or memory.settled < self.patience or memory.since < self.cooldown:
+        late, budget = False, self._budget(memory)
+        if budget is not None:
+            if is_met(measure_costs(run.analysis, budget), budget):
+                return None
+            late = run.epoch + 1 >= memory.deadline
+        if not late and (over or memory.settled < self.patience or memory.since < self.cooldown):
             return None
         keep = {
             name: keep_highest(of_channels, int(density * len(of_channels) + 0.5), self.minimum, self.round_to)
             for name, (density, of_channels) in channels.items()
         }
         memory.planned = True
-        return Plan(keep, run.analysis.sizes, run.analysis.options)
+        plan = Plan(keep, run.analysis.sizes, run.analysis.options)
+        if budget is None or not (late or is_met(measure_plan(run.analysis, plan, budget), budget)):
+            return plan
+        bounds = Bounds(keep=self.keep, round_to=self.round_to)
+        return solve_near(run.analysis, {name: scores for name, (_, scores) in channels.items()}, budget, bounds)
+
+    def _budget(self, memory: Densities) -> Budget | None:
+        """The budget in absolute numbers."""
+        if self.budget is None or memory.dense is None:
+            return None
+        return budget_on_the_way(self.budget, memory.dense, 1.0)
 
     def measure(self, run: Run, memory: Densities) -> dict[str, tuple[float, Floats]]:
         """For each measured group its density, and float64[channels]: the sum of those of each channel.
