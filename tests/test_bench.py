@@ -129,7 +129,7 @@ def test_a_backend_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"compact": 7}, "model must be a Module, but it is 7"),
         (
             {"compact": nn.Conv2d(5, 3, 1), "backends": ("eager",), "batches": (1,)},
-            "does not run on these inputs: Runt",
+            "Conv2d does not run on example_inputs: .*to have 5 channels, but got 3",
         ),
     ],
 )

@@ -269,11 +269,12 @@ class Watched(nn.Module):
         self.c, self.fc = nn.Conv2d(6, 8, 3), nn.Linear(8 * 16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.a(x)).relu()
-        self.first = x
-        self.second = x + self.b(x)
-        self.third = self.c(self.second).relu()
-        return self.fc(self.third.flatten(1))
+        return self.fc(self.read(x)[-1].flatten(1))
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = self.norm(self.a(x)).relu()
+        second = first + self.b(first)
+        return first, second, self.c(second).relu()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -286,10 +287,9 @@ def test_activation_is_the_statistic_of_what_is_read(statistic: str, training: b
     seen: dict[str, list[Tensor]] = {"a": [], "c": []}
     with torch.no_grad():
         for each, _ in data:
-            copy.deepcopy(model)(each)
-            model(each)  # in train mode the norm's averages change, which the activations do not see
-            seen["a"] += [model.first.transpose(0, 1).flatten(1), model.second.transpose(0, 1).flatten(1)]
-            seen["c"] += [model.third.transpose(0, 1).flatten(1)]
+            first, second, third = (value.transpose(0, 1).flatten(1) for value in copy.deepcopy(model).read(each))
+            seen["a"] += [first, second]
+            seen["c"] += [third]
     values = {name: torch.cat(its, 1) for name, its in seen.items()}
     expected = {
         name: (its.abs().mean(1) if statistic == "mean" else its.var(1, correction=0)).numpy()

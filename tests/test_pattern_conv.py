@@ -291,4 +291,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(PlanError, match=r"measure='fast' is not known; use 'inference' or 'training', or None"):
         PatternConv("fast")
     with pytest.raises(PassError, match="this pass needs example inputs"):
-        ALL(fxprune.trace(nn.Sequential(nn.Conv2d(3, 4, 3), conv_bn(4, 4), head(4))))
+        ALL(fxprune.trace(nn.Sequential(nn.Conv2d(3, 4, 3), conv_bn(4, 4), head(4)), torch.randn(1, 3, 8, 8)))

@@ -129,13 +129,11 @@ def record_run(
         with (
             torch.autocast(home.type, enabled=False),
             watch_hooks(model, is_layer),
-            recorder.watch_layers(model),
+            recorder.watch_modules(model),
             watch_torch(recorder),
             recorder,
         ):
-            result = model(*args, **kwargs)
-        if recorder.refusal:  # the model's Python went on
-            raise recorder.refusal
+            result = recorder.call_model(model, args, kwargs)
         write_buffers(recorder, buffers, buffers_of(model))
         refuse_kept_tensors(recorder, attributes, attributes_of(model, is_layer))
         recorder.graph.output(write_result(recorder, result))
@@ -175,11 +173,22 @@ class Recorder(TorchFunctionMode):
         self.alive: list[Tensor] = []  # so that no id is used twice
         self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.entered: dict[int, fx.Node] = {}  # see contexts.py
+        self.within: dict[str, tuple[str, type[nn.Module]]] = {}  # the modules that are being called, by their paths
         self.refusal: Exception | None = None
         self.reads_mode = False
         self.first_tensor: fx.Node | None = None  # among the arguments
         self.first_device: torch.device | None = None
         self.device_node: fx.Node | None = None
+
+    def call_model(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What ``model`` gives, unless something was refused in it."""
+        try:
+            result = model(*args, **kwargs)
+            if self.refusal:  # the model's Python went on
+                raise self.refusal
+            return result
+        finally:
+            self.refusal = None  # its frames hold this object, and the model: nobody would free them
 
     # ------------------------------------------------------------------------------------------ calls
 
@@ -239,10 +248,25 @@ class Recorder(TorchFunctionMode):
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call of a layer of torch.nn."""
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), self.enter_module(path, layer):
             with watch_nothing():
                 result = self.run_layer(layer, args, kwargs)
             return self.bind(result, self.node("call_module", path, args, kwargs))
+
+    def call_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A call of a module that is recorded call by call."""
+        with self.enter_module(path, module):
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def enter_module(self, path: str, module: nn.Module) -> Iterator[None]:
+        """While this holds, new nodes say that they belong to ``module``."""
+        before = self.within
+        self.within = {**before, path: (path, type(module))}
+        try:
+            yield
+        finally:
+            self.within = before
 
     def run_layer(self, layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What a layer gives, on fake tensors; without a call where that is plain."""
@@ -270,16 +294,17 @@ class Recorder(TorchFunctionMode):
                 kind.update(tensors)
 
     @contextmanager
-    def watch_layers(self, model: nn.Module) -> Iterator[None]:
-        """While this holds, calls of the layers of ``model`` come here, hooks included."""
-        layers = {layer: path for path, layer in model.named_modules() if path and is_layer(layer)}
-        for layer, path in layers.items():
-            vars(layer)["_compiled_call_impl"] = partial(self.call_layer, path, layer)
+    def watch_modules(self, model: nn.Module) -> Iterator[None]:
+        """While this holds, calls of the parts of ``model`` come here, hooks included."""
+        parts = {part: path for path, part in model.named_modules() if path}
+        for part, path in parts.items():
+            call = self.call_layer if is_layer(part) else self.call_module
+            vars(part)["_compiled_call_impl"] = partial(call, path, part)
         try:
             yield
         finally:
-            for layer in layers:
-                del vars(layer)["_compiled_call_impl"]
+            for part in parts:
+                del vars(part)["_compiled_call_impl"]
 
     # ---------------------------------------------------------------------------------------- tensors
 
@@ -343,6 +368,7 @@ class Recorder(TorchFunctionMode):
         if torch.is_inference_mode_enabled():
             raise RefusalError("inference_mode can't be told from no_grad in a graph: write torch.no_grad")
         node = self.graph.create_node(op, target, self.arg(tuple(args)), self.arg(dict(kwargs)))
+        node.meta["nn_module_stack"] = self.within
         frame = users_frame(record_run.__code__)
         if frame is not None:
             node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)

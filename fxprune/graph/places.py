@@ -26,6 +26,11 @@ def is_users(filename: str) -> bool:
     return filename.startswith(PACKAGES) or not filename.startswith(LIBRARY)
 
 
+def is_ours(frame: FrameType) -> bool:
+    """Whether a stack frame is fxprune's."""
+    return frame.f_code.co_filename.startswith(OURS)
+
+
 def users_frame(start: CodeType) -> FrameType | None:
     """The innermost frame of the user's model below the function whose code is ``start``."""
     frame: FrameType | None = sys._getframe(1)
@@ -45,12 +50,14 @@ def stack_trace(file: str, line: int, function: str) -> str:
 def describe_error_place(model: nn.Module, error: Exception) -> str:
     """Where in ``model`` an error arose: the part that called last, and the user's line."""
     paths = {id(module): path for path, module in model.named_modules()}
-    callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # Not our own frames: one of them holds the error, and to look at its names makes it hold that for ever.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if not is_ours(frame)]
+    callers = [frame.f_locals.get("self") for frame in frames]
     part = next((caller for caller in reversed(callers) if id(caller) in paths), model)
     name = type(model).__name__
     module = f"module {paths[id(part)]} ({type(part).__name__}) of {name}" if part is not model else name
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
-    return f"{module}, {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else module
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if is_users(line.filename)]
+    return f"{module}, {lines[-1].filename}:{lines[-1].lineno}: `{lines[-1].line}`" if lines else module
 
 
 def describe_place(node: fx.Node) -> str:

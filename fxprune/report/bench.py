@@ -13,6 +13,7 @@ from fxprune.budget.cost import count_flops
 from fxprune.budget.timing import Spread, by_module, in_turns, ratio_of_times
 from fxprune.errors import BenchError, FxpruneError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
+from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, device_of, in_eval
 from fxprune.progress import track_progress
@@ -132,6 +133,8 @@ def bench(
         try:
             traced = [trace(model, inputs) for model in models.values()]
             counted = [count_flops(model, inputs) for model in traced]
+        except DoesNotRunError as error:
+            raise BenchError(str(error)) from error
         except Exception as error:
             raise BenchError(f"a model does not run on these inputs: {type(error).__name__}: {error}") from error
         if not all(isinstance(model, TracedModule) for model in traced):

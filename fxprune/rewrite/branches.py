@@ -23,6 +23,7 @@ from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, r
 from fxprune.plan import Plan
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
 
 
 class Constant(nn.Module):
@@ -99,7 +100,7 @@ class Branch:
     def nodes(self) -> set[fx.Node]:
         """Everything that is computed for this branch alone."""
         mine = {self.end, *self.tail}
-        waiting = list(self.end.all_input_nodes)
+        waiting = [source for node in mine for source in node.all_input_nodes]
         while waiting:
             node = waiting.pop()
             if node not in mine and node.op != "placeholder" and set(node.users) <= mine:
@@ -152,15 +153,25 @@ def follow_branch(end: fx.Node) -> Branch:
     """The branch that ends with the contraction ``end``."""
     tail: list[fx.Node] = []
     node = end
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if is_sum(user):
-            return Branch(end, tuple(tail), user)
-        if user.op == "output" or len(user.all_input_nodes) != 1:
+    while len(readers := [user for user in node.users if not reads_form(user)]) == 1:
+        reader = readers[0]
+        if is_sum(reader):
+            return Branch(end, tuple(tail), reader)
+        if reader.op == "output" or not (len(reader.all_input_nodes) == 1 or is_scaling(reader)):
             break
-        tail.append(user)
-        node = user
+        tail.append(reader)
+        node = reader
     raise PlanError(why_not_empty(node))
+
+
+def reads_form(node: fx.Node) -> bool:
+    """Whether a node asks for the size, device or dtype of a tensor, and not for its values."""
+    return node.target == "size" or (node.target is getattr and node.args[1] in ("shape", "device", "dtype"))
+
+
+def is_scaling(node: fx.Node) -> bool:
+    """Whether a node multiplies by what is no parameter, as stochastic depth does."""
+    return node.target in PRODUCTS and all(source.op != "get_attr" for source in node.all_input_nodes)
 
 
 def is_empty(value: Any) -> bool:
