@@ -25,12 +25,8 @@ def asked(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str)
 
 
 def test_every_benchmark_is_run_by_the_one_command(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {
-        "common",
-        "analysis_worker",
-        "run_all",
-        "zoo_libraries",
-    }
+    helpers = {"common", "analysis_worker", "run_all", "zoo_libraries"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - helpers
     assert asked(run_all, monkeypatch, "--full", "--data", "PATH") == scripts
     trains = {each.script for each in run_all.BENCHMARKS if each.trains}
     assert asked(run_all, monkeypatch, "--full") == scripts - trains
