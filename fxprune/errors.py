@@ -15,7 +15,7 @@ def require_type(value: object, kind: type | tuple[type, ...], name: str, error:
 
 
 class TraceError(FxpruneError):
-    """``torch.fx`` can't trace the model symbolically; names the module, file and line."""
+    """The model can't be recorded, or its graph would not be the model; names the module, file and line."""
 
 
 class AnalysisError(FxpruneError):
