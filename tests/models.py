@@ -1,7 +1,6 @@
 """Tiny networks that cover, one idea each, what real models do to their channels.
 
-Each runs in about a millisecond and traces with ``torch.fx.symbolic_trace``. ``MODELS`` lists them
-by name; ``prepare(MODELS[name])`` gives a model with random, nowhere blind, parameters and its
+Each runs in about a millisecond. ``MODELS`` lists them by name; ``prepare(MODELS[name])`` gives a model with random, nowhere blind, parameters and its
 inputs. Where a path is frozen by nature, another layer of the same model stays prunable, unless
 ``prunable`` is False.
 """
@@ -1773,6 +1772,23 @@ class GruHead(nn.Module):
         return self.fc(self.gru(self.b(F.relu(self.a(x))))[0][:, -1])
 
 
+class SplitStack(nn.Module):
+    """The block of recent YOLOs: one half goes through residual bottlenecks, and every stage is kept for the end."""
+
+    def __init__(self, width: int = 8, depth: int = 2) -> None:
+        super().__init__()
+        self.enter = conv_bn(6, 2 * width)
+        self.steps = nn.ModuleList(nn.Sequential(conv_bn(width, width), conv_bn(width, width)) for _ in range(depth))
+        self.leave = conv_bn((2 + depth) * width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stages = list(self.enter(x).chunk(2, 1))
+        for step in self.steps:
+            stages.append(stages[-1] + step(stages[-1]))
+        return self.leave(torch.cat(stages, 1))
+
+
+register("yolo_c2f", lambda: nn.Sequential(conv_bn(3, 6), SplitStack(), head(8)), "halves, kept stage by stage")
 register("hrnet", Fusion, "branches of several resolutions, fused")
 register("attention_rotary", Rotary, "grouped queries with rotary embeddings: angles do not tie heads", TOKENS)
 register("sequential_slices", Sliced, "nn.Sequential, sliced")
@@ -1781,7 +1797,7 @@ register(
     lambda: image_net(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 12, 3, padding=1)), cout=12),
     "a parametrization: the norm of a filter runs over its input",
 )
-register("gru_head", GruHead, "the GRU is frozen, the first layer is not", TOKENS)
+register("gru_head", GruHead, "what a GRU reads and its hidden units", TOKENS)
 register(
     "channels_last",
     lambda: image_net(conv_bn(8, 12), cout=12).to(memory_format=torch.channels_last),
