@@ -4,7 +4,6 @@ A rewrite pass takes a GraphModule and returns a ``torch.fx`` PassResult: any ``
 file that uses torch's pass infrastructure.
 """
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.errors import PassError
 from fxprune.graph.inputs import bind_inputs, map_tensors
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, TracedModule, device_of, regions_of
+from fxprune.graph.traced import Mode, TracedModule, copy_model, device_of, regions_of
 from fxprune.report.dump import Dump
 from fxprune.rewrite.verify import TOLERANCE, outputs_of, relative_difference
 
@@ -68,7 +67,7 @@ class Pipeline:
         Raises:
             PassError: a pass raised, broke the graph, or changed what the model computes; names it and those before.
         """
-        module = copy.deepcopy(trace(graph, () if self.example_inputs is None else self.example_inputs))
+        module = copy_model(trace(graph, () if self.example_inputs is None else self.example_inputs))
         if not isinstance(module, TracedModule):
             raise PassError(
                 f"{type(module).__name__} is no single graph; run the pipeline on its regions: "
@@ -87,7 +86,7 @@ class Pipeline:
         """Run and check one pass."""
         name = type(pass_).__name__ if not hasattr(pass_, "__name__") else pass_.__name__
         module.meta[EXAMPLE] = self.example_inputs
-        before = copy.deepcopy(module)
+        before = copy_model(module)
         start = time.perf_counter()
         try:
             expected = pass_.reference(before) if hasattr(pass_, "reference") else before
@@ -115,7 +114,7 @@ class Pipeline:
     ) -> float:
         """The largest relative difference of the outputs in ``modes``; raises PassError above ``tolerance``."""
         inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind_inputs(self.example_inputs))
-        old, new = before.double(), copy.deepcopy(after).double()
+        old, new = before.double(), copy_model(after).double()
         worst = 0.0
         for mode in modes:
             where = f"{mode.value} mode"

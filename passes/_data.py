@@ -1,6 +1,5 @@
 """What the criteria that look at data share: batches, the model's gradients on them, and means over all ranks."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
 from fxprune.graph.inputs import bind_inputs, map_tensors
-from fxprune.graph.traced import device_of
+from fxprune.graph.traced import copy_model, device_of
 from fxprune.progress import track_progress
 from fxprune.training import distributed
 
@@ -56,7 +55,7 @@ def mean_over(
     weights_of(analysis)  # raises where they have no values
     totals: dict[str, Floats] = {}
     count = 0
-    with distributed.all_or_none(), copy_model(analysis.graph) as model:
+    with distributed.all_or_none(), copy_for_data(analysis.graph) as model:
         device, _ = device_of(model)
         for batch in data:
             for key, values in of(model, map_tensors(lambda tensor: tensor.to(device), batch)).items():
@@ -71,9 +70,9 @@ def mean_over(
 
 
 @contextmanager
-def copy_model(graph: nn.Module) -> Iterator[nn.Module]:
+def copy_for_data(graph: nn.Module) -> Iterator[nn.Module]:
     """A copy of ``graph`` to run data through, with random numbers that do not depend on the caller's."""
-    model = copy.deepcopy(graph)
+    model = copy_model(graph)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield model

@@ -1,8 +1,8 @@
 """Tiny networks that cover, one idea each, what real models do to their channels.
 
-Each runs in about a millisecond. ``MODELS`` lists them by name; ``prepare(MODELS[name])`` gives a model with random, nowhere blind, parameters and its
-inputs. Where a path is frozen by nature, another layer of the same model stays prunable, unless
-``prunable`` is False.
+Each runs in about a millisecond. ``MODELS`` lists them by name; ``prepare(MODELS[name])`` gives a model with random,
+nowhere blind, parameters and its inputs. Where a path is frozen by nature, another layer of the same model stays
+prunable, unless ``prunable`` is False.
 """
 
 from __future__ import annotations
@@ -1796,6 +1796,11 @@ register(
     "weight_norm",
     lambda: image_net(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 12, 3, padding=1)), cout=12),
     "a parametrization: the norm of a filter runs over its input",
+)
+register(
+    "spectral_norm",
+    lambda: image_net(torch.nn.utils.spectral_norm(nn.Conv2d(8, 12, 3, padding=1)), cout=12),
+    "an old parametrization: a hook computes the weight, and moves buffers in training",
 )
 register("gru_head", GruHead, "what a GRU reads and its hidden units", TOKENS)
 register(

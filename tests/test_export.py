@@ -59,6 +59,30 @@ def test_the_batch_is_dynamic_unless_told(tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "fixed.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
 
 
+def test_a_dict_is_an_input(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+            return self.b(self.a(inputs["image"]).relu()) + inputs["bias"]
+
+    inputs = ({"image": torch.randn(2, 3, 8, 8), "bias": torch.randn(2, 4, 1, 1)},)
+    compact = fxprune.prune(Net(), inputs, passes.Magnitude(), budget=fxprune.Budget(channels=0.5))
+    assert fxprune.export_onnx(compact, inputs, tmp_path / "net.onnx").difference < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("old", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_a_weight_that_a_hook_made_in_a_training_step(old: Any, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(old(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    compact = fxprune.prune(model, x, passes.Magnitude(), budget=fxprune.Budget(channels=0.5)).train()
+    compact(x).sum().backward()
+    assert fxprune.export_onnx(compact, x, tmp_path / "net.onnx").difference < 1e-5
+
+
 def test_keyword_inputs_keep_their_places(tmp_path: Path) -> None:
     """The keywords are given in another order than forward has them."""
 

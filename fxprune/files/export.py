@@ -1,6 +1,5 @@
 """Export to ONNX, and compare the file with PyTorch in onnxruntime before returning."""
 
-import copy
 import inspect
 import logging
 import math
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 from fxprune.atomic import named_errors, replace_files
 from fxprune.errors import ExportError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
-from fxprune.graph.traced import Mode, TracedModule, carried_attributes, is_traced, regions_of
+from fxprune.graph.traced import Mode, TracedModule, carried_attributes, copy_model, is_traced, regions_of
 from fxprune.rewrite.verify import relative_difference
 
 logger = logging.getLogger("fxprune")
@@ -107,7 +106,7 @@ def export_onnx(
 
 def frozen_in_eval(model: nn.Module) -> nn.Module:
     """The model in eval mode, as a plain GraphModule where it is a traced one. The original keeps its mode."""
-    module = copy.deepcopy(model)
+    module = copy_model(model)
     for path, region in regions_of(module).items():
         plain = fx.GraphModule(region.root(), region.graphs[Mode.EVAL])
         vars(plain).update(carried_attributes(region))

@@ -4,7 +4,6 @@ Of a model from ``fxprune.initialize`` the file has the seed, and only the weigh
 convolutions whose kernels have many zeros, only the weights that are not zero.
 """
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -21,7 +20,7 @@ from fxprune.files.sparse import pack_sparse, start_in, unpack_sparse
 from fxprune.files.start import forget_start, remember_start, start_of
 from fxprune.graph.inputs import imagine_inputs, map_tensors
 from fxprune.graph.trace import trace, unwrap_model
-from fxprune.graph.traced import Model
+from fxprune.graph.traced import Model, copy_model
 from fxprune.plan import Plan
 from fxprune.rewrite.rewrite import rewrite
 
@@ -101,7 +100,7 @@ def load(path: str | Path, model: nn.Module) -> Model:
             compact, param_map = rewrite(graph, analyze(graph, inputs, **plan.options), plan)
             start = start and start.after(param_map)
         else:
-            compact = copy.deepcopy(unwrap_model(model))
+            compact = copy_model(unwrap_model(model))
         state = kernels.unpack_kernels(state, record.get("kernels", []), compact.state_dict())
         if start is not None:
             state = unpack_sparse(state, sparse, start)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.traced import Mode, is_plain
 
-Outcome = tuple[Any, dict[str, Tensor]]  # what a model gives, and the gradients of those parameters that get one
+
+@dataclass(frozen=True)
+class Outcome:
+    """What comes of a run of a model."""
+
+    result: Any
+    gradients: dict[str, Tensor]  # of those parameters that get one
+    buffers: dict[str, Tensor]  # afterwards
+
 
 SMALL = 64  # pixels along each side
 
@@ -69,25 +78,27 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
     """
     model = copy()
     name = type(model).__name__
-    with tensors_kept(graph), torch.random.fork_rng():
-        try:
+    try:
+        with tensors_kept(graph):
             expected = run_once(model, inputs, mode, gradients)
-        except Exception as error:
-            said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"
-            raise DoesNotRunError(f"{name} does not run on example_inputs: {said}") from error
-        try:
+    except Exception as error:
+        said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"
+        raise DoesNotRunError(f"{name} does not run on example_inputs: {said}") from error
+    try:
+        with tensors_kept(graph):
             found = run_once(graph, inputs, mode, gradients)
-        except Exception as error:
-            raise TraceError(f"the graph of {name} does not run: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise TraceError(f"the graph of {name} does not run: {type(error).__name__}: {error}") from error
     return find_difference(expected, found)
 
 
 @contextmanager
 def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """What is written into buffers meanwhile is undone."""
+    """What is written into buffers meanwhile is undone, and random numbers that are drawn are not missed."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
         with torch.no_grad():
             for buffer, values in before:
@@ -103,7 +114,8 @@ def run_once(model: nn.Module, inputs: Bound, mode: Mode, gradients: bool) -> Ou
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), inputs)
             result = model(*args, **kwargs)
-            return result, gradients_of(model, result) if gradients else {}
+            buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+            return Outcome(result, gradients_of(model, result) if gradients else {}, buffers)
     finally:
         for module, training in modes:
             module.training = training
@@ -126,20 +138,23 @@ def gradients_of(model: nn.Module, result: Any) -> dict[str, Tensor]:
 
 def find_difference(expected: Outcome, found: Outcome) -> str:
     """In words how two outcomes differ; "" where they do not."""
-    if pytree.tree_structure(expected[0]) != pytree.tree_structure(found[0]):
-        return f"the result is {describe_form(found[0])}, not {describe_form(expected[0])}"
-    if expected[1].keys() != found[1].keys():
-        name = min(expected[1].keys() ^ found[1].keys())
-        return f"{name} gets {'a' if name in found[1] else 'no'} gradient"
-    for a, b in zip(pytree.tree_leaves(expected[0]), pytree.tree_leaves(found[0]), strict=True):
+    if pytree.tree_structure(expected.result) != pytree.tree_structure(found.result):
+        return f"the result is {describe_form(found.result)}, not {describe_form(expected.result)}"
+    if expected.gradients.keys() != found.gradients.keys():
+        name = min(expected.gradients.keys() ^ found.gradients.keys())
+        return f"{name} gets {'a' if name in found.gradients else 'no'} gradient"
+    for a, b in zip(pytree.tree_leaves(expected.result), pytree.tree_leaves(found.result), strict=True):
         if type(a) is not type(b) or (is_plain(a) and a != b):
             return f"the result holds {b!r:.60}, not {a!r:.60}"
-    for number, (a, b) in enumerate(zip(tensors_in(expected[0]), tensors_in(found[0]), strict=True)):
+    for number, (a, b) in enumerate(zip(tensors_in(expected.result), tensors_in(found.result), strict=True)):
         if not are_alike(a, b):
             return f"output {number} is another"
-    largest = max((float(gradient.abs().max()) for gradient in expected[1].values() if gradient.numel()), default=0.0)
-    for name, gradient in expected[1].items():
-        if not are_alike(gradient, found[1][name], largest):
+    for name, buffer in expected.buffers.items():
+        if name in found.buffers and not are_alike(buffer, found.buffers[name]):
+            return f"buffer {name} is another afterwards"
+    sizes = [float(gradient.abs().max()) for gradient in expected.gradients.values() if gradient.numel()]
+    for name, gradient in expected.gradients.items():
+        if not are_alike(gradient, found.gradients[name], max(sizes, default=0.0)):
             return f"the gradient of {name} is another"
     return ""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from fxprune.graph.rows import Row, graph_of, rows_of
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
 PLAIN = "fxprune_plain"  # why parts of a model stay plain Python stands here
+M = TypeVar("M", bound=nn.Module)
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
 
 
@@ -171,6 +172,8 @@ class TracedModule(fx.GraphModule):
         return super().__str__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedModule":
+        for tensor_id, tensor in tensors_without_history(self).items():
+            memo.setdefault(tensor_id, tensor)
         root = copy.deepcopy(self.root(), memo)
         train, evaluate = self.graphs[Mode.TRAIN], self.graphs[Mode.EVAL]
         new_train = copy_graph(train)
@@ -189,6 +192,20 @@ class TracedModule(fx.GraphModule):
         root.__dict__.update(carried_attributes(self))
         root.__dict__["meta"] = self.meta
         return root
+
+
+def copy_model(model: M) -> M:
+    """A deep copy of a module, traced or not, also after a training step."""
+    return copy.deepcopy(model, dict(tensors_without_history(model)))
+
+
+def tensors_without_history(model: nn.Module) -> dict[int, Tensor]:
+    """Copies, by the id of the tensor, of weights that a hook computed with gradients, as old parametrizations do.
+
+    torch refuses to copy these.
+    """
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 
 def carried_attributes(module: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Backends: what runs a model, for measuring: PyTorch as it is, torch.compile, onnxruntime on a CPU or a GPU."""
 
-import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from fxprune.budget.timing import make_forward
 from fxprune.errors import BenchError
 from fxprune.files.export import export_onnx
 from fxprune.graph.inputs import Bound, tensors_in
+from fxprune.graph.traced import copy_model
 
 ForwardPass = Callable[[], Any]
 
@@ -24,7 +24,7 @@ def run_eager(model: nn.Module, inputs: Bound, threads: int) -> ForwardPass:
 
 def run_compiled(model: nn.Module, inputs: Bound, threads: int) -> ForwardPass:
     """``torch.compile`` with its default options, compiled here."""
-    run = make_forward(torch.compile(copy.deepcopy(model), dynamic=False), inputs)
+    run = make_forward(torch.compile(copy_model(model), dynamic=False), inputs)
     run()
     return run
 

@@ -4,7 +4,6 @@ The masked original is the model with every removed slice set to zero. Where a n
 its statistics run over the kept ones only: there the two functions differ by nature, and this is the one that is meant.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, Model, TracedModule, device_of, regions_of, require_traced
+from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
 from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import ParamMap
@@ -117,8 +116,8 @@ def compare_models(
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind_inputs(example_inputs)
     )
     tolerance = TOLERANCE[dtype]
-    small = copy.deepcopy(compact).to(dtype)
-    masked = copy.deepcopy(graph).to(dtype)
+    small = copy_model(compact).to(dtype)
+    masked = copy_model(graph).to(dtype)
     try:
         whole = outputs_of(masked, Mode.EVAL, inputs, False, None)
     except Exception as cause:
@@ -175,7 +174,7 @@ def measure_rounding(
         signs = (-1.0) ** torch.arange(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
         return tensor * (1 + torch.finfo(tensor.dtype).eps * signs.reshape(tensor.shape))
 
-    other = copy.deepcopy(masked)
+    other = copy_model(masked)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.copy_(nudged(parameter))

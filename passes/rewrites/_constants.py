@@ -5,7 +5,6 @@ elementwise layers, poolings and movements as the values do, and through a convo
 weights are not zero. Whatever is not understood may vary everywhere.
 """
 
-import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxprune.channels.interpret import Runner
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.layers import TRANSPOSED, channel_axis
-from fxprune.graph.traced import Mode, TracedModule
+from fxprune.graph.traced import Mode, TracedModule, copy_model
 from fxprune.rewrite.branches import writes_in_place
 from fxprune.rewrite.kinds import kind_of
 
@@ -44,7 +43,7 @@ class Constants(Runner):
     """
 
     def __init__(self, graph: TracedModule, mode: Mode, example_inputs: Any) -> None:
-        model = copy.deepcopy(graph).double()  # a copy, for buffers move in training
+        model = copy_model(graph).double()  # a copy, for buffers move in training
         super().__init__(model, mode, {})
         self.varies: dict[fx.Node, Any] = {}
         self.readings: list[Reading] = []

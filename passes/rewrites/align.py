@@ -1,6 +1,5 @@
 """Align: widths grow to multiples that the hardware is fast at, with channels that do nothing."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from fxprune.channels.names import Ints
 from fxprune.channels.values import values_in
 from fxprune.errors import PlanError
 from fxprune.graph.trace import named_tensors, trace
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import TracedModule, copy_model
 from fxprune.options import allow_count, check_options
 from fxprune.pipeline import example_of
 from fxprune.rewrite.attributes import layer_attributes
@@ -68,7 +67,7 @@ class Align(PassBase):
         missing = {name: count for name, count in missing.items() if count}
         if not missing:
             return PassResult(graph_module, False)
-        copied = copy.deepcopy(graph)
+        copied = copy_model(graph)
         grow_channels(copied, analysis, missing)
         copied.meta.pop("fxprune", None)  # no plan leads to this
         copied.recompile()

@@ -1,6 +1,5 @@
 """FoldBatchNorm: batch norms go into the convolutions and linear layers before them. For inference only."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from fxprune.channels.analysis import analyze
 from fxprune.graph.layers import BATCH_NORMS, TRANSPOSED
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, TracedModule
+from fxprune.graph.traced import Mode, TracedModule, copy_model
 from fxprune.pipeline import EXAMPLE
 from fxprune.rewrite.kinds import KINDS
 
@@ -36,7 +35,7 @@ class FoldBatchNorm(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Returns a new module, with the names of the old one for all that stays."""
         example = self.example_inputs if self.example_inputs is not None else graph_module.meta.get(EXAMPLE)
-        copied = copy.deepcopy(trace(graph_module, () if example is None else example)).eval()
+        copied = copy_model(trace(graph_module, () if example is None else example)).eval()
         pairs = dict(self.find(copied, example))
         for norm, layer in pairs.items():
             module: Any = copied.get_submodule(layer)

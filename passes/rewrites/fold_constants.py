@@ -1,6 +1,5 @@
 """FoldConstants: channels that hold a constant go; what they add moves to where it is read."""
 
-import copy
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from fxprune.channels.values import Value, values_in
 from fxprune.graph.layers import TRANSPOSED, channel_axis, is_depthwise
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, TracedModule
+from fxprune.graph.traced import Mode, TracedModule, copy_model
 from fxprune.pipeline import example_of
 from fxprune.plan import Plan
 from fxprune.rewrite.kinds import kind_of
@@ -61,7 +60,7 @@ class FoldConstants(PassBase):
         plan = Plan(keep, analysis.sizes, analysis.options)
         if not plan.keep:
             return PassResult(graph_module, False)
-        copied = copy.deepcopy(graph)
+        copied = copy_model(graph)
         biases = constants.move(copied, plan, carriers)
         compact, param_map = rewrite(copied, analysis, plan)
         for path, bias in biases.items():

@@ -1,6 +1,5 @@
 """GateChannels: PruneTrain's channel gating. Each convolution reads and writes only the channels that it uses."""
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import TracedModule, copy_model
 from fxprune.options import allow_number, check_options
 from fxprune.rewrite.branches import is_sum
 
@@ -65,7 +64,7 @@ class GateChannels(PassBase):
 
     def reference(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """A copy of the model that the rewritten one equals: the slices that are not used are zero."""
-        copied = copy.deepcopy(graph_module)
+        copied = copy_model(graph_module)
         with torch.no_grad():
             for path, gate in self.gates(graph_module).items():
                 kept = torch.zeros_like(copied.get_parameter(f"{path}.weight"))

@@ -1,6 +1,5 @@
 """PatternConv: convolutions with pattern-pruned kernels become dense ones with smaller kernels."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from fxprune.errors import PlanError
 from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.layers import is_depthwise
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import TracedModule, in_eval
+from fxprune.graph.traced import TracedModule, copy_model, in_eval
 from fxprune.options import allow_words, check_options
 from fxprune.pipeline import example_of
 from fxprune.rewrite.kinds import kind_of
@@ -76,7 +75,7 @@ class PatternConv(PassBase):
     def _choose(self, graph_module: fx.GraphModule) -> "tuple[TracedModule, list[Choice]]":
         """A copy of the model, and what to do with it."""
         example = example_of(graph_module, self.example_inputs)
-        model = copy.deepcopy(trace(graph_module, example))
+        model = copy_model(trace(graph_module, example))
         result = []
         timed: dict[Any, float] = {}
         for path, conv, x in find_pattern_convolutions(model, example):

@@ -1,6 +1,5 @@
 """RemoveBranches: residual branches that add a constant, and nothing else, go out of the graph."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from fxprune.channels.analysis import analyze
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE, TRANSPOSED
 from fxprune.graph.trace import trace
-from fxprune.graph.traced import Mode, TracedModule
+from fxprune.graph.traced import Mode, TracedModule, copy_model
 from fxprune.options import allow_number, check_options
 from fxprune.pipeline import example_of
 from fxprune.rewrite.branches import Branch, is_sum, remove_from
@@ -54,7 +53,7 @@ class RemoveBranches(PassBase):
 
     def reference(self, graph_module: fx.GraphModule) -> TracedModule:
         """A copy of the model with what counts as zero set to zero: what the rewritten one equals."""
-        copied: TracedModule = copy.deepcopy(trace(graph_module, example_of(graph_module, self.example_inputs)))
+        copied: TracedModule = copy_model(trace(graph_module, example_of(graph_module, self.example_inputs)))
         with torch.no_grad():
             for branch in (branch for branches in self.find(copied).values() for branch in branches):
                 for path in (str(node.target) for node in (branch.end, *branch.tail)):
