@@ -73,11 +73,9 @@ def test_a_dict_is_an_input(tmp_path: Path) -> None:
     assert fxprune.export_onnx(compact, inputs, tmp_path / "net.onnx").difference < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-@pytest.mark.parametrize("old", [nn.utils.spectral_norm, nn.utils.weight_norm])
-def test_a_weight_that_a_hook_made_in_a_training_step(old: Any, tmp_path: Path) -> None:
+def test_a_weight_that_a_hook_made_in_a_training_step(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
-    model = nn.Sequential(old(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 1))
     compact = fxprune.prune(model, x, passes.Magnitude(), budget=fxprune.Budget(channels=0.5)).train()
     compact(x).sum().backward()
     assert fxprune.export_onnx(compact, x, tmp_path / "net.onnx").difference < 1e-5
