@@ -138,6 +138,17 @@ class ChunksInPython(Steered):
         return self.last(a * torch.sigmoid(b))
 
 
+class PadsInPython(Steered):
+    """Channels that Python adds stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = conv_bn(12, 8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.wide(F.pad(self.features(x), (0, 0, 0, 0, 2, 2))))
+
+
 class FunctionalInPython(Steered):
     """Weights that Python itself hands to functions, one of them grouped."""
 
@@ -312,6 +323,7 @@ for steered in (
     ScaledInPython,
     SplitsInPython,
     ChunksInPython,
+    PadsInPython,
     FunctionalInPython,
     LayersInPython,
     Attends,

@@ -172,6 +172,15 @@ def test_what_is_no_model(model: Any, message: str) -> None:
             call(model, torch.randn(2, 4))
 
 
+def test_modules_that_nest_too_deep_to_be_copied() -> None:
+    model: nn.Module = nn.Linear(4, 2)
+    for _ in range(199):
+        model = nn.Sequential(model)
+    message = r"modules of Sequential stand 200 deep .* recursion limit, \d+, .* sys.setrecursionlimit\(3200\)"
+    with pytest.raises(TraceError, match=message):
+        fxprune.trace(model, torch.randn(2, 4))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_refused() -> None:
     with pytest.raises(TraceError, match=r"is TorchScript, .* give the model it was made from"):

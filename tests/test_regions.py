@@ -111,6 +111,12 @@ def test_what_plain_python_freezes(name: str, parameter: str, reason: str) -> No
     assert any(re.match(reason, each) for each in found), found
 
 
+def test_channels_that_python_adds_stay() -> None:
+    *_, analysis = analysed("steered_pads_in_python")
+    assert re.match(r"plain Python adds it \(at .*steered_models.py:\d+\)", *reasons(analysis, "wide.0.weight", 1))
+    assert analysis.sizes["backbone.1.0"] == 8  # the others may go
+
+
 def test_sizes_of_the_image_may_be_read() -> None:
     *_, analysis = analysed("steered_reads_other_sizes")
     assert sorted(analysis.sizes.values()) == [6, 8]

@@ -6,6 +6,7 @@ objects under their own names; the modules are copies, so that nothing done to t
 
 import copy
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -207,9 +208,18 @@ def check_inputs(model: nn.Module, inputs: Bound) -> None:
         ) from error
 
 
+FRAMES = 8  # of Python's stack that copying a model takes for each level of modules within modules
+
+
 def check_traceable(model: nn.Module) -> None:
-    """Refuse models that hide their Python, and layers that wait for their first input."""
+    """Refuse models that hide their Python or nest too deep to be copied, and layers that wait for their first input."""
     name = type(model).__name__
+    depth = depth_of(model)
+    if FRAMES * depth > sys.getrecursionlimit():
+        raise TraceError(
+            f"modules of {name} stand {depth} deep within each other; Python's recursion limit, "
+            f"{sys.getrecursionlimit()}, is too low to copy them: call sys.setrecursionlimit({2 * FRAMES * depth})"
+        )
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             part = f"{path} of {name}" if path else name
@@ -217,6 +227,15 @@ def check_traceable(model: nn.Module) -> None:
     for parameter, tensor in named_tensors(model).items():
         if nn.parameter.is_lazy(tensor):
             raise TraceError(f"{parameter} of {name} has no shape yet: call the model once, as its lazy layers need")
+
+
+def depth_of(model: nn.Module) -> int:
+    """How many modules stand within each other where the nesting of ``model`` is deepest. No recursion of its own."""
+    depth, level = 0, [model]
+    while level:
+        level = list({id(child): child for module in level for child in module.children()}.values())
+        depth += 1
+    return depth
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
