@@ -212,7 +212,7 @@ FRAMES = 8  # of Python's stack that copying a model takes for each level of mod
 
 
 def check_traceable(model: nn.Module) -> None:
-    """Refuse models that hide their Python or nest too deep to be copied, and layers that wait for their first input."""
+    """Refuse models that hide their Python or nest too deep to copy, and layers that wait for their first input."""
     name = type(model).__name__
     depth = depth_of(model)
     if FRAMES * depth > sys.getrecursionlimit():
