@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.capture import is_layer
+from fxprune.graph.check import tensors_kept
 from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.places import describe_error_place
@@ -102,8 +103,8 @@ def are_close(a: Tensor, b: Tensor) -> bool:
 
 
 def run_model(model: nn.Module, inputs: Bound) -> list[Tensor]:
-    """What ``model`` returns for ``inputs``."""
-    with torch.random.fork_rng(), keep_draws(), torch.no_grad():
+    """What ``model`` returns for ``inputs``. What it writes into its buffers is undone."""
+    with tensors_kept(model), torch.random.fork_rng(), keep_draws(), torch.no_grad():
         return tensors_in(model(*inputs[0], **inputs[1]))
 
 

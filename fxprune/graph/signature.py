@@ -11,6 +11,7 @@ from torch.fx.node import has_side_effect
 
 from fxprune.errors import TraceError
 from fxprune.graph.inputs import Bound, map_tensors
+from fxprune.graph.numbers import Number
 from fxprune.graph.traced import is_plain
 
 
@@ -145,7 +146,7 @@ def write_result(writer: Writer, value: Any) -> Any:
     if isinstance(value, Mapping):
         pairs = {key: write_result(writer, item) for key, item in value.items()}
         return writer.graph.call_function(type(value), (pairs,))
-    if isinstance(value, Tensor) or is_plain(value):
+    if isinstance(value, (Tensor, Number)) or is_plain(value):
         return writer.arg(value)
     raise TraceError(
         f"the model returns a {type(value).__name__}, which no graph can make; return tensors, numbers, text, "
