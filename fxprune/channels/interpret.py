@@ -85,6 +85,27 @@ class GraphInterpreter(fx.Interpreter):
         """An argument; for "*args" and "**kwargs" a tuple and a dict of them."""
         return next(self.args_iter) if target.startswith("*") else super().placeholder(target, args, kwargs)
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call it; what the model gives back in a class of its own may be written into too."""
+        if isinstance(target, type):
+            args, kwargs = with_plain_containers(args), with_plain_containers(kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What the graph gives, in lists and dicts that plain Python may write into, as the graph's code gives it."""
+        return with_plain_containers(args[0])
+
+
+def with_plain_containers(value: Any) -> Any:
+    """``value`` with lists and dicts in place of those of torch.fx, which can't be written into."""
+    if isinstance(value, fx.immutable_collections.immutable_dict):
+        return {key: with_plain_containers(item) for key, item in value.items()}
+    if isinstance(value, fx.immutable_collections.immutable_list):
+        return list(map(with_plain_containers, value))
+    if hasattr(value, "_fields"):
+        return type(value)(*map(with_plain_containers, value))
+    return tuple(map(with_plain_containers, value)) if type(value) is tuple else value
+
 
 class Runner(GraphInterpreter):
     """Runs the graph of one mode, with the tensors of ``state`` for the parameters and buffers of those names."""

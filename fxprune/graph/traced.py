@@ -243,8 +243,9 @@ def by_mode(train: Callable[..., Any], evaluate: Callable[..., Any]) -> Callable
     scope: dict[str, Any] = {"train": train, "evaluate": evaluate}
     exec(f"def forward{inspect.Signature(bare)}: return (train if self.training else evaluate)({given})", scope)
     forward: Any = scope["forward"]
-    forward.__defaults__ = getattr(evaluate, "__defaults__", None)
-    forward.__kwdefaults__ = getattr(evaluate, "__kwdefaults__", None)
+    inner = inspect.unwrap(evaluate)  # one that ends contexts hides them
+    forward.__defaults__ = getattr(inner, "__defaults__", None)
+    forward.__kwdefaults__ = getattr(inner, "__kwdefaults__", None)
     return forward  # type: ignore[no-any-return]
 
 
