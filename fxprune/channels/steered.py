@@ -125,7 +125,7 @@ class Steered:
                 result = forward(*args, **kwargs)
             for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
                 tensor = next(iter(tensors_within(value)), None)
-                if isinstance(tensor, ChannelTensor):
+                if tensor is not None:
                     self.values[self.run.mode].setdefault(path, {}).setdefault(name, what_is_known(tensor))
             return map_tensors(as_plain, result)
 

@@ -198,12 +198,12 @@ def slice_(call: Call) -> Labels:
     return settle_labels(call.names, (cut_from(call, *pair, axis) for pair in zip(labels, moved, strict=True)))
 
 
-@fitter("getitem")
+@fitter("getitem", "setitem")
 def fit_item(run: CompactRun, node: fx.Node) -> None:
     """Slices of an axis that lost positions: the bounds move by what went before them."""
-    source, index = find_argument(node, 0, "input"), find_argument(node, 1, "index")
+    source, index, *written = node.args
     before = run.before[source.name]
-    if not isinstance(before, Value) or not isinstance(run.after[node.name], Value):
+    if not isinstance(before, Value) or not (written or isinstance(run.after[node.name], Value)):
         return
     entries = list(index) if isinstance(index, tuple) else [index]
     values = [value_of(run, entry) if not isinstance(entry, slice) else entry for entry in entries]
@@ -211,10 +211,7 @@ def fit_item(run: CompactRun, node: fx.Node) -> None:
     axis, new = 0, list[Any]()
     for entry, value in zip(entries, values, strict=True):
         if isinstance(entry, slice):
-            bounds = [old_value(run, bound) for bound in (entry.start, entry.stop)]
-            moved = [moved_bound(run, before, axis, bound) for bound in bounds]
-            pairs = zip((entry.start, entry.stop), bounds, moved, strict=True)
-            start, stop = (written if after is None or after == now else after for written, now, after in pairs)
+            start, stop = (fit_bound(run, before, axis, bound) for bound in (entry.start, entry.stop))
             new.append(slice(start, stop, entry.step))
         else:
             new.append(entry)
@@ -222,7 +219,18 @@ def fit_item(run: CompactRun, node: fx.Node) -> None:
             axis += len(before.shape) - taken
         elif value is not None:
             axis += value.ndim if isinstance(value, Tensor) and value.dtype == torch.bool else 1
-    node.args = (source, tuple(new) if isinstance(index, tuple) else new[0])
+    node.args = (source, tuple(new) if isinstance(index, tuple) else new[0], *written)
+
+
+def fit_bound(run: CompactRun, before: Value, axis: int, bound: Any) -> Any:
+    """``bound`` as it is written, or a number where it must not be what it was.
+
+    One that is computed from sizes stays only while nothing changes: of a later cut, its value before would be unknown.
+    """
+    old = old_value(run, bound)
+    moved = moved_bound(run, before, axis, old)
+    wanted = old if moved is None else moved
+    return bound if value_of(run, bound) == old == wanted else wanted
 
 
 @fitter("narrow")
@@ -230,11 +238,10 @@ def fit_narrow(run: CompactRun, node: fx.Node) -> None:
     """A start and a length."""
     before = run.before[find_argument(node, 0, "input").name]
     axis = value_of(run, find_argument(node, 1, "dim")) % len(before.shape)
-    start = old_value(run, find_argument(node, 2, "start"))
-    moved = moved_bound(run, before, axis, start)
-    if moved is not None:
-        set_argument(node, 2, "start", moved)
-        set_argument(node, 3, "length", run.after[node.name].shape[axis])
+    length = run.after[node.name].shape[axis]
+    set_argument(node, 2, "start", fit_bound(run, before, axis, find_argument(node, 2, "start")))
+    if value_of(run, find_argument(node, 3, "length")) != length:
+        set_argument(node, 3, "length", length)
 
 
 @rule("flip", keeps_zero=True)

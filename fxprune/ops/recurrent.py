@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxprune.channels.labels import on_axis
-from fxprune.channels.tensor import ChannelTensor, states
+from fxprune.channels.tensor import STEPS, ChannelTensor, states
 from fxprune.rewrite.attributes import Shape, attributes
 
 
@@ -36,6 +36,22 @@ def named_zeros(x: ChannelTensor, shape: Shape) -> ChannelTensor:
     """Zeros in the precision of ``x`` with names of their own along the last axis."""
     label = on_axis(x.run.names.fresh(shape[-1]), len(shape) - 1, len(shape))
     return ChannelTensor(torch.zeros(shape, dtype=x.dtype, device="meta"), (label,), x.run, "a first state")
+
+
+def steps_first(function: Any) -> Any:
+    """``function`` with steps on the first axis, whatever it is told: torch turns its result in place."""
+
+    def call(x: Any, state: Any, weights: Any, *options: Any) -> Any:
+        *options, batch_first = options
+        if type(batch_first) is not bool or not batch_first:
+            return function(x, state, weights, *options, batch_first)
+        result, *states = function(x.transpose(0, 1), state, weights, *options, False)
+        return result.transpose(0, 1), *states
+
+    return call
+
+
+STEPS.update({function: steps_first(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)})
 
 
 @attributes(nn.RNNBase)
