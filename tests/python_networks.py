@@ -10,6 +10,7 @@ contexts, buffers, functions with keywords, modules in modules. The pieces stand
 """
 
 import collections
+import contextlib
 import functools
 import linecache
 import math
@@ -169,7 +170,7 @@ class Author:
         self.forward: list[str] = []
         self.members: list[str] = []
 
-    def add(self, idiom: Idiom, x: str, depth: int) -> bool:
+    def add(self, idiom: Idiom, x: str) -> bool:
         """Write one statement; False where it does not fit."""
         shape = self.shapes[x]
         z = self.find_other(idiom, x)
@@ -214,11 +215,10 @@ class Author:
     def add_module(self, x: str, depth: int) -> None:
         """A call of a module of a class of its own."""
         name = f"Block{len(self.written)}"
-        self.written.append("")
+        self.written.append("")  # so that no other has its name
         inner = Author(self.draw, name, self.shapes[x], self.steer, self.written)
         y, n = f"v{len(self.shapes)}", f"block{len(self.shapes)}"
         result = inner.write_block(self.draw.randint(1, 4), depth + 1)
-        self.written[self.written.index("")] = ""
         self.written.append(inner.text("x"))
         words = {"x": x, "y": y, "n": n}
         self.init.append(f"self.{n} = {name}()")
@@ -237,7 +237,7 @@ class Author:
             fitting = [idiom for idiom in read_idioms() if idiom.fits(self.shapes[x], steer=self.steer)]
             while fitting:
                 idiom = self.draw.choices(fitting, [idiom.weight for idiom in fitting])[0]
-                if self.add(idiom, x, depth):
+                if self.add(idiom, x):
                     break
                 fitting.remove(idiom)
 
@@ -292,7 +292,7 @@ class Network:
         name = f"/networks/{self.seed}.py"
         linecache.cache[name] = len(self.source), None, self.source.splitlines(True), name
         scope: dict[str, Any] = {"collections": collections, "functools": functools, "math": math, "torch": torch}
-        scope |= {"operator": operator, "F": F, "Tensor": Tensor, "nn": nn, "contextlib": __import__("contextlib")}
+        scope |= {"operator": operator, "F": F, "Tensor": Tensor, "nn": nn, "contextlib": contextlib}
         scope |= {"Named": Named, "Output": Output, "Double": Double}
         exec(compile(self.source, name, "exec"), scope)
         model: nn.Module = scope["Network"]()

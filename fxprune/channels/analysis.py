@@ -18,9 +18,10 @@ from fxprune.channels.groups import (
     Group,
     channels_after,
     freeze_leftovers,
-    places_after,
+    place_of,
     read_groups,
     settle_grids,
+    tie_channels,
 )
 from fxprune.channels.interpret import name_parameters, name_within, run_on_names
 from fxprune.channels.names import Bools, Names, Reason
@@ -263,6 +264,9 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     policies = dict(before["policies"]) if same else {}
     run = NameRun(heads=heads, groups=groups, policies=policies, real=not isinstance(graph, TracedModule))
     state, axes, aliases = name_parameters(graph, run)
+    cuts: dict[str, Group] = before["groups"] if same else {}
+    for group in cuts.values():
+        tie_channels(run.names, axes, group)
     inputs = bind_inputs(example_inputs)
     if run.real:
         bound_of, values, problem = run_steered(graph, inputs, state, run)
@@ -274,8 +278,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     settle_grids(run)
     trees = (tree for regions in values.values() for nodes in regions.values() for tree in nodes.values())
     freeze_leftovers(run, axes, (value for tree in trees for value in values_in(tree)))
-    cuts = before["groups"].items() if same else ()
-    names = {places_after(group, kept, state): name for name, (group, kept) in cuts}
+    names = {frozenset(map(place_of, group.members)): name for name, group in cuts.items()}
     free, frozen = read_groups(run, list(axes.values()), names)
     return Analysis(
         graph=graph,

@@ -2,8 +2,8 @@
 
 import itertools
 import zlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -188,14 +188,17 @@ def channels_after(group: Group, kept: Sequence[int] | Ints) -> Ints:
     return after
 
 
-def places_after(group: Group, kept: Sequence[int], parameters: Container[str]) -> frozenset[AxisMark]:
-    """The places of a group that keeps the channels ``kept``, on the parameters that are ``there``."""
-    after = channels_after(group, kept)
-    members = [member for member in group.members if member.parameter in parameters]
-    channels = [after[member.channel] for member in members]
-    return frozenset(
-        place_of(replace(m, channel=numbers[numbers >= 0])) for m, numbers in zip(members, channels, strict=True)
-    )
+def tie_channels(names: Names, axes: Mapping[tuple[str, int], Axis], group: Group) -> None:
+    """Merge what was one channel when the model was cut: in what is left of it, no more need hold it together."""
+    first = np.full(group.size, -1)  # of each channel, the first of its names
+    for member in group.members:
+        axis = axes.get((member.parameter, member.axis))
+        if axis is None or member.index.max(initial=-1) >= axis.size:  # one position has no name
+            continue
+        found = axis.names[member.index]
+        fresh = first[member.channel] < 0
+        first[member.channel[fresh]] = found[fresh]
+        names.merge(found, first[member.channel])
 
 
 def renumber_classes(roots: Ints, count: int) -> tuple[Ints, Ints]:

@@ -41,11 +41,11 @@ def named_zeros(x: ChannelTensor, shape: Shape) -> ChannelTensor:
 def steps_first(function: Any) -> Any:
     """``function`` with steps on the first axis, whatever it is told: torch turns its result in place."""
 
-    def call(x: Any, state: Any, weights: Any, *options: Any) -> Any:
-        *options, batch_first = options
-        if type(batch_first) is not bool or not batch_first:
-            return function(x, state, weights, *options, batch_first)
-        result, *states = function(x.transpose(0, 1), state, weights, *options, False)
+    def call(x: Any, state: Any, weights: Any, has_biases: Any, *options: Any) -> Any:
+        *others, batch_first = options
+        if not isinstance(has_biases, bool) or not batch_first:  # packed sequences have weights there, and no such flag
+            return function(x, state, weights, has_biases, *options)
+        result, *states = function(x.transpose(0, 1), state, weights, has_biases, *others, False)
         return result.transpose(0, 1), *states
 
     return call

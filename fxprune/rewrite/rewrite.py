@@ -160,11 +160,7 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
-        "groups": {
-            name: (analysis.groups[name], plan.keep.get(name, range(width)))
-            for name, width in plan.widths.items()
-            if width > 1
-        },
+        "groups": dict(analysis.after(plan, compact).groups),
     }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
