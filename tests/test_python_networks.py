@@ -1,24 +1,15 @@
 """The laws over random networks of Python, and what those have found, each as small as it gets."""
 
 import contextlib
-import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 from laws import OPTIMIZERS, graph_is_model, pruned_again, pruning_composes, random_plan, slice_commutes_with_a_step
 from laws import slice_is_zero as hold_law_one
 from models import randomize
 from python_networks import Network, network_from_seed, read_idioms
-from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import PlanError
-from fxprune.graph.traced import TracedModule
-from fxprune.graph.trace import trace_whole
-from fxprune.graph.inputs import bind_inputs
 
 
 def hold_the_laws(network: Network) -> None:

@@ -5,13 +5,16 @@ baked into it are replaced where they no longer fit, and every value is compared
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.groups import Group
 from fxprune.channels.interpret import Runner, describe_cause
 from fxprune.channels.labels import stays_along
 from fxprune.channels.names import Bools
@@ -160,10 +163,25 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
-        "groups": dict(analysis.after(plan, compact).groups),
+        "groups": {**held_groups(before or {}, analysis, plan), **analysis.after(plan, compact).groups},
     }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
+
+
+def held_groups(before: Mapping[str, Any], analysis: Analysis, plan: Plan) -> dict[str, Group]:
+    """The groups of earlier cuts that are frozen now, of a single channel mostly: what was one channel stays one."""
+    stays = analysis.stays(plan)
+    held = {}
+    for name in before.get("groups", {}).keys() - analysis.groups.keys():
+        members = []
+        for member in before["groups"][name].members:
+            axis = analysis.axes.get((member.parameter, member.axis))
+            if axis is None or not stays[axis.names[member.index]].all():
+                continue
+            members.append(replace(member, index=np.cumsum(stays[axis.names])[member.index] - 1))
+        held[name] = replace(before["groups"][name], members=tuple(members))
+    return held
 
 
 def set_attributes(compact: Model, predicted: Values) -> None:
