@@ -252,7 +252,7 @@ class Author:
         """What is left unread is classified, and given back in some form; now and then a value as it is."""
         results = []
         for value in [name for name in self.shapes if name in self.unread]:
-            layout, channels, size = self.shapes[value]
+            layout, channels, _ = self.shapes[value]
             mean = {"image": ".mean((2, 3))", "tokens": ".mean(1)", "line": ".mean(-1)", "vector": ""}[layout]
             self.init.append(f"self.head_{value} = nn.Linear({channels}, 3)")
             self.forward.append(f"{value} = self.head_{value}({value}{mean})")

@@ -201,7 +201,8 @@ def slice_(call: Call) -> Labels:
 @fitter("getitem", "setitem")
 def fit_item(run: CompactRun, node: fx.Node) -> None:
     """Slices of an axis that lost positions: the bounds move by what went before them."""
-    source, index, *written = node.args
+    args: tuple[Any, ...] = node.args
+    source, index, *written = args
     before = run.before[source.name]
     if not isinstance(before, Value) or not (written or isinstance(run.after[node.name], Value)):
         return

@@ -116,6 +116,22 @@ def batch_norm_over_kept(
     return put_back(F.batch_norm(take_kept(input, kept), mean, var, weight, bias, *rest, **more), kept, input)
 
 
+@norm_over_kept(F.instance_norm)
+def instance_norm_over_kept(
+    kept: Kept,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *rest: Any,
+    **more: Any,
+) -> Tensor:
+    weight, bias = take_vectors(kept[1:2], weight, bias)
+    small = F.instance_norm(take_kept(input, kept), running_mean, running_var, weight, bias, *rest, **more)
+    return put_back(small, kept, input)
+
+
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def layer_norm(call: Call) -> Any:
     value = as_operand(call.args[0])
