@@ -176,7 +176,7 @@ def test_a_graph_that_writes_another_buffer_is_refused(monkeypatch: pytest.Monke
         return original(self, other, weight if len(recorded) % 2 else 0.2)
 
     monkeypatch.setattr(Tensor, "lerp_", lerp)
-    with pytest.raises(TraceError, match="in eval mode buffer mean is another after the run"):
+    with pytest.raises(TraceError, match="in eval mode buffer mean is another afterwards"):
         trace_whole(model, bind_inputs(torch.randn(4, 3, 8, 8, dtype=torch.float64)))
 
 
