@@ -14,6 +14,7 @@ from fxprune.graph.inputs import tensors_in
 from fxprune.graph.numbers import Number
 from fxprune.graph.refusal import RefusalError
 
+CAPTURES = "transformers.utils.output_capturing"  # its hooks give nothing, but the model returns what they saw
 TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
 Attributes = Mapping[tuple[str, str], Any]  # by the path of a module, and the name of the attribute
 
@@ -132,8 +133,9 @@ def watch_hooks(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iter
         if module._backward_hooks or module._backward_pre_hooks:
             raise RefusalError(f"{place} has a backward hook, which a graph would lose: put it on a layer of torch.nn")
         for kind in (module._forward_hooks, module._forward_pre_hooks):
-            hooks += [(kind, key, hook) for key, hook in kind.items()]
-            kind.update({key: partial(call_hook, place, hook) for key, hook in kind.items()})
+            watched = {key: hook for key, hook in kind.items() if getattr(hook, "__module__", "") != CAPTURES}
+            hooks += [(kind, key, hook) for key, hook in watched.items()]
+            kind.update({key: partial(call_hook, place, hook) for key, hook in watched.items()})
     try:
         yield
     finally:
