@@ -35,7 +35,7 @@ def cell_states(layer: Any, x: ChannelTensor) -> Any:
 def named_zeros(x: ChannelTensor, shape: Shape) -> ChannelTensor:
     """Zeros in the precision of ``x`` with names of their own along the last axis."""
     label = on_axis(x.run.names.fresh(shape[-1]), len(shape) - 1, len(shape))
-    return ChannelTensor(torch.zeros(shape, dtype=x.dtype, device="meta"), (label,), x.run, "a first state")
+    return ChannelTensor(torch.zeros(shape, dtype=x.dtype, device=x.data_.device), (label,), x.run, "a first state")
 
 
 def steps_first(function: Any) -> Any:
