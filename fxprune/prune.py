@@ -14,8 +14,7 @@ from fxprune.plan import Plan
 from fxprune.report.dump import Dump
 from fxprune.rewrite.restore import restore
 from fxprune.rewrite.rewrite import rewrite
-from fxprune.rewrite.verify import verify as verify_fully
-from fxprune.rewrite.verify import verify_on_less
+from fxprune.rewrite.verify import verify as check
 
 logger = logging.getLogger("fxprune")
 
@@ -34,7 +33,7 @@ def prune(
     *,
     budget: Budget,
     keep: Sequence[str] = (),
-    verify: bool | str = True,
+    verify: bool = True,
     data: Any = None,
 ) -> Any:
     """Prune ``model`` to ``budget`` and return the compact model: a GraphModule, or what ``trace`` makes of such a one.
@@ -49,8 +48,7 @@ def prune(
         criterion: says which channels matter, for example ``passes.Magnitude()``.
         budget: what may remain.
         keep: patterns of layers whose channels all stay ("layer4.*", "conv1").
-        verify: check in float64 that the compact model is the masked original, before it is restored: on a corner of 64
-            pixels of the example's images where the model takes that, and with "full" on all of them.
+        verify: check in float64 that the compact model is the masked original, before it is restored.
         data: batches to restore the compact model on, as ``restore`` takes them; labels are not looked at. The table by
             layer goes to the log "fxprune". Default, the cut weights stay as they are.
 
@@ -60,8 +58,6 @@ def prune(
     require_type(budget, Budget, "budget", BudgetError)
     if isinstance(criterion, type) or not hasattr(criterion, "plan"):
         raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
-    if verify not in (True, False, "full"):
-        raise PlanError(f"verify={verify!r} must be True, False or 'full'")
     graph = trace(model, example_inputs)
     analysis = analyze(graph, example_inputs)
     plan = criterion.plan(analysis, budget, keep=keep)
@@ -70,7 +66,6 @@ def prune(
     compact, param_map = rewrite(graph, analysis, plan)
     dump.write("compact", compact, analysis.after(plan, compact))
     if verify:
-        check = verify_fully if verify == "full" else verify_on_less
         check(graph, compact, param_map, example_inputs)
     if data is not None:
         logger.info("restored after the cut\n%s", restore(graph, compact, param_map, data))

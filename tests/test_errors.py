@@ -172,11 +172,6 @@ def test_what_is_no_model(model: Any, message: str) -> None:
             call(model, torch.randn(2, 4))
 
 
-def test_a_proof_of_no_known_kind() -> None:
-    with pytest.raises(PlanError, match="verify='half' must be True, False or 'full'"):
-        fxprune.prune(nn.Linear(4, 2), torch.randn(2, 4), passes.Magnitude(), budget=HALF, verify="half")
-
-
 def test_modules_that_nest_too_deep_to_be_copied() -> None:
     model: nn.Module = nn.Linear(4, 2)
     for _ in range(199):

@@ -21,11 +21,10 @@ from python_networks import Network, network_from_seed
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import Plan, passes
-from fxprune.errors import PlanError, TraceError, VerificationError
+from fxprune import Plan
+from fxprune.errors import PlanError, TraceError
 from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.trace import trace_whole
-from fxprune.rewrite import verify as proof
 
 
 def hold_the_laws(network: Network) -> None:
@@ -236,34 +235,3 @@ def test_one_channel_of_each_half_stays_one_channel() -> None:
         model, _ = fxprune.rewrite(fxprune.trace(model, x), analysis, Plan(keep, analysis.sizes, analysis.options))
     assert model.a.weight.shape[0] == 2
     assert "a" not in fxprune.analyze(model, x, groups="within").sizes
-
-
-@pytest.mark.parametrize(("verify", "sides"), [(True, {64}), ("full", {80})])
-def test_the_proof_looks_at_a_corner(verify: Any, sides: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = set()
-    original = proof.outputs_of
-
-    def outputs_of(model: Any, mode: Any, inputs: Any, *rest: Any) -> Any:
-        seen.add(inputs[0][0].shape[-1])
-        return original(model, mode, inputs, *rest)
-
-    monkeypatch.setattr(proof, "outputs_of", outputs_of)
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
-    budget = fxprune.Budget(channels=0.5, tolerance=0.2)
-    fxprune.prune(
-        model, torch.randn(2, 3, 80, 80), passes.Random(seed=0, scope="local", round_to=1), budget=budget, verify=verify
-    )
-    assert seen == sides
-
-
-def test_a_model_of_one_size_is_proved_on_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 9, 9), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 3)))
-    x = torch.randn(2, 3, 72, 72)
-    graph = fxprune.trace(model, x)
-    analysis = fxprune.analyze(graph, x)
-    compact, param_map = fxprune.rewrite(graph, analysis, random_plan(analysis, 0))
-    assert "masked original == compact" in str(proof.verify_on_less(graph, compact, param_map, x))
-    with torch.no_grad():
-        compact.get_parameter("0.weight").mul_(2)
-    with pytest.raises(VerificationError, match=r"in eval mode output 0 of the compact model differs"):
-        proof.verify_on_less(graph, compact, param_map, x)

@@ -50,24 +50,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return found
 
 
-SMALL = 64  # pixels along each side
-
-
-def crop_images(inputs: Bound) -> Bound | None:
-    """The inputs with a corner of 64 pixels of each image in them, or volume; None where that is all of them.
-
-    What is right on a corner is right on the image, for the channels are the same, and it costs a tenth.
-    """
-
-    def crop(tensor: Tensor) -> Tensor:
-        image = tensor.ndim > 3 and tensor.is_floating_point()
-        return tensor[(slice(None), slice(None), *[slice(SMALL)] * (tensor.ndim - 2))] if image else tensor
-
-    less: Bound = map_tensors(crop, inputs)
-    same = [tensor.shape for tensor in tensors_in(less)] == [tensor.shape for tensor in tensors_in(inputs)]
-    return None if same else less
-
-
 def for_mode(inputs: Bound, mode: Mode, module: nn.Module) -> Bound:
     """The inputs to run a mode with: batch norm can't train on one value per channel, so a batch of 1 becomes 2."""
     if not (mode.training and norms_batches(module)) or any(

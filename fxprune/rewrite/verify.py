@@ -4,7 +4,6 @@ The masked original is the model with every removed slice set to zero. Where a n
 its statistics run over the kept ones only: there the two functions differ by nature, and this is the one that is meant.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.draws import keep_draws
-from fxprune.graph.inputs import Bound, bind_inputs, crop_images, for_mode, map_tensors, tensors_in
+from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
@@ -27,7 +26,6 @@ from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import ParamMap
 
-logger = logging.getLogger("fxprune")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
@@ -88,21 +86,6 @@ def verify(
         )
     with torch.inference_mode(False), torch.enable_grad():
         return compare_models(graph, compact, param_map, example_inputs, dtype, gradients)
-
-
-def verify_on_less(graph: Model, compact: Model, param_map: ParamMap, example_inputs: Any) -> Verification:
-    """``verify`` on a corner of the images where the model takes that, and the two agree there; else on the example.
-
-    Raises:
-        VerificationError: as ``verify``.
-    """
-    less = crop_images(bind_inputs(example_inputs))
-    if less is not None:
-        try:
-            return verify(graph, compact, param_map, less)
-        except Exception as error:  # the model takes images of one size, say: the example tells
-            logger.info("on a corner of the images: %s", error)
-    return verify(graph, compact, param_map, example_inputs)
 
 
 def check_maps(graph: Model, compact: Model, param_map: ParamMap) -> None:
