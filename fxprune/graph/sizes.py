@@ -53,13 +53,16 @@ class Size(Int):
         return self
 
 
-def find_sizes(model: nn.Module) -> dict[Slot, int]:
-    """The integers in attributes of ``model``'s own modules, in lists and objects there too; each object once."""
+def find_sizes(model: nn.Module, *, layers: bool = False) -> dict[Slot, int]:
+    """The integers in attributes of ``model``'s own modules, in lists and objects there too; each object once.
+
+    ``layers``: in those of layers of torch.nn too.
+    """
     seen: set[int] = set()
     return {
         Slot(path, (name, *keys)): size
         for path, module in model.named_modules()
-        if not is_layer(module)
+        if layers or not is_layer(module)
         for name, value in vars(module).items()
         if name not in TORCHS
         for keys, size in integers_in(value, seen)
@@ -68,7 +71,7 @@ def find_sizes(model: nn.Module) -> dict[Slot, int]:
 
 def integers_in(value: Any, seen: set[int]) -> Iterator[tuple[tuple[str | int, ...], int]]:
     """The integers in a value, with the keys that lead to them. ``seen``: ids of objects that were looked into."""
-    if type(value) is int:
+    if type(value) in (int, Int, Size):
         yield (), value
         return
     if type(value) not in (tuple, list, dict):

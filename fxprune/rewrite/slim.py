@@ -18,11 +18,12 @@ from fxprune.graph.inputs import Bound, bind_inputs, for_mode
 from fxprune.graph.sizes import Slot, find_sizes, put_sizes
 from fxprune.graph.trace import copy_modules, named_tensors, unwrap_model
 from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced
+from fxprune.rewrite.config import is_made_of_config, sizes_by_config
 from fxprune.rewrite.equations import Solver
 from fxprune.rewrite.twins import record_twins
 
 
-def slim(model: nn.Module, compact: TracedModule, example_inputs: Any) -> Any:
+def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_config: bool = True) -> Any:
     """Give a compact model the class of the model that it was made of.
 
     The result is a copy of ``model`` with the tensors of ``compact``, the very same objects, so that an optimizer of
@@ -35,6 +36,9 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any) -> Any:
         compact: what ``prune``, ``rewrite`` or ``load`` gave, or the model of a session, whatever was done with its
             weights since.
         example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        fit_config: where the class is made from a config (``type(model)(model.config)``, as in Hugging Face's
+            transformers), write the sizes into that too, so that it makes a model of these sizes again:
+            ``from_pretrained`` of what ``save_pretrained`` writes. False leaves the config as it is.
 
     Raises:
         RewriteError: the class can't be so small; names the line with the size that its Python does not take from an
@@ -51,11 +55,16 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any) -> Any:
     sizes, failing = solve_sizes(model, before, compact, inputs)
     small = take_tensors(model, compact)
     put_sizes(small, {slot: size for slot, size in sizes.items() if size != before[slot]})
-    for mode in Mode:
-        difference = compare_slim(small, compact, inputs[mode], mode)
-        if difference:
-            failing = failing or solve_sizes(small, {}, compact, inputs)[1]  # what Python computes of new sizes
-            raise RewriteError(explain_refusal(model, failing, f"in {mode.value} mode {difference}"))
+    if difference := compare_slim(small, compact, inputs):
+        failing = failing or solve_sizes(small, {}, compact, inputs)[1]  # what Python computes of new sizes
+        raise RewriteError(explain_refusal(model, failing, difference))
+    if fit_config and is_made_of_config(model):
+        put_sizes(small, sizes_by_config(model, small, sizes))
+        if difference := compare_slim(small, compact, inputs):
+            raise RewriteError(
+                f"with the new sizes in its config {type(model).__name__} is not its compact graph: {difference}. "
+                "Nothing is changed. Say fit_config=False to leave the config as it is"
+            )
     return small
 
 
@@ -118,9 +127,13 @@ def take_tensors(model: nn.Module, compact: TracedModule) -> nn.Module:
     return small.train(model.training)
 
 
-def compare_slim(small: nn.Module, compact: TracedModule, inputs: Bound, mode: Mode) -> str:
+def compare_slim(small: nn.Module, compact: TracedModule, inputs: Mapping[Mode, Bound]) -> str:
     """In words how ``small`` differs from its graph; "" where it does not."""
-    try:
-        return compare_runs(partial(copy_modules, small, {}), compact, inputs, mode, gradients=True)
-    except TraceError as error:
-        return f"it fails: {error}"
+    for mode in Mode:
+        try:
+            difference = compare_runs(partial(copy_modules, small, {}), compact, inputs[mode], mode, gradients=True)
+        except TraceError as error:
+            difference = f"it fails: {error}"
+        if difference:
+            return f"in {mode.value} mode {difference}"
+    return ""
