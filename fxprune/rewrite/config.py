@@ -23,9 +23,9 @@ CONFIG = "config"
 
 def is_made_of_config(model: nn.Module) -> bool:
     """Whether the class of ``model`` is made from its config and nothing else."""
-    _, *parameters = inspect.signature(type(model).__init__).parameters.values()
-    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-    needed = [name for name in needed if name not in ("args", "kwargs", "inputs")]
+    parameters = inspect.signature(type(model)).parameters.values()
+    plain = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    needed = [each.name for each in plain if each.default is each.empty]
     return needed == [CONFIG] and hasattr(vars(model).get(CONFIG), "__dict__")
 
 
@@ -50,24 +50,43 @@ def sizes_by_config(model: nn.Module, small: nn.Module, sizes: Mapping[Slot, int
         for slot, number in find_sizes(fresh, layers=True).items()
         if isinstance(number, Number) and slot in wanted
     ]
-    solver = Solver(before, lambda node, axis: 0)
+    solver = Solver(before, lambda node, axis: 0)  # no tensor has a size here
     known, failing = solver.solve(equations)
-    found = build_class(model, {slot: int(size) for slot, size in known.items()})
-    shapes, own = (
-        {name: tuple(tensor.shape) for name, tensor in named_tensors(each).items()} for each in (found, small)
-    )
+    found = build_class(model, known)
+    shapes, own = (shapes_of(each) for each in (found, small))
     if shapes != own:
         name = next(name for name in own if shapes.get(name) != own[name])
-        said = solver.describe(failing[0], known) if failing else f"{name} would have shape {shapes.get(name)}"
-        raise RewriteError(f"no config of {type(model).__name__} says these widths: {said}")
+        said = f"{name} would have shape {shapes.get(name)}, not {own[name]}"
+        if failing:
+            said = f"{failing[0].place} would be {solver.value(failing[0].left, known)}, not {failing[0].right}"
+        raise RewriteError(
+            f"{type(model).__name__} is made from its config, and no config says these widths: {said}. Nothing is "
+            "changed. Make a plan that keeps as many of every width (passes.Uniform), or say fit_config=False: then "
+            "the config stays as it is, and nothing that is saved with it can be loaded"
+        )
     old = find_sizes(model, layers=True)
     return {slot: size for slot, size in find_sizes(found, layers=True).items() if old.get(slot, size) != size}
 
 
 def build_class(model: nn.Module, sizes: Mapping[Slot, int]) -> nn.Module:
-    """A model of the class of ``model``, without data, made from its config with ``sizes`` in it."""
+    """A model of the class of ``model``, without data, made from its config with ``sizes`` in it.
+
+    Raises:
+        RewriteError: it can't be made so.
+    """
     holder = nn.Module()
     vars(holder)[CONFIG] = copy.deepcopy(vars(model)[CONFIG])
     put_sizes(holder, sizes)
-    with torch.device("meta"):
-        return type(model)(vars(holder)[CONFIG])
+    try:
+        with torch.device("meta"):
+            return type(model)(vars(holder)[CONFIG])
+    except Exception as error:
+        raise RewriteError(
+            f"{type(model).__name__} can't be made from its config without data ({type(error).__name__}: {error}), "
+            "so nobody knows what its config is to say. Say fit_config=False to leave it as it is"
+        ) from error
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters and buffers by their names."""
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxprune.graph.sizes import SLOT, Slot
 
-Solution = dict[Slot, Any]
+Solution = dict[Slot, int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Solver:
             except ZeroDivisionError:
                 return {unknown: self.before[unknown]}
             side = side.args[at.index(True)]
-        return {unknown: int(wanted)}
+        return {unknown: wanted}
 
 
 INVERSES: dict[tuple[Any, int], Callable[..., Any]] = {  # by operator and the place of the unknown: f(result, other)
@@ -110,8 +110,6 @@ INVERSES: dict[tuple[Any, int], Callable[..., Any]] = {  # by operator and the p
     (operator.mul, 1): operator.floordiv,
     (operator.floordiv, 0): operator.mul,
     (operator.floordiv, 1): lambda result, other: other // result,
-    (operator.truediv, 0): operator.mul,
-    (operator.truediv, 1): lambda result, other: other / result,
     (operator.neg, 0): operator.neg,
 }
 

@@ -17,7 +17,8 @@ from fxprune.graph.check import compare_runs
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode
 from fxprune.graph.sizes import Slot, find_sizes, put_sizes
 from fxprune.graph.trace import copy_modules, named_tensors, unwrap_model
-from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced
+from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced, regions_of
+from fxprune.rewrite.attributes import layer_attributes
 from fxprune.rewrite.config import is_made_of_config, sizes_by_config
 from fxprune.rewrite.equations import Solver
 from fxprune.rewrite.twins import record_twins
@@ -45,16 +46,20 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
             attribute, or what ``compact`` lacks.
     """
     require_type(model, nn.Module, "model", RewriteError)
-    require_type(compact, TracedModule, "compact", RewriteError)
     model = unwrap_model(model)
     if is_traced(model):
         raise RewriteError("model is traced, it has no class to get back; give the model that you traced")
+    if is_traced(compact) and not isinstance(compact, TracedModule):
+        raise RewriteError(
+            f"the compact model is no single graph: it is a {type(compact).__name__} whose Python steers the graphs of "
+            f"its parts ({', '.join(regions_of(compact))}). Give one of these, with what it is called with"
+        )
+    require_type(compact, TracedModule, "compact", RewriteError)
     check_names(model, compact)
     inputs = {mode: for_mode(bind_inputs(example_inputs), mode, model) for mode in Mode}
     before = find_sizes(model)
     sizes, failing = solve_sizes(model, before, compact, inputs)
-    small = take_tensors(model, compact)
-    put_sizes(small, {slot: size for slot, size in sizes.items() if size != before[slot]})
+    small = take_tensors(model, compact, {slot: size for slot, size in sizes.items() if size != before[slot]})
     if difference := compare_slim(small, compact, inputs):
         failing = failing or solve_sizes(small, {}, compact, inputs)[1]  # what Python computes of new sizes
         raise RewriteError(explain_refusal(model, failing, difference))
@@ -111,20 +116,31 @@ def check_names(model: nn.Module, compact: TracedModule) -> None:
             )
 
 
-def take_tensors(model: nn.Module, compact: TracedModule) -> nn.Module:
-    """A copy of ``model`` with the tensors of ``compact``, and the attributes of its layers."""
+def take_tensors(model: nn.Module, compact: TracedModule, sizes: Mapping[Slot, int]) -> nn.Module:
+    """A copy of ``model`` with the tensors of ``compact``, the attributes of its layers, and ``sizes`` in its own."""
     theirs = named_tensors(compact)
     small = copy_modules(model, {id(tensor): theirs[name] for name, tensor in named_tensors(model).items()})
-    layers = dict(compact.named_modules(remove_duplicate=False))
+    put_sizes(small, sizes)
+    called = dict(compact.named_modules(remove_duplicate=False))
     for path, module in small.named_modules():
-        if is_layer(module) and path in layers:
-            attributes = vars(layers[path])
-            vars(module).update(
-                (name, attributes[name])
-                for name, value in vars(module).items()
-                if name in attributes and name != "training" and not name.startswith("_") and is_plain(value)
-            )
+        layer = called.get(path)
+        if layer is not None and is_layer(module) and type(layer) is type(module):
+            attributes = {name: value for name, value in vars(layer).items() if name[0] != "_" and is_plain(value)}
+            vars(module).update(attributes | {"training": module.training})
+        elif not isinstance(module, nn.GroupNorm):  # derived from a layer of torch.nn, or called by its weights
+            shape = channels_of(module)
+            vars(module).update(layer_attributes(module, shape, shape))
     return small.train(model.training)
+
+
+def channels_of(layer: nn.Module) -> tuple[int, ...]:
+    """As much of the shape of a layer's input, or output where it is transposed, as its weights tell."""
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.modules.conv._ConvNd) and weight is not None:
+        return (1, weight.shape[1] * layer.groups, *weight.shape[2:])
+    if isinstance(layer, nn.modules.batchnorm._NormBase) and weight is not None:
+        return (1, *weight.shape)
+    return ()
 
 
 def compare_slim(small: nn.Module, compact: TracedModule, inputs: Mapping[Mode, Bound]) -> str:

@@ -46,7 +46,9 @@ class Twins:
         """What must be equal."""
         for node, twin in self.pairs.items():
             for left, right in self.compare_calls(node, twin):
-                if left not in self.pairs and (is_number(left) or is_number(right)):
+                if left in self.pairs or (isinstance(left, fx.Node) and right == 0):  # a place, no size
+                    continue
+                if is_number(left) or is_number(right):
                     yield Equation(left, right, describe_place(node))
         for check in self.checks:
             yield Equation(check.args[0], check.args[1], describe_place(check))
