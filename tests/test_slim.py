@@ -344,6 +344,30 @@ def test_what_is_given_is_checked() -> None:
         fxprune.slim(net, folded, image)
 
 
+class Steering(nn.Module):
+    """A class whose Python looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return x if float(x.detach().sum()) > 1e9 else -x
+
+
+def test_a_part_of_a_model_without_a_graph() -> None:
+    """Where plain Python steers, the parts that are graphs can be given."""
+    model, x = Steering(), torch.randn(2, 6, dtype=torch.float64)
+    compact = cut(model, x)
+    with pytest.raises(RewriteError, match=r"it is a Steering whose Python steers the graphs of its parts \(body\)"):
+        fxprune.slim(model, compact, x)
+    model.body = fxprune.slim(model.body, compact.body, x)
+    assert type(model.body[0]) is nn.Linear
+    assert model.body[0].out_features < 16
+    assert torch.equal(model(x), compact(x))
+
+
 class Later(Written):
     """One whose Python does not record."""
 
