@@ -19,6 +19,7 @@ from fxprune.report.summary import summarize
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.rewrite.restore import Restoration, restore
 from fxprune.rewrite.rewrite import rewrite
+from fxprune.rewrite.slim import slim
 from fxprune.rewrite.state_axes import register_optimizer
 from fxprune.rewrite.verify import verify
 from fxprune.training.run import TrainingPass
@@ -50,6 +51,7 @@ __all__ = [
     "restore",
     "rewrite",
     "save",
+    "slim",
     "staircase",
     "summarize",
     "trace",

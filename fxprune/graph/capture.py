@@ -102,6 +102,7 @@ def record_run(
     known: dict[Any, Any],
     inputs: Bound,
     mode: Mode,
+    prepare: Callable[[fx.Graph], None] | None = None,
 ) -> tuple[fx.Graph, bool]:
     """Record one run of ``model`` in one mode.
 
@@ -112,6 +113,7 @@ def record_run(
         known: what calls on fake tensors gave, in this and other recordings.
         inputs: what to run it on.
         mode: which one.
+        prepare: is given the graph before the run.
 
     Returns:
         The graph, and whether the model may have another in the other mode: it asked which one it is in.
@@ -123,6 +125,8 @@ def record_run(
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home)
+    if prepare is not None:
+        prepare(recorder.graph)
     buffers, attributes = buffers_of(model), attributes_of(model, is_layer)
     with torch.inference_mode(False), torch.enable_grad():
         args, kwargs = write_arguments(recorder, model.forward, inputs)

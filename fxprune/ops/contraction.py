@@ -275,6 +275,14 @@ def fit_transposed(run: CompactRun, node: fx.Node) -> None:
         set_argument(node, 6, "groups", run.after[node.name].shape[1 - weight.ndim] // weight.shape[1])
 
 
+@attributes(nn.MultiheadAttention)
+def attention_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
+    width = layer.out_proj.weight.shape[0]
+    others = [each if each is None else each.shape[1] for each in (layer.k_proj_weight, layer.v_proj_weight)]
+    key, value = (width if other is None else other for other in others)
+    return {"embed_dim": width, "kdim": key, "vdim": value, "head_dim": width // layer.num_heads}
+
+
 @attributes(*CONVOLUTIONS)
 def convolution_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     weight = layer.weight.shape
