@@ -888,6 +888,22 @@ def test_without_the_pull_the_cuts_move_the_outputs(monkeypatch: pytest.MonkeyPa
     assert max(train_to_budget("SGD", 4, PruneTrain(budget=Budget(flops=0.5)))[1]) > 1e-4
 
 
+@pytest.mark.parametrize("round_to", [2, 4, 8])
+def test_a_budget_is_met_with_widths_that_are_multiples(round_to: int) -> None:
+    session, _ = train_to_budget("SGD", 4, PruneTrain(budget=Budget(flops=0.5), round_to=round_to))
+    left = [
+        measure_costs(analysis, Budget(flops=0.5))["flops"]
+        for analysis in (session.analysis, fxprune.analyze(*small(Vgg)))
+    ]
+    assert 0.4 <= left[0] / left[1] <= 0.5
+
+
+def test_a_budget_that_is_missed_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"the budget is missed: flops=\d+, \d+ allowed\. minimum=15, or another"):
+        session, _ = train_to_budget("SGD", 4, PruneTrain(budget=Budget(flops=0.5), minimum=15))
+    assert "the budget is missed" in session.log[1].notes[0]
+
+
 def test_a_shorter_epoch_before_a_cut_is_told() -> None:
     model, inputs = small(Vgg)
     session = session_of(model, inputs, PruneTrain(budget=Budget(flops=0.7), by=2), OPTIMIZERS["SGD"](model))

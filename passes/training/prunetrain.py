@@ -27,7 +27,16 @@ from ..base import divide_by_cost, input_axis
 from ..criteria.magnitude import Magnitude
 from ._lasso import Slices, sum_norms
 from ._norms import EPSILON, at_least_float32
-from ._target import budget_on_the_way, check_target, find_deadline, is_met, measure_costs, restore_budget, solve_near
+from ._target import (
+    budget_on_the_way,
+    check_target,
+    find_deadline,
+    is_met,
+    measure_costs,
+    measure_plan,
+    restore_budget,
+    solve_near,
+)
 from ._widths import keep_highest
 
 
@@ -87,7 +96,7 @@ class PruneTrain(TrainingPass[Lasso]):
             constant that it still adds (as the paper does); "fold" it into that constant, which changes nothing; or
             "keep" one channel. A group that is not inside a residual branch always keeps one.
         minimum: channels that each group keeps at least otherwise.
-        round_to: keep so many more that widths are multiples of this.
+        round_to: keep so many more that widths are multiples of this, but for a few groups that meet the budget.
         budget: what may remain of the model as the session found it; not of latency.
         by: when the budget is met: a share of ``Session(epochs=...)``, or the number of an epoch.
         most: the largest share of a group's channels that one cut takes, branches that are removed apart; what is
@@ -230,6 +239,8 @@ class PruneTrain(TrainingPass[Lasso]):
         plan = self.plan(run, memory)
         if late > 0:
             self._tell(memory, f"the epoch had fewer steps than the last: channels are cut {late} steps before zero")
+        if epoch == memory.cuts[-1]:
+            self._check_met(run, memory, plan, self.budget)
         memory.leaving = None
         return plan
 
@@ -245,6 +256,14 @@ class PruneTrain(TrainingPass[Lasso]):
                 "budget=fxprune.Budget(flops=0.5) meets its budget in any run",
             )
         return plan
+
+    def _check_met(self, run: Run, memory: Lasso, plan: Plan, budget: Budget) -> None:
+        """Say so where the last plan misses the budget."""
+        budget = budget_on_the_way(budget, memory.dense or {}, 1.0)
+        costs = measure_plan(run.analysis, plan, budget)
+        if not is_met(costs, budget):
+            left = " and ".join(f"{kind}={costs[kind]:.0f}, {limit} allowed" for kind, limit in budget.limits())
+            self._tell(memory, f"the budget is missed: {left}. minimum={self.minimum}, or another pass, keeps more")
 
     def _tell(self, memory: Lasso, what: str) -> None:
         """Warn, and put it into the log."""
@@ -311,7 +330,11 @@ class PruneTrain(TrainingPass[Lasso]):
         if self.branches != "keep":
             dead = {name for name, peak in highest.items() if not self._used(peak).any()}
             gone = emptied_groups(run.analysis, dead, constants=self.branches == "fold")
-        keep = {name: () if name in gone else self._kept(peak) for name, peak in highest.items()}
+        leaving = {name: len(channels) for name, channels in (memory.leaving or {}).items()}
+        keep = {
+            name: () if name in gone else self._kept(peak, len(peak) - leaving.get(name, 0))
+            for name, peak in highest.items()
+        }
         dropped = sorted(gone) if self.branches == "remove" else ()
         return Plan(keep, run.analysis.sizes, run.analysis.options, dropped)
 
@@ -319,10 +342,10 @@ class PruneTrain(TrainingPass[Lasso]):
         """The largest share of a group that one cut takes."""
         return self.most or (1.0 if self.budget is None else 0.5)
 
-    def _kept(self, peak: Floats) -> tuple[int, ...]:
-        """Which channels of a group stay, by their highest weights."""
+    def _kept(self, peak: Floats, most: int) -> tuple[int, ...]:
+        """Which channels of a group stay, by their highest weights: no more than ``most``, which the budget leaves."""
         count = max(int(self._used(peak).sum()), math.ceil((1 - self._most()) * len(peak)))
-        return keep_highest(peak, count, self.minimum, self.round_to)
+        return keep_highest(peak, count, self.minimum, self.round_to, most)
 
     def _used(self, peak: Floats) -> Bools:
         """Whether each channel has a weight that counts; zeros never do."""
