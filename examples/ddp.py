@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from shared import BATCH, accuracy, batches, console, digits, few, say, small_start
+from shared import BATCH, accuracy, batches, console, digits, few, say
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
 
-PATH = Path("out/ddp/run.pt")
+PATH, EPOCHS = Path("out/ddp/run.pt"), few(6, 3)
 ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # torchrun sets them
 
 
@@ -31,16 +32,16 @@ def main():
     train_set, test_set = digits()
     example = test_set[0][:16]
 
-    model = small_start()
+    model = resnet18(weights=None, num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     if PATH.exists():
         session = fxprune.Session.load(PATH, wrapped, example, optimizer)
         say(f"{PATH}: {session.epoch} epochs done before")
     else:
-        pruner = passes.PruneTrain(ratio=0.993, interval=2, proximal=True, round_to=16)
-        session = fxprune.Session(wrapped, example, optimizer, [pruner], batch_size=BATCH // ranks)
-    for epoch in range(session.epoch, few(6)):
+        pruner = passes.PruneTrain(budget=fxprune.Budget(flops=0.5), by=0.6, round_to=16)
+        session = fxprune.Session(wrapped, example, optimizer, [pruner], batch_size=BATCH // ranks, epochs=EPOCHS)
+    for epoch in range(session.epoch, EPOCHS):
         session.model.train()  # wrapped anew after each cut: always by this name
         for x, y in batches(train_set, epoch, f"epoch {epoch + 1}"):
             x, y = x[rank::ranks], y[rank::ranks]  # this process's part of the batch

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shared import BATCH, accuracy, batches, console, digits, few, say, small_start
+from shared import BATCH, accuracy, batches, console, digits, few, say
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import update_bn
+from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
 
-OUT = Path("out/prunetrain")
-EPOCHS = 14
+OUT, EPOCHS = Path("out/prunetrain"), few(14, 3)
 
 
 def main():
@@ -26,7 +25,7 @@ def main():
     train_set, test_set = digits()
     session = start_or_resume(test_set[0][:16])
     model, optimizer = session.model, session.optimizer
-    for epoch in range(session.epoch, few(EPOCHS, 2)):
+    for epoch in range(session.epoch, EPOCHS):
         model.train()
         for x, y in batches(train_set, epoch, f"epoch {epoch + 1}"):
             optimizer.zero_grad()
@@ -34,7 +33,6 @@ def main():
             (task + session.penalty(task)).backward()
             optimizer.step()
         model.eval()
-        update_bn(train_set[0].split(BATCH)[:8], model)  # its averages are still those of larger weights
         session.registered["scheduler"].step()
         record = session.epoch_end(accuracy=accuracy(model, test_set))
         session.save(OUT / "run.pt")
@@ -45,16 +43,15 @@ def main():
 
 
 def start_or_resume(example):
-    # The method was made for 70,000 steps. Here are 294, so the penalty is that much stronger, and the step proximal.
-    pruner = passes.PruneTrain(ratio=0.993, interval=2, proximal=True, round_to=16)
-    model = small_start()
+    pruner = passes.PruneTrain(budget=fxprune.Budget(flops=0.5), by=0.6, round_to=16)
+    model = resnet18(weights=None, num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
-    scheduler = LambdaLR(optimizer, lambda epoch: (1 - epoch / EPOCHS) ** 3)
+    scheduler = LambdaLR(optimizer, lambda epoch: 1 - epoch / EPOCHS)
     if (OUT / "run.pt").exists():
         session = fxprune.Session.load(OUT / "run.pt", model, example, optimizer)
         say(f"{OUT / 'run.pt'}: {session.epoch} epochs done before")
     else:
-        session = fxprune.Session(model, example, optimizer, [pruner], batch_size=BATCH, verify=True)
+        session = fxprune.Session(model, example, optimizer, [pruner], batch_size=BATCH, epochs=EPOCHS, verify=True)
     session.register(scheduler=scheduler)
     return session
 

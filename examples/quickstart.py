@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from shared import BATCH, accuracy, compare, few, say
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import update_bn
 from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
 
-OUT, EPOCHS = Path("out/quickstart"), few(14)
-# The method was made for 70,000 steps. Here are 294, so the penalty is that much stronger, and the step proximal.
-PRUNER = passes.PruneTrain(ratio=0.993, interval=2, proximal=True, round_to=16)
+OUT, EPOCHS = Path("out/quickstart"), few(14, 3)
+PRUNER = passes.PruneTrain(budget=fxprune.Budget(flops=0.5), by=0.6, round_to=16)
 
 
 def main():
@@ -29,9 +27,7 @@ def main():
     train_set, test_set = shared.digits()
     example = test_set[0][:BATCH]
 
-    # Batch norm makes the scale of the weights before it free: PruneTrain's are small, and reach zero sooner.
-    dense = Run([], example, 1.0, lambda epoch: 1 - epoch / EPOCHS)
-    pruned = Run([PRUNER], example, 0.2, lambda epoch: (1 - epoch / EPOCHS) ** 3)
+    dense, pruned = Run([], example), Run([PRUNER], example)
     runs = {"dense": dense, "PruneTrain": pruned}
     for epoch in range(EPOCHS):
         for name, run in runs.items():
@@ -40,7 +36,6 @@ def main():
     say(f"of {sum(before.values())} channels {sum(after.values())} are left; each cut was proved before it was made")
     models, files = [dense.model, pruned.model], [OUT / f"{name}.onnx" for name in runs]
     for model, file in zip(models, files, strict=True):
-        update_bn(train_set[0].split(BATCH), model)
         say(fxprune.export_onnx(model, example, file))
     onnx = [shared.in_onnxruntime(file) for file in files]
     times = shared.milliseconds([*models, *onnx], example)
@@ -66,16 +61,14 @@ def main():
 class Run:
     """A network in training: its session, and the seconds that training took."""
 
-    def __init__(self, pruners, example, scale, rate):
-        """``scale``: of the first weights of the convolutions. ``rate``: of learning, by the epoch, beside 0.03."""
+    def __init__(self, pruners, example):
         torch.manual_seed(0)  # the same weights for both
-        model = resnet18(weights=None, num_classes=10, zero_init_residual=True)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.weight.data *= scale
+        model = resnet18(weights=None, num_classes=10)
         sgd = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
-        self.session = fxprune.Session(model, example[:16], sgd, pruners, batch_size=BATCH, verify=True, progress=False)
-        self.session.register(scheduler=LambdaLR(sgd, rate))
+        self.session = fxprune.Session(
+            model, example[:16], sgd, pruners, batch_size=BATCH, epochs=EPOCHS, verify=True, progress=False
+        )
+        self.session.register(scheduler=LambdaLR(sgd, lambda epoch: 1 - epoch / EPOCHS))
         self.model, self.seconds = self.session.model, 0.0
 
     def epoch(self, train_set, test_set):
@@ -88,7 +81,6 @@ class Run:
             (task + session.penalty(task)).backward()
             session.optimizer.step()
         self.seconds += time.perf_counter() - begin
-        update_bn(train_set[0].split(BATCH)[:8], self.model)  # its averages are still those of larger weights
         record = session.epoch_end(accuracy=accuracy(self.model.eval(), test_set))
         session.registered["scheduler"].step()
         self.seconds += record.cut_time

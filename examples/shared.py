@@ -16,7 +16,6 @@ from rich.progress import track
 from rich.table import Column, Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.models import resnet18
 
 BATCH = 64
 console = Console(highlight=False)
@@ -36,15 +35,6 @@ def digits():
     size = few(len(y), 3 * BATCH)
     mean, std = x.mean(), x.std()
     return ((x[:size] - mean) / std, y[:size]), ((test_x[:size] - mean) / std, test_y[:size])
-
-
-def small_start():
-    """A resnet18 with small first weights, which PruneTrain brings to zero soon; batch norm makes their scale free."""
-    model = resnet18(weights=None, num_classes=10, zero_init_residual=True)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.weight.data *= 0.2
-    return model
 
 
 def batches(train_set, seed, name=""):

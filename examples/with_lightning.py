@@ -6,9 +6,9 @@ About a minute on one CPU core. Checkpoints and the log are left in out/with_lig
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from shared import BATCH, accuracy, console, digits, few, say, small_start
-from torch.optim.swa_utils import update_bn
+from shared import BATCH, accuracy, console, digits, few, say
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
 
 import fxprune
 from fxprune import passes
@@ -18,7 +18,7 @@ from fxprune.training.trainers.lightning import Pruning
 class Classifier(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = small_start()
+        self.net = resnet18(weights=None, num_classes=10)
 
     def training_step(self, batch, index):
         x, y = batch
@@ -34,7 +34,7 @@ def main():
     train_set, test_set = digits()
     module = Classifier()
     before = fxprune.cost.params(module.net)
-    pruner = passes.PruneTrain(ratio=0.993, interval=2, proximal=True, round_to=16)
+    pruner = passes.PruneTrain(budget=fxprune.Budget(flops=0.5), by=0.6, round_to=16)
     pruning = Pruning("net", test_set[0][:16], [pruner], batch_size=BATCH)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -46,11 +46,10 @@ def main():
         enable_progress_bar=console.is_terminal,
         log_every_n_steps=1,
         logger=pl.loggers.CSVLogger("out/with_lightning"),
-        max_epochs=few(6),
+        max_epochs=few(6, 3),
     )
     trainer.fit(module, DataLoader(TensorDataset(*train_set), BATCH, shuffle=True, drop_last=True))
     console.print(str(pruning.session.log), soft_wrap=True)
-    update_bn(train_set[0].split(BATCH), module.net)  # its averages are still those before the last cut
     after = fxprune.cost.params(module.net)
     say(f"{before:,} parameters before, {after:,} after; {accuracy(module.net.eval(), test_set):.1%} of the test right")
 
