@@ -17,7 +17,7 @@ def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State
     """``state`` for a file, and what to write beside it to have it back: None where no start is known.
 
     Where it takes less space than the parameter, only the values that differ from their start are written, and under
-    another name where they are: flat positions in order, int32, or int64 where it has more than 2^31 weights.
+    another name where they are, as ``gaps_between`` has it.
     """
     if start is None:
         return dict(state), None
@@ -30,9 +30,9 @@ def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State
             continue
         begin = start.values(name, tensor.device).to(tensor.dtype)
         where = (bits_of(tensor) != bits_of(begin)).nonzero().flatten()
-        where = where.int() if tensor.numel() < 1 << 31 else where
-        if len(where) * (tensor.element_size() + where.element_size()) < tensor.nbytes:
-            result[name], result[key] = tensor.flatten()[where], where
+        gaps = gaps_between(where)
+        if len(where) * tensor.element_size() + len(gaps) < tensor.nbytes:
+            result[name], result[key] = tensor.flatten()[where], gaps
             index[name] = key
             check = checksum_of(tensor, check)
     return result, {**start.to_json(), "index": index, "check": check}
@@ -53,7 +53,9 @@ def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], s
     result = {name: tensor for name, tensor in state.items() if name not in index.values()}
     check = 0
     for name, key in index.items():
-        values, where = state[name], state[key].long()
+        values, where = state[name], state[key]
+        # Older files have positions.
+        where = positions_after(where) if where.dtype == torch.uint8 else where.long()
         whole = start.values(name).to(values.dtype).flatten()
         ordered = where.ndim == 1 and bool((where.diff() > 0).all())
         if not ordered or where.shape != values.shape or (len(where) and not 0 <= where[0] <= where[-1] < len(whole)):
@@ -64,6 +66,25 @@ def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], s
     if check != description["check"]:
         raise FileError("its weights are not those that were saved: the file is damaged, or start values differ here")
     return result
+
+
+def gaps_between(where: Tensor) -> Tensor:
+    """uint8: how many weights lie before each of ``where``, int64, in order, and after the last one; 255 for 255 more.
+
+    >>> gaps_between(torch.tensor([2, 3, 300]))
+    tensor([  2,   0, 255,  41], dtype=torch.uint8)
+    """
+    gaps = where.diff(prepend=where.new_full((1,), -1)) - 1
+    ends = (gaps // 255 + 1).cumsum(0) - 1
+    result = torch.full((int(ends[-1]) + 1 if len(ends) else 0,), 255, dtype=torch.uint8, device=where.device)
+    result[ends] = (gaps % 255).to(torch.uint8)
+    return result
+
+
+def positions_after(gaps: Tensor) -> Tensor:
+    """int64: the opposite of ``gaps_between``."""
+    ends = gaps < 255
+    return ((gaps.long() + ends).cumsum(0) - 1)[ends]
 
 
 def start_in(description: Mapping[str, Any], model: nn.Module) -> Start:
