@@ -59,6 +59,7 @@ BENCHMARKS = (
     Benchmark("criteria_cifar10", full=True, trains=True),
     Benchmark("restore_cifar10", full=True, trains=True),
     Benchmark("dropback_cifar10", full=True, trains=True, folder="--results"),
+    Benchmark("prunetrain_optimizers", full=True, trains=True, folder="--results"),
     Benchmark("prunetrain_controls", full=True, trains=True, folder="--results"),
     Benchmark("clicktrain_cifar10", full=True, trains=True, folder="--results"),
     Benchmark(

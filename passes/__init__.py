@@ -3,9 +3,12 @@
 from .base import Criterion
 from .before_training.allocator import Allocator
 from .before_training.base import BeforeTraining
+from .before_training.combined import Combined
 from .before_training.erdos_renyi import ErdosRenyi
+from .before_training.grasp import GraSP
 from .before_training.precrop import PreCrop
 from .before_training.single_shot import SingleShot
+from .before_training.synflow import SynFlow
 from .before_training.uniform import Uniform
 from .criteria.activation import Activation
 from .criteria.batch_norm_scale import BatchNormScale
@@ -35,6 +38,7 @@ __all__ = [
     "BatchNormScale",
     "BeforeTraining",
     "ClickTrain",
+    "Combined",
     "Criterion",
     "DropBack",
     "ErdosRenyi",
@@ -43,6 +47,7 @@ __all__ = [
     "FoldConstants",
     "GateChannels",
     "GeometricMedian",
+    "GraSP",
     "GrowBatch",
     "Magnitude",
     "OptimalBrainSurgeon",
@@ -52,6 +57,7 @@ __all__ = [
     "Random",
     "RemoveBranches",
     "SingleShot",
+    "SynFlow",
     "Taylor",
     "Uniform",
 ]

@@ -80,22 +80,28 @@ def copy_for_data(graph: nn.Module) -> Iterator[nn.Module]:
 
 def weights_times_gradients(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
     """The products w * dL/dw of every parameter, in float32 at least, by its name."""
-    x, y = batch
-    args, kwargs = bind_inputs(x)
-    parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
     with torch.enable_grad():
-        try:
-            value = loss(model(*args, **kwargs), y)
-        except Exception as error:
-            raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
+        value, parameters = take_loss(model, batch, loss)
         grads = batch_gradients(value, list(parameters.values()), HALF_SCALE if in_half_precision(model) else 1.0)
     return {
         name: detach_weights(parameter) * grad
         for (name, parameter), grad in zip(parameters.items(), grads, strict=True)
         if grad is not None
     }
+
+
+def take_loss(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, a scalar with a gradient, and the parameters that it can be taken of, by name."""
+    x, y = batch
+    args, kwargs = bind_inputs(x)
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
+    try:
+        value = loss(model(*args, **kwargs), y)
+    except Exception as error:
+        raise PlanError(f"loss(model(x), y) fails on this data: {type(error).__name__}: {error}") from error
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise PlanError(f"loss(output, y) must give a scalar tensor with a gradient; got {value!r:.200}")
+    return value, parameters
 
 
 def batch_gradients(value: Tensor, parameters: list[Tensor], scale: float) -> list[Tensor | None]:

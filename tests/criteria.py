@@ -46,9 +46,22 @@ CRITERIA: dict[str, Callable[[Any], passes.Criterion]] = {
     "Taylor": lambda inputs: passes.Taylor(pair(inputs), loss),
     "Fisher": lambda inputs: passes.Fisher(pair(inputs), loss),
     "SingleShot": lambda inputs: passes.SingleShot(pair(inputs), loss),
+    "GraSP": lambda inputs: passes.GraSP(pair(inputs), loss),
+    "SynFlow": lambda inputs: passes.SynFlow(),
+    "Combined": lambda inputs: passes.Combined(pair(inputs), loss),
     "Activation mean": lambda inputs: passes.Activation(pair(inputs)),
     "Activation variance": lambda inputs: passes.Activation(pair(inputs), "variance"),
     "OptimalBrainSurgeon": lambda inputs: passes.OptimalBrainSurgeon(pair(inputs)),
 }
-WITH_DATA = ["Taylor", "Fisher", "SingleShot", "Activation mean", "Activation variance", "OptimalBrainSurgeon"]
+WITH_DATA = [
+    "Taylor",
+    "Fisher",
+    "SingleShot",
+    "GraSP",
+    "Combined",
+    "Activation mean",
+    "Activation variance",
+    "OptimalBrainSurgeon",
+]
+IN_FLOAT32 = ["GraSP", "Combined"]  # whatever the precision
 WITHOUT_VALUES = ["Random", "Uniform", "ErdosRenyi", "PreCrop"]

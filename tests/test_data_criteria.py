@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from criteria import CRITERIA, WITH_DATA
+from criteria import CRITERIA, IN_FLOAT32, WITH_DATA
 from ranks import Ranks
 from test_distributed import Net, batch, mine
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def small() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", WITH_DATA)
+@pytest.mark.parametrize("name", [name for name in WITH_DATA if name not in IN_FLOAT32])
 def test_autocast_is_taken_up(name: str, dtype: torch.dtype) -> None:
     """The scores are those of float32, but for the precision; and are really taken in ``dtype``."""
     model, x, y = small()
@@ -65,6 +65,15 @@ def test_autocast_is_taken_up(name: str, dtype: torch.dtype) -> None:
         assert found[group].dtype == np.float64
         assert not np.array_equal(found[group], scores)
         assert np.abs(found[group] - scores).mean() < 0.1 * scores.mean()
+
+
+def test_second_derivatives_are_those_of_float32_under_autocast() -> None:
+    model, x, y = small()
+    analysis = fxprune.analyze(model, x)
+    expected = passes.GraSP((x, y), cross_entropy).score(analysis)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = passes.GraSP((x, y), cross_entropy).score(analysis)
+    assert all(np.array_equal(found[group], scores) for group, scores in expected.items())
 
 
 @pytest.mark.parametrize("name", ["Taylor", "Fisher", "SingleShot"])
@@ -103,7 +112,15 @@ def shares(rank: int, name: str, several: bool) -> Any:
     return scores_of(name, [batch(0, rank)] if several else [batch(0, 0, mine())])
 
 
-@pytest.mark.parametrize("name", WITH_DATA)
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_ranks_agree_on_the_mean_of_what_is_not_linear_in_the_data(ranks: Ranks, tmp_path: Path, name: str) -> None:
+    one, other = ranks(2, tmp_path / "store", shares, name, False)
+    alone = scores_of(name, [batch(0, 0)])
+    assert one[1] == other[1]
+    assert all(np.array_equal(one[0][group], other[0][group]) for group in alone[0])
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_DATA if name not in IN_FLOAT32])
 def test_ranks_agree_on_the_mean_over_all_their_data(ranks: Ranks, tmp_path: Path, name: str) -> None:
     """Batches on several ranks are as many on one; a gate's gradient, an activation too, is that of the whole batch."""
     several = name in ("Taylor", "Fisher")
@@ -181,7 +198,7 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     made(name, [(x, y)] * 3).score(analysis)
-    assert name.split()[0] in sys.stderr.getvalue()
+    assert {"Combined": "SingleShot"}.get(name, name.split()[0]) in sys.stderr.getvalue()  # that has one for each part
 
 
 def test_what_fails_in_a_loop_takes_the_bar_away(monkeypatch: pytest.MonkeyPatch) -> None:
