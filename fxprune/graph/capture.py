@@ -24,6 +24,7 @@ from fxprune.graph.contexts import write_grad_mode
 from fxprune.graph.effects import (
     attributes_of,
     buffers_of,
+    changed_values,
     refuse_kept_tensors,
     watch_hooks,
     write_buffers,
@@ -103,7 +104,7 @@ def record_run(
     inputs: Bound,
     mode: Mode,
     prepare: Callable[[fx.Graph], None] | None = None,
-) -> tuple[fx.Graph, bool]:
+) -> tuple[fx.Graph, bool, list[tuple[str, str]]]:
     """Record one run of ``model`` in one mode.
 
     Args:
@@ -116,42 +117,56 @@ def record_run(
         prepare: is given the graph before the run.
 
     Returns:
-        The graph, and whether the model may have another in the other mode: it asked which one it is in.
+        The graph, whether the model may have another in the other mode (it asked which one it is in), and the
+        attributes that it has changed.
 
     Raises:
         Exception: whatever the model's Python raises, a RefusalError for what can't be recorded.
     """
+    modules = dict(model.named_modules())
+    users = {path: module for path, module in modules.items() if not is_layer(module)}
+    buffers, attributes = buffers_of(modules), attributes_of(users)
     model.train(mode.training)
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home)
     if prepare is not None:
         prepare(recorder.graph)
-    buffers, attributes = buffers_of(model), attributes_of(model, is_layer)
     with torch.inference_mode(False), torch.enable_grad():
         args, kwargs = write_arguments(recorder, model.forward, inputs)
         with (
             torch.autocast(home.type, enabled=False),
-            watch_hooks(model, is_layer),
-            recorder.watch_modules(model),
+            watch_hooks(users),
+            recorder.watch_modules(modules),
             watch_torch(recorder),
             recorder,
         ):
             result = recorder.call_model(model, args, kwargs)
-        write_buffers(recorder, buffers, buffers_of(model))
-        refuse_kept_tensors(recorder, attributes, attributes_of(model, is_layer))
+        after = attributes_of(users)
+        write_buffers(recorder, buffers, buffers_of(modules))
+        refuse_kept_tensors(recorder, attributes, after)
         recorder.graph.output(write_result(recorder, result))
     for node in reversed(list(recorder.graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in NOT_NEEDED):
             recorder.graph.erase_node(node)
-    overrides = any(type(part).train is not nn.Module.train for part in model.modules())
-    return recorder.graph, recorder.reads_mode or overrides
+    overrides = any(type(module).train is not nn.Module.train for module in users.values())
+    return recorder.graph, recorder.reads_mode or overrides, changed_values(attributes, after)
+
+
+def seeming_device(tensor: Tensor) -> torch.device:
+    """The device of a tensor. Asked for that, a fake one takes as long as for a call."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
+def writes(function: str) -> bool:
+    """Whether a function of this name writes into its first argument."""
+    return function.endswith("_") and (not function.endswith("__") or function.startswith(("__i", "__set")))
 
 
 def key_of(value: Any) -> Any:
     """What the result of a call on fake tensors depends on, of one of its arguments."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return value.shape, value.stride(), value.dtype, seeming_device(value)
     if isinstance(value, (tuple, list)):
         return tuple(map(key_of, value))
     if isinstance(value, dict):
@@ -211,25 +226,29 @@ class Recorder(TorchFunctionMode):
             raise
         if not holds_tensors(result) and func is not Tensor.__setitem__:
             return result
-        if id(result) in self.nodes and not func.__name__.endswith("_"):
-            result = self.new(result.shape, result.dtype, result.device)  # nothing to do here, but elsewhere there is
+        if id(result) in self.nodes and not writes(func.__name__):
+            result = self.new(
+                result.shape, result.dtype, seeming_device(result)
+            )  # nothing to do here, but elsewhere there is
         return self.bind(result, self.node(*form_of_call(func, args), kwargs))
 
     def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What a call gives, on fake tensors; without the call where that is plain."""
         args, kwargs = self.fake_all(args), self.fake_all(kwargs)
+        name = func.__name__
+        if name == "__get__":
+            return func(*args)
         if torch._C._is_any_autocast_enabled():
             with self.fake:
                 return func(*args, **kwargs)
-        name = func.__name__
         if not kwargs and name.rstrip("_") in PLAIN:
             shape = shape_of_result(name.rstrip("_"), args)
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
             if shape is not None and not name.endswith("_"):
-                return self.new(shape, first.dtype, first.device)
+                return self.new(shape, first.dtype, seeming_device(first))
             if shape is not None and shape == first.shape:
                 return first
-        if name.endswith("_") or not holds_tensors((args, kwargs)):  # written into, or made of numbers
+        if not holds_tensors((args, kwargs)) or (writes(name) and func is not Tensor.__setitem__):
             with self.fake:
                 return func(*args, **kwargs)
         key = key_of((func, args, kwargs))
@@ -237,7 +256,7 @@ class Recorder(TorchFunctionMode):
             return self.new_all(self.known[key])
         with self.fake:
             result = func(*args, **kwargs)
-        if isinstance(result, Tensor) or type(result) in (tuple, list):
+        if result is None or isinstance(result, Tensor) or type(result) in (tuple, list):
             self.known[key] = self.new_all(result)  # the result itself may be written into
         return result
 
@@ -248,7 +267,7 @@ class Recorder(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return result
         data = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
-        return FakeTensor(self.fake, data, result.device)
+        return FakeTensor(self.fake, data, seeming_device(result))
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call of a layer of torch.nn."""
@@ -280,7 +299,7 @@ class Recorder(TorchFunctionMode):
             lowered = lower_layer(layer, partial(getattr, layer), args[0], layer.training)
             shape = lowered and shape_of_result(lowered[0]._schema.name.removeprefix("aten::").rstrip("_"), lowered[1])
             if shape:
-                return self.new(shape, args[0].dtype, args[0].device)
+                return self.new(shape, args[0].dtype, seeming_device(args[0]))
         with self.fake, self.faked(layer):
             return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -298,16 +317,16 @@ class Recorder(TorchFunctionMode):
                 kind.update(tensors)
 
     @contextmanager
-    def watch_modules(self, model: nn.Module) -> Iterator[None]:
-        """While this holds, calls of the parts of ``model`` come here, hooks included."""
-        parts = {part: path for path, part in model.named_modules() if path}
-        for part, path in parts.items():
+    def watch_modules(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """While this holds, calls of modules, which are given by their paths, come here, hooks included."""
+        parts = {path: module for path, module in modules.items() if path}
+        for path, part in parts.items():
             call = self.call_layer if is_layer(part) else self.call_module
             vars(part)["_compiled_call_impl"] = partial(call, path, part)
         try:
             yield
         finally:
-            for part in parts:
+            for part in parts.values():
                 del vars(part)["_compiled_call_impl"]
 
     # ---------------------------------------------------------------------------------------- tensors

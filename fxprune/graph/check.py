@@ -1,4 +1,8 @@
-"""Check: a graph is compared with the user's own model, on the example, in both modes: outputs and gradients."""
+"""Check: a graph is compared with the user's own model, on the example, in both modes: outputs and gradients.
+
+The backward pass costs more than all else here, so it is not run where it need not be: autograd has written down its
+steps during the forward pass, and where those of the graph are those of the model, so are the gradients.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
+from fxprune.graph.batch import batch_of
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
@@ -21,18 +27,24 @@ class Outcome:
     """What comes of a run of a model."""
 
     result: Any
-    gradients: dict[str, Tensor]  # of those parameters that get one
+    backward: Any  # what was asked of its backward pass: see steps_of, gradients_of
     buffers: dict[str, Tensor]  # afterwards
 
 
+Look = Callable[[nn.Module, Any], Any]
+
 SMALL = 64  # pixels along each side
+FEW = 2  # samples
+OTHER_STEPS = "its backward pass is another"
 
 
 def check_graph(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Mapping[Mode, Bound]) -> None:
     """Compare a graph with the model that it was made of. Both keep their tensors, modes and random numbers.
 
-    Outputs are compared on the example. Gradients, which cost most, on smaller images cut from it where the model
-    takes these and its graph agrees, and else on the example too.
+    In eval mode outputs and the steps of the backward pass are compared, on the first two samples of the example, or
+    on all where the model takes no fewer. In train mode outputs and gradients, on smaller images cut from these
+    samples; where the model or its graph does not take those, what is compared in eval mode. Where the steps differ,
+    or one of them is a function of Python, the gradients themselves are compared.
 
     Args:
         copy: makes a copy of the model that shares its tensors with ``graph``.
@@ -41,12 +53,16 @@ def check_graph(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Mapping
 
     Raises:
         TraceError: they differ; says where and by how much.
+        DoesNotRunError: the model fails on the example.
     """
     for mode in Mode:
-        agree = agree_on_less(copy, graph, inputs[mode], mode)
-        if agree and mode.training:
+        few = cut_samples(inputs[mode])
+        if mode.training and agree_on_crops(copy, graph, few):
             continue
-        difference = compare_runs(copy, graph, inputs[mode], mode, gradients=not agree)
+        try:
+            difference = compare_in_mode(copy, graph, few, mode)
+        except DoesNotRunError:
+            difference = compare_in_mode(copy, graph, inputs[mode], mode)
         if difference:
             raise TraceError(
                 f"the graph of {type(copy()).__name__} does not give what the model gives: in {mode.value} mode "
@@ -54,8 +70,15 @@ def check_graph(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Mapping
             )
 
 
-def agree_on_less(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound, mode: Mode) -> bool:
-    """Whether a graph and its model agree on images cut from ``inputs``. False too where that can't be told."""
+def cut_samples(inputs: Bound) -> Bound:
+    """The first samples of a batch."""
+    batch = batch_of(inputs)
+    few: Bound = map_tensors(lambda tensor: tensor[:FEW] if tensor.ndim and len(tensor) == batch else tensor, inputs)
+    return few
+
+
+def agree_on_crops(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound) -> bool:
+    """Whether graph and model agree in train mode on images cut from ``inputs``. False too where none are to be had."""
 
     def crop(tensor: Tensor) -> Tensor:
         image = tensor.ndim > 3 and tensor.is_floating_point()
@@ -65,13 +88,30 @@ def agree_on_less(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound
     if [tensor.shape for tensor in tensors_in(less)] == [tensor.shape for tensor in tensors_in(inputs)]:
         return False
     try:
-        return not compare_runs(copy, graph, less, mode, gradients=True)
+        return not compare_runs(copy, graph, less, Mode.TRAIN, gradients_of)
     except TraceError:
         return False
 
 
-def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound, mode: Mode, gradients: bool) -> str:
+def compare_in_mode(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound, mode: Mode) -> str:
+    """In words how a graph differs from its model in one mode; "" where it does not.
+
+    Raises:
+        TraceError: one of them does not run.
+    """
+    difference = compare_runs(copy, graph, inputs, mode, steps_of)
+    return compare_runs(copy, graph, inputs, mode, gradients_of) if difference == OTHER_STEPS else difference
+
+
+def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound, mode: Mode, look: Look) -> str:
     """In words how a run of a graph differs from one of its model; "" where it does not.
+
+    Args:
+        copy: see ``check_graph``.
+        graph: the graph.
+        inputs: what to run them on.
+        mode: in which mode.
+        look: what is asked of the backward pass.
 
     Raises:
         TraceError: one of them does not run.
@@ -80,13 +120,13 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
     name = type(model).__name__
     try:
         with tensors_kept(graph):
-            expected = run_once(model, inputs, mode, gradients)
+            expected = run_once(model, inputs, mode, look)
     except Exception as error:
         said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"
         raise DoesNotRunError(f"{name} does not run on example_inputs: {said}") from error
     try:
         with tensors_kept(graph):
-            found = run_once(graph, inputs, mode, gradients)
+            found = run_once(graph, inputs, mode, look)
     except Exception as error:
         raise TraceError(f"the graph of {name} does not run: {type(error).__name__}: {error}") from error
     return find_difference(expected, found)
@@ -105,24 +145,51 @@ def tensors_kept(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(values)
 
 
-def run_once(model: nn.Module, inputs: Bound, mode: Mode, gradients: bool) -> Outcome:
-    """One run of ``model``; if asked for, also the gradients of a sum of its outputs, weighted always alike."""
+def run_once(model: nn.Module, inputs: Bound, mode: Mode, look: Look) -> Outcome:
+    """One run of ``model``."""
     torch.manual_seed(0)
     modes = [(module, module.training) for module in model.modules()]
     model.train(mode.training)
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        with torch.inference_mode(False), torch.enable_grad():
             args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), inputs)
             result = model(*args, **kwargs)
             buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-            return Outcome(result, gradients_of(model, result) if gradients else {}, buffers)
+            return Outcome(result, look(model, result), buffers)
     finally:
         for module, training in modes:
             module.training = training
 
 
+def steps_of(model: nn.Module, result: Any) -> Any:
+    """The steps of the backward pass from ``result`` to the parameters, each with those that come next.
+
+    They are numbered in the order in which they are met, so the same steps are written alike. None where one is a
+    function of Python: its name does not say all that it does.
+    """
+    steps: list[Any] = []  # it grows while it is read
+    numbers: dict[Any, int] = {None: -1}
+
+    def number_of(step: Any) -> int:
+        if step not in numbers:
+            numbers[step] = len(steps)
+            steps.append(step)
+        return numbers[step]
+
+    tensors = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
+    written: list[Any] = [
+        (number_of(tensor.grad_fn), tensor.output_nr, tensor.is_leaf and id(tensor)) for tensor in tensors
+    ]
+    for step in steps:
+        if isinstance(step, BackwardCFunction):
+            return None
+        parameter = id(getattr(step, "variable", None))
+        written.append((step.name(), parameter, [(number_of(after), place) for after, place in step.next_functions]))
+    return written
+
+
 def gradients_of(model: nn.Module, result: Any) -> dict[str, Tensor]:
-    """The gradients by the names of the parameters."""
+    """The gradients of a sum of outputs, weighted always alike, by the names of the parameters."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad and tensor.is_floating_point()]
     if not parameters or not outputs:
@@ -138,23 +205,38 @@ def gradients_of(model: nn.Module, result: Any) -> dict[str, Tensor]:
 
 def find_difference(expected: Outcome, found: Outcome) -> str:
     """In words how two outcomes differ; "" where they do not."""
-    if pytree.tree_structure(expected.result) != pytree.tree_structure(found.result):
-        return f"the result is {describe_form(found.result)}, not {describe_form(expected.result)}"
-    if expected.gradients.keys() != found.gradients.keys():
-        name = min(expected.gradients.keys() ^ found.gradients.keys())
-        return f"{name} gets {'a' if name in found.gradients else 'no'} gradient"
-    for a, b in zip(pytree.tree_leaves(expected.result), pytree.tree_leaves(found.result), strict=True):
-        if type(a) is not type(b) or (is_plain(a) and a != b):
-            return f"the result holds {b!r:.60}, not {a!r:.60}"
-    for number, (a, b) in enumerate(zip(tensors_in(expected.result), tensors_in(found.result), strict=True)):
-        if not are_alike(a, b):
-            return f"output {number} is another"
+    difference = compare_results(expected.result, found.result)
+    if difference:
+        return difference
     for name, buffer in expected.buffers.items():
         if name in found.buffers and not are_alike(buffer, found.buffers[name]):
             return f"buffer {name} is another afterwards"
-    sizes = [float(gradient.abs().max()) for gradient in expected.gradients.values() if gradient.numel()]
-    for name, gradient in expected.gradients.items():
-        if not are_alike(gradient, found.gradients[name], max(sizes, default=0.0)):
+    if isinstance(expected.backward, dict):
+        return compare_gradients(expected.backward, found.backward)
+    return OTHER_STEPS if expected.backward is None or expected.backward != found.backward else ""
+
+
+def compare_results(expected: Any, found: Any) -> str:
+    """In words how two results differ; "" where they do not."""
+    if pytree.tree_structure(expected) != pytree.tree_structure(found):
+        return f"the result is {describe_form(found)}, not {describe_form(expected)}"
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        if type(a) is not type(b) or (is_plain(a) and a != b):
+            return f"the result holds {b!r:.60}, not {a!r:.60}"
+    for number, (a, b) in enumerate(zip(tensors_in(expected), tensors_in(found), strict=True)):
+        if not are_alike(a, b):
+            return f"output {number} is another"
+    return ""
+
+
+def compare_gradients(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """In words how gradients differ; "" where they do not."""
+    if expected.keys() != found.keys():
+        name = min(expected.keys() ^ found.keys())
+        return f"{name} gets {'a' if name in found else 'no'} gradient"
+    largest = max((float(gradient.abs().max()) for gradient in expected.values() if gradient.numel()), default=0.0)
+    for name, gradient in expected.items():
+        if not are_alike(gradient, found[name], largest):
             return f"the gradient of {name} is another"
     return ""
 

@@ -16,6 +16,7 @@ from fxprune.graph.refusal import RefusalError
 
 CAPTURES = "transformers.utils.output_capturing"  # its hooks give nothing, but the model returns what they saw
 TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
+Modules = Mapping[str, nn.Module]  # by their paths
 Attributes = Mapping[tuple[str, str], Any]  # by the path of a module, and the name of the attribute
 
 
@@ -29,11 +30,11 @@ class Writer(Protocol):
         """A new node."""
 
 
-def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers of ``model``, under all their names."""
+def buffers_of(modules: Modules) -> dict[str, Tensor | None]:
+    """The buffers of modules by their names."""
     return {
         f"{path}.{name}".removeprefix("."): buffer
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in modules.items()
         for name, buffer in module._buffers.items()
     }
 
@@ -49,12 +50,11 @@ def write_buffers(writer: Writer, before: Mapping[str, Tensor | None], after: Ma
         writer.node("call_method", "copy_", (old, buffer), {})
 
 
-def attributes_of(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Attributes:
-    """What the user's modules keep in their attributes, beside what torch keeps there."""
+def attributes_of(modules: Modules) -> Attributes:
+    """What modules keep in their attributes, beside what torch keeps there."""
     return {
         (path, name): keep_value(value)
-        for path, module in model.named_modules()
-        if not is_layer(module)
+        for path, module in modules.items()
         for name, value in vars(module).items()
         if name not in TORCHS
     }
@@ -117,18 +117,16 @@ def describe_attribute(path: str, name: str) -> str:
 
 
 @contextmanager
-def watch_hooks(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """While this holds, hooks that a graph would lose are refused.
+def watch_hooks(modules: Modules) -> Iterator[None]:
+    """While this holds, hooks of modules that are no layers, which a graph would lose, are refused.
 
-    Those of layers stay on them. What others give back is recorded; one that gives nothing is there for its effects.
+    What they give back is recorded; one that gives nothing is there for its effects.
 
     Raises:
         RefusalError: names the hook and its module.
     """
     hooks: list[tuple[Any, Any, Any]] = []
-    for path, module in model.named_modules():
-        if is_layer(module):
-            continue
+    for path, module in modules.items():
         place = f"module {path}" if path else "the model"
         if module._backward_hooks or module._backward_pre_hooks:
             raise RefusalError(f"{place} has a backward hook, which a graph would lose: put it on a layer of torch.nn")

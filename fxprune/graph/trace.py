@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from fxprune.errors import TraceError, require_type
 from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
-from fxprune.graph.capture import is_layer, record_run
+from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.draws import find_draw, has_drawn, read_state
-from fxprune.graph.effects import attributes_of, changed_values, describe_attribute
+from fxprune.graph.effects import describe_attribute
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
@@ -168,15 +168,11 @@ class Recording:
         Raises:
             Exception: as ``record_run``; a RefusalError where it counts its runs.
         """
-        before = attributes_of(working, is_layer)
-        graph, reads_mode = record_run(working, self.names, self.constants, self.known, inputs, mode)
+        graph, reads_mode, changed = record_run(working, self.names, self.constants, self.known, inputs, mode)
         self.reads_mode |= reads_mode
-        after = attributes_of(working, is_layer)
-        changed = changed_values(before, after)
         if not changed:
             return graph
-        again, _ = record_run(working, self.names, self.constants, self.known, inputs, mode)
-        counted = changed_values(after, attributes_of(working, is_layer))
+        again, _, counted = record_run(working, self.names, self.constants, self.known, inputs, mode)
         if counted or not same_graphs(graph, again):
             raise RefusalError(
                 f"{describe_attribute(*(counted or changed)[0])} is another after each run, which a graph would not "

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprune.errors import RewriteError, TraceError, require_type
 from fxprune.graph.capture import is_layer
-from fxprune.graph.check import compare_runs
+from fxprune.graph.check import compare_runs, gradients_of
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode
 from fxprune.graph.sizes import Slot, find_sizes, put_sizes
 from fxprune.graph.trace import copy_modules, named_tensors, unwrap_model
@@ -147,7 +147,7 @@ def compare_slim(small: nn.Module, compact: TracedModule, inputs: Mapping[Mode, 
     """In words how ``small`` differs from its graph; "" where it does not."""
     for mode in Mode:
         try:
-            difference = compare_runs(partial(copy_modules, small, {}), compact, inputs[mode], mode, gradients=True)
+            difference = compare_runs(partial(copy_modules, small, {}), compact, inputs[mode], mode, gradients_of)
         except TraceError as error:
             difference = f"it fails: {error}"
         if difference:

@@ -14,7 +14,7 @@ from fxprune.graph.inputs import map_tensors, tensors_in
 from fxprune.graph.traced import device_of
 from fxprune.rewrite.verify import Comparable
 
-from .._data import copy_model
+from .._data import copy_for_data
 from ..base import weights_of
 from .base import BeforeTraining
 from .single_shot import only_readers
@@ -44,7 +44,7 @@ class SynFlow(BeforeTraining):
 
 def flow_through_weights(analysis: Analysis) -> dict[str, Tensor]:
     """The products |w| * dR/d|w| of every parameter, in float64, by its name."""
-    with copy_model(analysis.graph) as model, Comparable(torch.float64), torch.enable_grad():
+    with copy_for_data(analysis.graph) as model, Comparable(torch.float64), torch.enable_grad():
         model.double().eval()
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
