@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -34,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Analysis, Budget, Plan, TracedModule
-from fxprune.errors import BudgetError, PlanError
+from fxprune.errors import BudgetError, PlanError, RewriteError
 from fxprune.graph.traced import is_traced, regions_of
 from fxprune.passes import Magnitude
 
@@ -368,6 +369,16 @@ def test_copies_of_a_compact_model_are_the_compact_model(name: str) -> None:
 # ---------------------------------------------------------------------------------- random networks
 
 
+@contextlib.contextmanager
+def unless_nothing_is_left() -> Iterator[None]:
+    """torch does not run all of its layers without channels: a plan that leaves one of these none is refused."""
+    try:
+        yield
+    except RewriteError as error:
+        if "keeps no channel of what node" not in str(error):
+            raise
+
+
 def hold_the_laws(program: Program, seed: int) -> None:
     """Law 1 and law 3 on one random network under one random plan."""
     model = randomize(build(program), seed).double().eval()
@@ -375,8 +386,10 @@ def hold_the_laws(program: Program, seed: int) -> None:
     graph = fxprune.trace(model, example)
     analysis = fxprune.analyze(graph, example)
     assert not analysis.unknown
-    slice_is_zero(graph, example, analysis, random_plan(analysis, seed))
-    pruning_composes(graph, example, analysis, random_plan(analysis, seed + 1, least=2), seed + 2)
+    with unless_nothing_is_left():
+        slice_is_zero(graph, example, analysis, random_plan(analysis, seed))
+    with unless_nothing_is_left():
+        pruning_composes(graph, example, analysis, random_plan(analysis, seed + 1, least=2), seed + 2)
     with contextlib.suppress(PlanError):  # other groups are found: refused, and never another model
         pruned_again(graph, example, analysis, random_plan(analysis, seed + 3), seed + 4)
 
@@ -393,7 +406,7 @@ def test_a_part_that_a_second_cut_empties() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, derandomize=True)
+@settings(max_examples=1000)
 @given(networks(norms=True), st.integers(0, 1000))
 def test_many_random_networks(program: Program, seed: int) -> None:
     hold_the_laws(program, seed)
