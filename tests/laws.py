@@ -379,7 +379,8 @@ def assert_same_state(found: nn.Module, expected: nn.Module) -> None:
 
 def assert_same_map(found: ParamMap, expected: ParamMap, graph: nn.Module) -> None:
     """The same indices for every parameter and buffer."""
-    shapes = {name: tensor.shape for name, tensor in (*graph.named_parameters(), *graph.named_buffers())}
+    tensors = graph.state_dict() | dict(graph.named_buffers())  # buffers that are not saved, too
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     assert set(found) == set(expected)
     for name in expected:
         for axis, pair in enumerate(zip(found[name], expected[name], strict=True)):
