@@ -937,6 +937,14 @@ def test_a_budget_that_has_no_chance(pruner: Callable[[], PruneTrain], options: 
         session_of(*small(Vgg), pruner(), **options)
 
 
+def test_what_is_told_in_a_step_stands_in_the_log_once() -> None:
+    model, inputs = small(Vgg)
+    session = session_of(model, inputs, PruneTrain(budget=Budget(flops=0.5), by=9))
+    session.memories[0].note = "the budget will be missed"
+    assert session.epoch_end().notes == ("PruneTrain: the budget will be missed",)
+    assert session.epoch_end().notes == ()
+
+
 def test_a_cut_that_takes_nothing_says_why() -> None:
     model, inputs = small(chain)
     session = session_of(model, inputs, PruneTrain(interval=1))

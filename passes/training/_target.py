@@ -17,7 +17,7 @@ from fxprune.plan import Plan
 from fxprune.training.run import Run
 
 
-def read_budget(budget: Any) -> Any:
+def restore_budget(budget: Any) -> Any:
     """``budget``; as it was where it comes from a checkpoint, which has its fields in a dict."""
     return Budget(**budget) if isinstance(budget, Mapping) else budget
 

@@ -35,7 +35,7 @@ from ._target import (
     is_met,
     measure_costs,
     measure_plan,
-    read_budget,
+    restore_budget,
     solve_near,
 )
 from ._widths import keep_highest
@@ -115,7 +115,7 @@ class ActivationDensity(TrainingPass[Densities]):
     by: float = 0.6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", read_budget(self.budget))
+        object.__setattr__(self, "budget", restore_budget(self.budget))
         check_target(self)
         check_options(
             self,

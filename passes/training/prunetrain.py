@@ -27,7 +27,7 @@ from ..base import divide_by_cost, input_axis
 from ..criteria.magnitude import Magnitude
 from ._lasso import Slices, sum_norms
 from ._norms import EPSILON, at_least_float32
-from ._target import budget_on_the_way, check_target, find_deadline, is_met, measure_costs, read_budget, solve_near
+from ._target import budget_on_the_way, check_target, find_deadline, is_met, measure_costs, restore_budget, solve_near
 from ._widths import keep_highest
 
 
@@ -106,7 +106,7 @@ class PruneTrain(TrainingPass[Lasso]):
     most: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", read_budget(self.budget))
+        object.__setattr__(self, "budget", restore_budget(self.budget))
         check_target(self)
         check_options(
             self,
@@ -165,16 +165,14 @@ class PruneTrain(TrainingPass[Lasso]):
                 "1: keep the weights in float32, and compute in half precision with torch.autocast"
             )
         if memory.groups is None:
-            memory.groups = len({axis.group for axes in memory.penalized.values() for axis in axes})
+            memory.groups = len(penalized_groups(memory))
             self._check_reach(run, memory)
 
     def _check_reach(self, run: Run, memory: Lasso) -> None:
         """Raise BudgetError at the start where the budget is out of reach."""
         if self.budget is not None:
-            pulled = {axis.group for axes in memory.penalized.values() for axis in axes}
-            solve_near(
-                run.analysis, {name: np.ones(run.analysis.sizes[name]) for name in pulled}, self.budget, Bounds()
-            )
+            scores = {name: np.ones(run.analysis.sizes[name]) for name in penalized_groups(memory)}
+            solve_near(run.analysis, scores, self.budget, Bounds())
 
     def penalty(self, run: Run, memory: Lasso, task: Tensor) -> Tensor | None:
         """Lambda P, a scalar; None with ``proximal``, or when the budget is met. Sets lambda at the first call.
@@ -213,7 +211,7 @@ class PruneTrain(TrainingPass[Lasso]):
     def after_epoch(self, run: Run, memory: Lasso) -> Plan | None:
         """Every ``interval`` epochs, the plan that keeps what some layer still uses and what does not leave."""
         epoch, steps = run.epoch + 1, run.step - memory.started
-        memory.started, memory.note = run.step, ""
+        memory.started = run.step
         if memory.lambda_ is None and memory.penalized and epoch % (self.interval or 10) == 0:
             warnings.warn(
                 "PruneTrain: session.penalty(task) has not been called yet, so nothing brings channels to zero. Add it "
@@ -254,8 +252,9 @@ class PruneTrain(TrainingPass[Lasso]):
         warnings.warn(f"PruneTrain: {what}", stacklevel=5)
 
     def notes(self, run: Run, memory: Lasso) -> Sequence[str]:
-        """What there was to say of the epoch."""
-        return [f"PruneTrain: {memory.note}"] if memory.note else []
+        """What there was to say of the epoch, in its steps too."""
+        told, memory.note = memory.note, ""
+        return [f"PruneTrain: {told}"] if told else []
 
     def _is_over(self, run: Run, memory: Lasso) -> bool:
         """Whether the last cut for the budget was made."""
@@ -270,7 +269,7 @@ class PruneTrain(TrainingPass[Lasso]):
         budget = budget_on_the_way(self.budget, memory.dense, ahead[0] / len(memory.cuts))
         if is_met(measure_costs(run.analysis, budget), budget):
             return
-        pulled = {axis.group for axes in memory.penalized.values() for axis in axes}
+        pulled = penalized_groups(memory)
         scores = {name: score for name, score in Magnitude().score(run.analysis).items() if name in pulled}
         bounds = Bounds(minimum=1 - self._most(), round_to=self.round_to)
         scores = divide_by_cost(run.analysis, scores, budget)
@@ -351,6 +350,11 @@ class PruneTrain(TrainingPass[Lasso]):
                         stacklevel=4,
                     )
                     return
+
+
+def penalized_groups(memory: Lasso) -> set[str]:
+    """The groups that the penalty counts."""
+    return {axis.group for axes in memory.penalized.values() for axis in axes}
 
 
 def nothing_to_prune(run: Run, still: set[str]) -> str:
