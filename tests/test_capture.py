@@ -504,6 +504,17 @@ def recomputes(m: Net, x: Tensor) -> Tensor:
     return m.o(checkpoint(m.b, m.a(x), use_reentrant=False))  # recomputes
 
 
+def hooks_a_tensor(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.register_hook(lambda gradient: gradient * 2)  # hooks
+    return m.o(y)
+
+
+def hooks_what_is_saved(m: Net, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved * 2):  # saved
+        return m.o(m.a(x))
+
+
 def infers(m: Net, x: Tensor) -> Tensor:
     with torch.inference_mode():
         y = m.a(x)  # infers
@@ -573,6 +584,8 @@ def calls_script(m: Net, x: Tensor) -> Tensor:
         (asks_numpy, "# asks numpy", "numpy"),
         (picks, "# picks", "asks for the values of a tensor"),
         (recomputes, "# recomputes", "checkpoint can't stand in a graph"),
+        (hooks_a_tensor, "# hooks", "a hook of the backward pass can't stand in a graph"),
+        (hooks_what_is_saved, "# saved", "a hook of the backward pass can't stand in a graph"),
         (infers, "# infers", "write torch.no_grad"),
         (uses_hidden, "# hidden", r"a parameter of shape \[8, 1, 1\] is used that the model does not register"),
         (widens, "", r"buffer count becomes .* keep shape and dtype"),
@@ -642,6 +655,49 @@ def test_a_graph_that_is_not_the_model(
     with pytest.raises(TraceError, match=message):
         whole(model)
     assert isinstance(trace_whole(model, bind_inputs(X), check=False), fxprune.TracedModule)
+
+
+class Halved(torch.autograd.Function):
+    """A product, with half its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        a, b = ctx.saved_tensors
+        return gradient * b / 2, gradient * a / 2
+
+
+@pytest.mark.parametrize("size", [8, 80])  # smaller, and larger, than the crops
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda a, b: a * b.detach(), "b.bias gets no gradient"),
+        (lambda a, b: Halved.apply(a, b), "the gradient of a.weight is another"),
+    ],
+)
+def test_the_backward_pass_is_compared(
+    wrong: Callable[..., Any], message: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    monkeypatch.setattr(capture, "OPERATORS", capture.OPERATORS | {"mul": wrong})
+    with pytest.raises(TraceError, match=f"in eval mode {message}"):
+        whole(net(lambda m, x: m.o(m.a(x) * m.b(m.a(x)))), x)
+
+
+def test_two_samples_of_a_batch_are_compared() -> None:
+    sizes = set()
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        if type(x) is Tensor:
+            sizes.add(len(x))
+        return m.o(m.a(x))
+
+    whole(net(forward), torch.cat([X] * 4))
+    assert sizes == {2}
 
 
 def test_the_check_leaves_everything_as_it_was() -> None:

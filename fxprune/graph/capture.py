@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.batch import FIRST
-from fxprune.graph.contexts import write_grad_mode
+from fxprune.graph.contexts import refuse_hook, write_grad_mode
 from fxprune.graph.effects import (
     attributes_of,
     buffers_of,
@@ -523,5 +523,6 @@ HANDLED: dict[Any, Callable[..., Any]] = {
     Tensor.__len__: lambda recorder, tensor: recorder.size(tensor, 0),
     Tensor.numel: lambda recorder, tensor: prod(recorder.shape(tensor)),
     torch._C._set_grad_enabled: write_grad_mode,
+    Tensor.register_hook: refuse_hook,
     Tensor.nelement: lambda recorder, tensor: prod(recorder.shape(tensor)),
 }

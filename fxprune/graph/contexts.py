@@ -102,6 +102,12 @@ def refuse_checkpoint(writer: Writer, function: Any, *args: Any, **kwargs: Any) 
     raise RefusalError("a checkpoint can't stand in a graph; what calls it stays plain Python")
 
 
+@handles(torch.autograd.graph.saved_tensors_hooks, "__enter__")
+def refuse_hook(writer: Writer, *_: Any) -> Any:
+    """What is done to tensors in the backward pass alone can't stand in a graph, and the check may not see it."""
+    raise RefusalError("a hook of the backward pass can't stand in a graph; what sets it stays plain Python")
+
+
 @handles(torch.autograd.Function, "apply")
 def write_function(recorder: Any, function: Any, kind: Any, *args: Any) -> Any:
     """A function with a backward of its own is one node: what its forward calls is not recorded."""
