@@ -1,9 +1,11 @@
 """Capture: the graph is the user's model, whatever Python that has; or the line is named that no graph can hold."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import operator
 import pickle
 import random
@@ -12,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -564,6 +567,32 @@ def is_new(m: Net, x: Tensor) -> Tensor:
     return m.o(y)
 
 
+def draws_from_its_own(m: Net, x: Tensor) -> Tensor:
+    m.dice = getattr(m, "dice", random.Random(0))
+    return m.o(m.a(x) * m.dice.random())
+
+
+def draws_from_numpys(m: Net, x: Tensor) -> Tensor:
+    m.dice = getattr(m, "dice", np.random.default_rng(0))
+    return m.o(m.a(x) * float(m.dice.uniform()))
+
+
+def counts_with_an_iterator(m: Net, x: Tensor) -> Tensor:
+    m.number = getattr(m, "number", itertools.count(1))
+    return m.o(m.a(x) / next(m.number))
+
+
+def counts_in_an_object(m: Net, x: Tensor) -> Tensor:
+    m.state = getattr(m, "state", SimpleNamespace(step=0))
+    m.state.step += 1
+    return m.o(m.a(x) / m.state.step)
+
+
+def asks_for_a_gradient(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.o(m.b(y) if y.requires_grad else y)  # asks for a gradient
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is deprecated
     DOUBLE = torch.jit.CompilationUnit("def double(x):\n    return x * 2\n").double
@@ -596,6 +625,11 @@ def calls_script(m: Net, x: Tensor) -> Tensor:
         (keeps_in_a_list, "", r"attribute 'hidden' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
         (counts_runs, "", "attribute 'runs' of the model is another after each run"),
         (is_new, "", "attribute 'old' of the model is another after each run"),
+        (draws_from_its_own, "", "attribute 'dice' of the model is another after each run"),
+        (draws_from_numpys, "", "attribute 'dice' of the model is another after each run"),
+        (counts_with_an_iterator, "", "attribute 'number' of the model is another after each run"),
+        (counts_in_an_object, "", "attribute 'state' of the model is another after each run"),
+        (asks_for_a_gradient, "# asks for a gradient", "whether a tensor has a gradient"),
     ],
 )
 def test_what_a_graph_can_not_hold(forward: Callable[..., Any], mark: str, message: str) -> None:
@@ -621,6 +655,18 @@ def test_it_stays_plain_python(forward: Callable[..., Any]) -> None:
     text = str(fxprune.analyze(graph, X))
     assert re.search(r"plain Python, 0: .*(Net|Conv2d)", text), text
     assert "plain Python, the whole: can't trace " in text
+
+
+def test_weights_that_the_model_writes_into_are_as_before() -> None:
+    def clamps(m: Net, x: Tensor) -> Tensor:
+        m.a.weight.data.clamp_(-0.1, 0.1)
+        return m.o(m.a(x))
+
+    model = net(clamps)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with contextlib.suppress(TraceError):
+        fxprune.trace(model, X)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_torchscript_in_a_model_is_named() -> None:

@@ -6,6 +6,7 @@ torch.nn stay modules. What needs the data of a tensor is refused.
 """
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +33,7 @@ from fxprune.graph.effects import (
 from fxprune.graph.inputs import Bound, tensors_in
 from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
-from fxprune.graph.places import stack_trace, users_frame
+from fxprune.graph.places import is_users, stack_trace, users_frame
 from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
@@ -464,6 +465,12 @@ class Recorder(TorchFunctionMode):
             node = node.next
         return node
 
+    def requires_grad(self, tensor: Tensor) -> bool:
+        """Whether a tensor gets a gradient. What is computed does in some runs only; torch itself asks, to be quick."""
+        if not isinstance(tensor, nn.Parameter) and is_users(sys._getframe(2).f_code.co_filename):
+            raise RefusalError("Python there asks whether a tensor has a gradient, which differs from run to run")
+        return tensor.requires_grad
+
     def shape(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor."""
         return torch.Size([self.size(tensor, axis) for axis in range(tensor.dim())])
@@ -524,5 +531,6 @@ HANDLED: dict[Any, Callable[..., Any]] = {
     Tensor.numel: lambda recorder, tensor: prod(recorder.shape(tensor)),
     torch._C._set_grad_enabled: write_grad_mode,
     Tensor.register_hook: refuse_hook,
+    Tensor.requires_grad.__get__: Recorder.requires_grad,  # type: ignore[attr-defined]
     Tensor.nelement: lambda recorder, tensor: prod(recorder.shape(tensor)),
 }

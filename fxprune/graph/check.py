@@ -134,15 +134,16 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
 
 @contextmanager
 def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """What is written into buffers meanwhile is undone, and random numbers that are drawn are not missed."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """What is written into parameters and buffers meanwhile is undone, and random numbers are drawn from a copy."""
+    tensors = (*model.parameters(), *model.buffers())  # a model may write into its parameters, too
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         with torch.random.fork_rng():
             yield
     finally:
         with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
+            for tensor, values in before:
+                tensor.copy_(values)
 
 
 def run_once(model: nn.Module, inputs: Bound, mode: Mode, look: Look) -> Outcome:

@@ -3,11 +3,13 @@
 What is written anew in each run, a size say, is none, and no more is a cache of what does not depend on the inputs.
 """
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from fxprune.graph.inputs import tensors_in
@@ -61,10 +63,20 @@ def attributes_of(modules: Modules) -> Attributes:
 
 
 def keep_value(value: Any) -> Any:
-    """``value``, or a copy of it that does not change with it."""
+    """``value``, or a copy of it that does not change with it; of an object, its attributes."""
     if type(value) in (list, tuple, set):
         return type(value)(map(keep_value, value))
-    return {key: keep_value(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {key: keep_value(item) for key, item in value.items()}
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return str(value.get_state(legacy=False))
+    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type)) and not callable(value):
+        return dict(vars(value))
+    return value
 
 
 def refuse_kept_tensors(writer: Writer, before: Attributes, after: Attributes) -> None:
@@ -94,6 +106,11 @@ def is_made_of_inputs(node: fx.Node) -> bool:
             waiting += [source for source in behind.all_input_nodes if source not in seen]
             seen.update(behind.all_input_nodes)
     return False
+
+
+def iterators_in(attributes: Attributes) -> list[tuple[str, str]]:
+    """The attributes that give another item whenever they are asked."""
+    return [key for key, value in attributes.items() if isinstance(value, Iterator)]
 
 
 def changed_values(before: Attributes, after: Attributes) -> list[tuple[str, str]]:
