@@ -207,7 +207,7 @@ def assert_same(what: str, found: Outcome, expected: Outcome) -> None:
             assert leaf == want, f"{what} output {number}"
     assert_all_close(f"{what} gradient", found.gradients, expected.gradients)
     for name, buffer in expected.buffers.items():
-        assert_close(f"{what} buffer {name}", found.buffers[name], buffer, floor=RTOL)  # some are zero but for rounding
+        assert_close(f"{what} buffer {name}", found.buffers[name], buffer, floor=1e-4)  # some are zero but for rounding
 
 
 # --------------------------------------------------------------------------------------------- laws

@@ -17,7 +17,7 @@ def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State
     """``state`` for a file, and what to write beside it to have it back: None where no start is known.
 
     Where it takes less space than the parameter, only the values that differ from their start are written, and under
-    another name where they are, as ``gaps_between`` has it.
+    another name where they are: as ``gaps_between`` has it, or their positions where they are few.
     """
     if start is None:
         return dict(state), None
@@ -30,9 +30,10 @@ def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State
             continue
         begin = start.values(name, tensor.device).to(tensor.dtype)
         where = (bits_of(tensor) != bits_of(begin)).nonzero().flatten()
-        gaps = gaps_between(where)
-        if len(where) * tensor.element_size() + len(gaps) < tensor.nbytes:
-            result[name], result[key] = tensor.flatten()[where], gaps
+        positions = where.int() if tensor.numel() < 2**31 else where
+        places = min(gaps_between(where), positions, key=lambda kind: kind.nbytes)
+        if len(where) * tensor.element_size() + places.nbytes < tensor.nbytes:
+            result[name], result[key] = tensor.flatten()[where], places
             index[name] = key
             check = checksum_of(tensor, check)
     return result, {**start.to_json(), "index": index, "check": check}
@@ -54,7 +55,6 @@ def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], s
     check = 0
     for name, key in index.items():
         values, where = state[name], state[key]
-        # Older files have positions.
         where = positions_after(where) if where.dtype == torch.uint8 else where.long()
         whole = start.values(name).to(values.dtype).flatten()
         ordered = where.ndim == 1 and bool((where.diff() > 0).all())
