@@ -1789,6 +1789,29 @@ class SplitStack(nn.Module):
 
 
 register("yolo_c2f", lambda: nn.Sequential(conv_bn(3, 6), SplitStack(), head(8)), "halves, kept stage by stage")
+
+
+class FusedAttention(nn.Module):
+    """As small GPTs have it: the parts of the fused projection are as wide as its input, by the input's own shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.qkv, self.proj, self.leave = (
+            nn.Linear(10, 16),
+            nn.Linear(16, 48),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        batch, length, width = x.shape
+        heads = [part.view(batch, length, 4, 4).transpose(1, 2) for part in self.qkv(x).split(width, dim=2)]
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(batch, length, width)
+        return self.leave(x + self.proj(mixed))
+
+
+register("gpt_split", FusedAttention, "a fused projection, split by the width of its input", TOKENS)
 register("hrnet", Fusion, "branches of several resolutions, fused")
 register("attention_rotary", Rotary, "grouped queries with rotary embeddings: angles do not tie heads", TOKENS)
 register("sequential_slices", Sliced, "nn.Sequential, sliced")

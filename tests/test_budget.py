@@ -136,6 +136,14 @@ def test_memory_is_weights_and_values() -> None:
     assert memory(np.ones(4, dtype=bool)) == 4 * (weights + values)
 
 
+def test_flops_of_a_model_that_looks_at_values() -> None:
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    assert cost.flops(Net(3, 4), torch.ones(2, 3)) == 2 * 2 * 3 * 4
+
+
 def test_flops_of_a_model_with_a_buffer_that_is_not_saved() -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 def flops(model: nn.Module, example_inputs: Any) -> int:
     """FLOPs of one forward pass in the model's mode, counted by ``FlopCounterMode`` on meta tensors.
 
-    A model with plain Python in it, which may look at values, runs on the example itself.
+    A model that looks at values runs on the example itself.
     """
     return count_flops(model, example_inputs)[""]
 
@@ -51,15 +52,19 @@ def count_flops(model: nn.Module, example_inputs: Any) -> Counter[str]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
-    counter = FlopCounterMode(display=False)
     args, kwargs = bind_inputs(example_inputs)
-    with counter, torch.no_grad():
-        if is_traced(model):
-            # On data torch may take a kernel for attention that the counter does not know; in its plain form it does.
-            with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
-                model(*args, **kwargs)
-        else:
+    if not is_traced(model):
+        with suppress(RuntimeError), FlopCounterMode(display=False) as counter, torch.no_grad():
             functional_call(model, state_on_meta(model), *map_tensors(on_meta, (args, kwargs)))
+            return flops_within("", counter)
+    # On data torch may take a kernel for attention that the counter does not know; in its plain form it does.
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        model(*args, **kwargs)
     return flops_within("", counter)
 
 

@@ -133,11 +133,13 @@ def fit_sizes(run: CompactRun, node: fx.Node, start: int, may_infer: bool = Fals
 
 @fitter("chunk", "split", "split_with_sizes", "tensor_split")
 def fit_parts(run: CompactRun, node: fx.Node) -> None:
-    """Parts that became unequal are given by their sizes."""
+    """Parts that became unequal, or would follow a size that gets smaller elsewhere, are given by their sizes."""
     value, expected = find_argument(node, 0, "input"), run.after[node.name]
     axis = value_of(run, find_argument(node, 2, "dim", 0)) % len(expected[0].shape)
     sizes = [part.shape[axis] for part in expected]
-    if sizes == [part.shape[axis] for part in run.before[node.name]]:
+    computed = [arg for arg in node.all_input_nodes if isinstance(run.before.get(arg.name), int)]
+    follows = any(run.env[arg] != run.before[arg.name] for arg in computed)
+    if sizes == [part.shape[axis] for part in run.before[node.name]] and not follows:
         return
     node.op, node.target = "call_function", torch.split
     node.args, node.kwargs = (value, sizes, axis), {}
