@@ -143,7 +143,7 @@ tied_decoder layer_norm_mlp rms_norm_mlp hand_rms_norm swiglu mixer mha_batch_fi
 mha_sequence_first mha_sequence_first_no_bias mha_post_norm mha_exact mha_masked mha_cross attention_matmul
 attention_shape attention_sdpa attention_einsum attention_gqa attention_causal attention_channels vit swin
 text_classifier tied_language_model keyword_input train_only_coupling dropout conv1d lstm_head lstm_only hrnet gru_head
-attention_rotary linear_attention linear_attention_nonzero""".split()
+attention_rotary linear_attention linear_attention_nonzero gpt_split""".split()
 
 
 @pytest.mark.filterwarnings("ignore:FoldConstants leaves:UserWarning")
