@@ -14,6 +14,7 @@ results/zoo.md.
 import argparse
 import copy
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -277,6 +278,11 @@ def check(name: str) -> dict[str, Any]:
     }
 
 
+def without_folders(text: str) -> str:
+    """A message without the folders in which packages lie here."""
+    return re.sub(r"/[^ :`]*/site-packages/", "", text)
+
+
 def use(name: str, model: Any, compact: Any, x: Any) -> dict[str, Any]:
     """Train a compact model for a step, and run it on another batch; say why the model is no one graph."""
     import torch
@@ -300,7 +306,7 @@ def use(name: str, model: Any, compact: Any, x: Any) -> dict[str, Any]:
     try:
         trace_whole(model, bind_inputs(x))
     except TraceError as error:
-        return {"why": str(error)}
+        return {"why": without_folders(str(error))}
     return {"why": ""}
 
 
@@ -354,7 +360,7 @@ def one(name: str, onnx: bool, limit: float) -> Any:
     except subprocess.TimeoutExpired:
         return {"error": f"over {limit:.0f} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+        return {"error": without_folders((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

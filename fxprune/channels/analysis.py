@@ -284,7 +284,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
         graph=graph,
         example_inputs=inputs if run.real else map_tensors(on_meta, inputs),
         inputs={
-            mode: {region: map_tensors(without_data, bound_inputs) for region, bound_inputs in calls.items()}
+            mode: {region: map_tensors(strip_names, bound_inputs) for region, bound_inputs in calls.items()}
             for mode, calls in bound_of.items()
         },
         groups={group.name: group for group in free},
@@ -317,6 +317,6 @@ def run_mode(
         return double, run_on_names(graph, mode, double, state, run)
 
 
-def without_data(tensor: Tensor) -> Tensor:
+def strip_names(tensor: Tensor) -> Tensor:
     """A tensor on meta, without names."""
     return on_meta(without_names(tensor))

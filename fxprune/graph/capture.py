@@ -30,10 +30,10 @@ from fxprune.graph.effects import (
     watch_hooks,
     write_buffers,
 )
-from fxprune.graph.inputs import Bound, tensors_in
+from fxprune.graph.inputs import Bound, tensors_in, without_data
 from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
-from fxprune.graph.places import is_users, stack_trace, users_frame
+from fxprune.graph.places import is_users, write_place
 from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
@@ -267,7 +267,7 @@ class Recorder(TorchFunctionMode):
             return type(result)(map(self.new_all, result))
         if not isinstance(result, Tensor):
             return result
-        data = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+        data = without_data(result)
         return FakeTensor(self.fake, data, seeming_device(result))
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -341,7 +341,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in self.fakes:
-            data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            data = without_data(tensor)
             fake = self.fakes[id(tensor)] = FakeTensor(self.fake, data, self.device_of(tensor))
             self.reals[id(fake)] = tensor
             self.alive.append(tensor)
@@ -364,7 +364,7 @@ class Recorder(TorchFunctionMode):
     def bind_argument(self, tensor: Tensor, node: fx.Node) -> Tensor:
         """A fake tensor for one that the model is given."""
         device = self.device_of(tensor)
-        data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        data = without_data(tensor)
         if self.first_tensor is None:
             self.first_tensor, self.first_device = node, device
             node.meta[FIRST] = True
@@ -393,9 +393,7 @@ class Recorder(TorchFunctionMode):
             raise RefusalError("inference_mode can't be told from no_grad in a graph: write torch.no_grad")
         node = self.graph.create_node(op, target, self.arg(tuple(args)), self.arg(dict(kwargs)))
         node.meta["nn_module_stack"] = self.within
-        frame = users_frame(record_run.__code__)
-        if frame is not None:
-            node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        write_place(node, record_run.__code__)
         return node
 
     def arg(self, value: Any) -> Any:

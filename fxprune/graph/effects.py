@@ -74,9 +74,12 @@ def keep_value(value: Any) -> Any:
         return str(value.bit_generator.state)
     if isinstance(value, np.random.RandomState):
         return str(value.get_state(legacy=False))
-    if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type)) and not callable(value):
-        return dict(vars(value))
-    return value
+    return dict(vars(value)) if is_record(value) else value
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an object that holds something in its attributes, a config or a counter say."""
+    return hasattr(value, "__dict__") and not (isinstance(value, (Tensor, nn.Module, type)) or callable(value))
 
 
 def refuse_kept_tensors(writer: Writer, before: Attributes, after: Attributes) -> None:
@@ -108,9 +111,14 @@ def is_made_of_inputs(node: fx.Node) -> bool:
     return False
 
 
-def iterators_in(attributes: Attributes) -> list[tuple[str, str]]:
-    """The attributes that give another item whenever they are asked."""
-    return [key for key, value in attributes.items() if isinstance(value, Iterator)]
+def iterators_in(modules: Modules) -> list[tuple[str, str]]:
+    """The attributes of modules that give another item whenever they are asked."""
+    return [
+        (path, name)
+        for path, module in modules.items()
+        for name, value in vars(module).items()
+        if name not in TORCHS and isinstance(value, Iterator)
+    ]
 
 
 def changed_values(before: Attributes, after: Attributes) -> list[tuple[str, str]]:

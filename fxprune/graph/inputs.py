@@ -50,6 +50,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return found
 
 
+def without_data(tensor: Tensor) -> Tensor:
+    """A tensor on meta, of the same shape, strides and dtype."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def for_mode(inputs: Bound, mode: Mode, module: nn.Module) -> Bound:
     """The inputs to run a mode with: batch norm can't train on one value per channel, so a batch of 1 becomes 2."""
     if not (mode.training and norms_batches(module)) or any(

@@ -47,6 +47,13 @@ def stack_trace(file: str, line: int, function: str) -> str:
     return f'  File "{file}", line {line}, in {function}\n    {linecache.getline(file, line).strip()}\n'
 
 
+def write_place(node: fx.Node, start: CodeType) -> None:
+    """Let a node know the line of the user's model, below the function whose code is ``start``, that makes it."""
+    frame = users_frame(start)
+    if frame is not None:
+        node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
 def describe_error_place(model: nn.Module, error: Exception) -> str:
     """Where in ``model`` an error arose: the part that called last, and the user's line."""
     paths = {id(module): path for path, module in model.named_modules()}

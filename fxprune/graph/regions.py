@@ -16,7 +16,7 @@ from fxprune.errors import TraceError
 from fxprune.graph.capture import is_layer
 from fxprune.graph.check import tensors_kept
 from fxprune.graph.draws import keep_draws
-from fxprune.graph.inputs import Bound, map_tensors, tensors_in
+from fxprune.graph.inputs import Bound, map_tensors, tensors_in, without_data
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.signature import pattern_of
@@ -176,8 +176,3 @@ def names_in(code: CodeType) -> set[str]:
     """The names of attributes and globals in a function, and in those within it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*map(names_in, inner))
-
-
-def without_data(tensor: Tensor) -> Tensor:
-    """A tensor on meta."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

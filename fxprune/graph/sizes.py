@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune.graph.capture import is_layer, record_run
-from fxprune.graph.effects import TORCHS
+from fxprune.graph.effects import TORCHS, is_record
 from fxprune.graph.inputs import Bound
 from fxprune.graph.numbers import Int, node_or_number
-from fxprune.graph.places import stack_trace, users_frame
+from fxprune.graph.places import write_place
 from fxprune.graph.trace import copy_modules, explain_error, names_of
 from fxprune.graph.traced import Mode
 
@@ -83,11 +83,6 @@ def integers_in(value: Any, seen: set[int]) -> Iterator[tuple[tuple[str | int, .
             yield (key, *keys), size
 
 
-def is_record(value: Any) -> bool:
-    """Whether a value is an object that may hold sizes in its attributes, a config say."""
-    return hasattr(value, "__dict__") and not (isinstance(value, (Tensor, nn.Module, type)) or callable(value))
-
-
 def items_of(value: Any) -> Iterator[tuple[str | int, Any]]:
     """What a list, dictionary or object holds, with the keys: integers in a list, otherwise text."""
     if isinstance(value, (tuple, list)):
@@ -149,9 +144,7 @@ def slot_node(graph: fx.Graph, slot: Slot) -> fx.Node:
 def write_check(size: Size, other: float) -> None:
     """The model's Python found two numbers equal."""
     node = size.graph.call_function(operator.eq, (size.node, node_or_number(other, size.graph)))
-    frame = users_frame(record_run.__code__)
-    if frame is not None:
-        node.stack_trace = stack_trace(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    write_place(node, record_run.__code__)
 
 
 def gives_number(node: fx.Node) -> bool:

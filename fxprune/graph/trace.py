@@ -22,7 +22,7 @@ from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
 from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.draws import find_draw, has_drawn, read_state
-from fxprune.graph.effects import attributes_of, describe_attribute, iterators_in
+from fxprune.graph.effects import describe_attribute, iterators_in
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
@@ -170,7 +170,7 @@ class Recording:
         """
         graph, reads_mode, changed = record_run(working, self.names, self.constants, self.known, inputs, mode)
         self.reads_mode |= reads_mode
-        iterators = iterators_in(attributes_of(dict(working.named_modules())))
+        iterators = iterators_in(dict(working.named_modules()))
         if not changed and not iterators:
             return graph
         again, _, counted = record_run(working, self.names, self.constants, self.known, inputs, mode)

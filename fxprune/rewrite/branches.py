@@ -21,6 +21,7 @@ from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
 from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
+from fxprune.rewrite.fit import name_of_target
 
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
@@ -270,8 +271,8 @@ def writes_in_place(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node writes into its first input."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace", False)) or name.endswith("_") or node.target is operator.iadd
+    in_name = name_of_target(node).endswith("_")
+    return bool(node.kwargs.get("inplace", False)) or in_name or node.target is operator.iadd
 
 
 def keep_constant(compact: TracedModule, graph: fx.Graph, branch: Branch) -> fx.Node | None:

@@ -51,8 +51,12 @@ def fitter(*targets: str) -> Callable[[Fit], Fit]:
 
 def fit_node(run: CompactRun, node: fx.Node) -> None:
     """Fit one node of a compact graph. ``run`` is the interpreter that is about to run it."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    FITTERS.get(name.strip("_"), keep_numbers)(run, node)
+    FITTERS.get(name_of_target(node).strip("_"), keep_numbers)(run, node)
+
+
+def name_of_target(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def value_of(run: CompactRun, arg: Any) -> Any:

@@ -18,7 +18,7 @@ from fxprune.graph.places import describe_place
 from fxprune.graph.sizes import Slot, gives_number, is_number, record_sizes
 from fxprune.graph.traced import Mode, TracedModule
 from fxprune.rewrite.equations import Equation
-from fxprune.rewrite.fit import find_argument
+from fxprune.rewrite.fit import find_argument, name_of_target
 
 SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 
@@ -151,11 +151,6 @@ def is_same_call(node: fx.Node, twin: fx.Node) -> bool:
     if name_of_target(node) in SPLITS:
         return name_of_target(twin) in SPLITS
     return (node.op, node.target) == (twin.op, twin.target)
-
-
-def name_of_target(node: fx.Node) -> str:
-    """The name of the function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
