@@ -127,7 +127,7 @@ def plan_as_torch_pruning(dense: nn.Module, analysis: Analysis, data: Batches, b
 
     It can cut the insides of blocks only: padded shortcuts are too much for it.
     """
-    x, whole = data[0][0][:2], analysis.sizes
+    x, widths = data[0][0][:2], analysis.sizes
     limit = float(budget.flops or 1) * fxprune.cost.flops(dense, x)
     inside = [
         module for name, module in dense.named_modules() if name in ("conv1", "linear") or name.endswith(".conv2")
@@ -147,12 +147,12 @@ def plan_as_torch_pruning(dense: nn.Module, analysis: Analysis, data: Batches, b
         ).step()
         low, high, best = (low, ratio, model) if fxprune.cost.flops(model, x) <= limit else (ratio, high, best)
     keep = {}
-    for name in whole:
+    for name in widths:
         if name.endswith(".conv1"):  # the scales of the norm behind tell which of its channels are left
             norm = f"{name.removesuffix('conv1')}bn1"
             before, after = (net.get_submodule(norm).weight.detach().numpy() for net in (dense, best))
             keep[name] = np.flatnonzero(np.isin(before, after)).tolist()
-    return Plan(keep, whole, analysis.options)
+    return Plan(keep, widths, analysis.options)
 
 
 def measure_row(dense: nn.Module, planner: Planner, budget: Budget, data: Batches, tested: Batches) -> dict[str, float]:
@@ -193,17 +193,17 @@ def write_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None
     for network in dict.fromkeys(row["network"] for row in rows):
         dense = next(row["dense"] for row in rows if row["network"] == network)
         text += ["", f"## {network}, {dense:.1%} before the cut", ""]
-        mine = [row for row in rows if row["network"] == network]
+        of_network = [row for row in rows if row["network"] == network]
         lines = []
-        for flops, criterion in sorted({(row["flops"], row["criterion"]) for row in mine}, key=lambda key: -key[0]):
-            same = [row for row in mine if (row["flops"], row["criterion"]) == (flops, criterion)]
+        for flops, criterion in sorted({(row["flops"], row["criterion"]) for row in of_network}, reverse=True):
+            same = [row for row in of_network if (row["flops"], row["criterion"]) == (flops, criterion)]
             means = [float(np.mean([row[name] for row in same])) for name in COLUMNS]
             spread = np.ptp([row["restored"] for row in same]) / 2
             lines.append(
                 (
                     -flops,
                     -means[-1],
-                    [f"{flops:g}", criterion, *(f"{each:.1%}" for each in means), f"± {spread:.1%}", str(len(same))],
+                    [f"{flops:g}", criterion, *(f"{mean:.1%}" for mean in means), f"± {spread:.1%}", str(len(same))],
                 )
             )
         header = ["FLOPs", "criterion", *COLUMNS, "range", "seeds"]
@@ -244,8 +244,8 @@ def main() -> None:
                 key = {"network": network, "flops": flops, "criterion": criterion, "seed": seed, **sizes}
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                found = measure_row(dense, planners[criterion], Budget(flops=flops), data, tested)
-                rows.append(key | {"dense": accuracy} | found)
+                result = measure_row(dense, planners[criterion], Budget(flops=flops), data, tested)
+                rows.append(key | {"dense": accuracy} | result)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(rows[-1], flush=True)

@@ -28,9 +28,9 @@ def check_fields(kind: type[Any], values: Mapping[str, Any], names: Mapping[str,
         return
     known = {part.name for part in fields(kind)}
     for name, value in values.items():
-        own = (names or {}).get(name, name)
-        if own in known and not fits_hint(value, hints[own]):
-            raise FileError(f"{kind.__name__}.{own} is {value!r:.60}, which is damaged")
+        field = (names or {}).get(name, name)
+        if field in known and not fits_hint(value, hints[field]):
+            raise FileError(f"{kind.__name__}.{field} is {value!r:.60}, which is damaged")
 
 
 def fits_dataclass(kind: type[Any], values: Mapping[str, Any]) -> bool:
@@ -61,8 +61,9 @@ def fits_hint(value: Any, hint: Any) -> bool:
     if not isinstance(kind, type) or kind is object:
         return True
     if issubclass(kind, Mapping):
-        whole = isinstance(value, Mapping)
-        return whole and (not parts or all(fits_hint(k, parts[0]) and fits_hint(v, parts[1]) for k, v in value.items()))
+        if not isinstance(value, Mapping):
+            return False
+        return not parts or all(fits_hint(k, parts[0]) and fits_hint(v, parts[1]) for k, v in value.items())
     if issubclass(kind, tuple) or (issubclass(kind, Sequence) and kind is not str):
         item = parts[0] if parts and (len(parts) == 1 or parts[1] is ...) else Any
         return isinstance(value, (list, tuple)) and all(fits_hint(part, item) for part in value)

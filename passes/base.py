@@ -72,19 +72,19 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
     """The parameters (not buffers) that some group lives on, by name, detached and in float32 at least."""
     parameters = dict(analysis.graph.named_parameters())
     members = dict.fromkeys(member.parameter for group in analysis.groups.values() for member in group.members)
-    found = {name: detach_weights(parameters[name]) for name in members if name in parameters}
-    if any(parameter.is_meta for parameter in found.values()):
+    weights = {name: detach_weights(parameters[name]) for name in members if name in parameters}
+    if any(parameter.is_meta for parameter in weights.values()):
         raise PlanError(
             "the weights are on the meta device and have no values to score. Use passes.Random, or load them."
         )
-    return found
+    return weights
 
 
 def divide_by_cost(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget) -> dict[str, Floats]:
     """Scores over what goes with each channel of what ``budget`` limits first; over FLOPs where it limits time."""
     kind = next((kind for kind, _ in budget.limits()), "flops")
     costs = marginal(analysis, kind)
-    return {name: its / np.maximum(costs[name], 1.0) for name, its in scores.items()}
+    return {name: numbers / np.maximum(costs[name], 1.0) for name, numbers in scores.items()}
 
 
 def share_in_layers(analysis: Analysis, group: Group, scores: Floats) -> Floats:

@@ -195,10 +195,10 @@ def tie_channels(names: Names, axes: Mapping[tuple[str, int], Axis], group: Grou
         axis = axes.get((member.parameter, member.axis))
         if axis is None or member.index.max(initial=-1) >= axis.size:  # one position has no name
             continue
-        found = axis.names[member.index]
+        names_here = axis.names[member.index]
         fresh = first[member.channel] < 0
-        first[member.channel[fresh]] = found[fresh]
-        names.merge(found, first[member.channel])
+        first[member.channel[fresh]] = names_here[fresh]
+        names.merge(names_here, first[member.channel])
 
 
 def renumber_classes(roots: Ints, count: int) -> tuple[Ints, Ints]:

@@ -172,7 +172,7 @@ class Runner(GraphInterpreter):
             return functional_call(layer, swapped, args, kwargs, tie_weights=False)
 
 
-class Recorder(Runner):
+class ChannelRunner(Runner):
     """Runs a graph on ChannelTensors and keeps the shape and labels of every value."""
 
     def __init__(
@@ -191,9 +191,9 @@ class Recorder(Runner):
         except FxpruneError:
             raise
         except Exception as error:
-            given = [list(tensor.shape) for tensor in tensors_in(self.fetch_args_kwargs_from_env(n))]
+            shapes = [list(tensor.shape) for tensor in tensors_in(self.fetch_args_kwargs_from_env(n))]
             raise AnalysisError(
-                f"node {describe_place(n)} does not run on channel names, given the shapes {given}: "
+                f"node {describe_place(n)} does not run on channel names, given the shapes {shapes}: "
                 f"{describe_cause(error)}"
             ) from error
         self.values[n.name] = (
@@ -214,10 +214,10 @@ class Recorder(Runner):
             return super().call_module(target, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             operator = self.lowered(target, args)
-        given = tuple(
+        inputs = tuple(
             (tuple(map(memory_place, arg.labels)), arg.data_.shape, arg.data_.stride(), arg.source) for arg in args
         )
-        key = target, given, operator is None and self.mode  # what torch runs, it may refuse in the other mode
+        key = target, inputs, operator is None and self.mode  # what torch runs, it may refuse in the other mode
         if key in run.calls:
             _, result, norms, flops = run.calls[key]
             run.flops += flops if run.mode is Mode.EVAL else []
@@ -305,15 +305,15 @@ def run_on_names(
 ) -> dict[str, Any]:
     """Run one mode's graph. Returns, for each node, its result with tensors replaced by Values."""
     run.mode = mode
-    recorder = Recorder(graph, mode, state, run)
-    recorder.start(inputs)
-    return recorder.values
+    runner = ChannelRunner(graph, mode, state, run)
+    runner.start(inputs)
+    return runner.values
 
 
 def bind_placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
     """The arguments for each placeholder of ``graph``, in order."""
     args, kwargs = inputs
-    given = iter(args)
+    positional = iter(args)
     names = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -322,12 +322,12 @@ def bind_placeholders(graph: fx.Graph, inputs: Bound) -> Iterator[Any]:
         if name.startswith("**"):
             yield {key: value for key, value in kwargs.items() if key not in names}
         elif name.startswith("*"):
-            yield tuple(given)
+            yield tuple(positional)
         elif name in kwargs:
             yield kwargs[name]
         else:
             missing = object()
-            value = next(given, missing)
+            value = next(positional, missing)
             if value is missing:
                 if not node.args:
                     raise AnalysisError(f"example_inputs give no value for argument {name!r} of the model")

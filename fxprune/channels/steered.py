@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fxprune.channels.interpret import Recorder, describe_cause, freeze_output, in_mode, name_within
+from fxprune.channels.interpret import ChannelRunner, describe_cause, freeze_output, in_mode, name_within
 from fxprune.channels.labels import Label, freeze_labels, label_along
 from fxprune.channels.names import Bools, Names
 from fxprune.channels.tensor import ChannelTensor, NameRun, carry_out
@@ -103,11 +103,11 @@ class Steered:
         """Run a region on names. What it was given and what its nodes gave is kept of its first call."""
         prefix = path + "."
         state = {name.removeprefix(prefix): tensor for name, tensor in self.state.items() if name.startswith(prefix)}
-        recorder = Recorder(region, mode, state, self.run, path)
-        result = recorder.start(bound)
+        runner = ChannelRunner(region, mode, state, self.run, path)
+        result = runner.start(bound)
         first = self.inputs[mode].setdefault(path, bound)
         if first is bound:
-            self.values[mode][path] = recorder.values
+            self.values[mode][path] = runner.values
         elif varying_sizes(first) != varying_sizes(
             bound
         ):  # what is baked into its graph was made to fit the first call

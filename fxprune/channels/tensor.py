@@ -54,7 +54,7 @@ class NameRun:
     batch_norm_scales: set[str] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)  # operator without a rule -> first node that calls it
     used: set[str] = field(default_factory=set)
-    calls: dict[Any, Any] = field(default_factory=dict)  # of modules, by what they were given; see Recorder
+    calls: dict[Any, Any] = field(default_factory=dict)  # of modules, by what they were given; see ChannelRunner
     _seen: set[tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=set)
 
     def remember(self, label: Label) -> None:

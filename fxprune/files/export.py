@@ -83,13 +83,13 @@ def export_onnx(
     sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
     with named_errors(path, "an ONNX model"), replace_files(path.parent) as folder:  # large ones are several files
         file = folder / path.name
-        given = resize_batch(inputs, sizes[0]) if dynamic_batch else inputs
+        example = resize_batch(inputs, sizes[0]) if dynamic_batch else inputs
         try:
-            write_onnx(module, given, file, dynamic_batch)
+            write_onnx(module, example, file, dynamic_batch)
         except ExportError:
             if dynamic_batch or isinstance(model, TracedModule):
                 raise
-            write_onnx(module, given, file, dynamic_batch, dynamo=False)
+            write_onnx(module, example, file, dynamic_batch, dynamo=False)
         batches = [resize_batch(inputs, n) if dynamic_batch else inputs for n in sizes]
         ordered = isinstance(model, TracedModule) or dynamic_batch
         worst, flat = compare_runs(module, batches, file, ordered)
@@ -200,14 +200,14 @@ def compare_runs(module: nn.Module, batches: Sequence[Bound], file: Path, ordere
         try:
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             arrays = [tensor.cpu().numpy() for tensor in tensors_in((args, kwargs))]
-            feeds = {given.name: array for given, array in zip(session.get_inputs(), arrays, strict=True)}
-            found = [torch.from_numpy(array) for array in session.run(None, feeds)]
+            feeds = {slot.name: array for slot, array in zip(session.get_inputs(), arrays, strict=True)}
+            results = [torch.from_numpy(array) for array in session.run(None, feeds)]
         except Exception as error:
             raise ExportError(f"onnxruntime can't run this model: {type(error).__name__}: {error}") from error
-        shapes, expected_shapes = ([tuple(tensor.shape) for tensor in each] for each in (found, expected))
+        shapes, expected_shapes = ([tuple(tensor.shape) for tensor in outputs] for outputs in (results, expected))
         if shapes != expected_shapes:
             raise ExportError(f"the ONNX model returns tensors of shapes {shapes}, PyTorch {expected_shapes}")
-        pairs = [(a.cpu().double(), b.double()) for a, b in zip(expected, found, strict=True)]
+        pairs = [(a.cpu().double(), b.double()) for a, b in zip(expected, results, strict=True)]
         gaps = [relative_difference(a, b) for a, b in pairs]
         if not ordered:  # detections, which stand in the order of scores that may be nearly equal
             again = [(a.sort(0).values, b.sort(0).values) if a.ndim else (a, b) for a, b in pairs]

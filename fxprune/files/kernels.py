@@ -28,12 +28,12 @@ def pack_kernels(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         result[name] = tensor
         if tensor.ndim != 4 or not tensor.is_floating_point() or any(name + end in state for end in (PATTERN, POOL)):
             continue
-        here = (bits_of(tensor.contiguous()) != 0).reshape(tensor.shape)
-        if int((~here).sum()) * tensor.element_size() <= tensor.shape[:2].numel():
+        nonzero = (bits_of(tensor.contiguous()) != 0).reshape(tensor.shape)
+        if int((~nonzero).sum()) * tensor.element_size() <= tensor.shape[:2].numel():
             continue
-        pool, pattern = torch.unique(here.flatten(2).flatten(0, 1), dim=0, return_inverse=True)
+        pool, pattern = torch.unique(nonzero.flatten(2).flatten(0, 1), dim=0, return_inverse=True)
         if len(pool) <= MOST:
-            result[name] = tensor[here]
+            result[name] = tensor[nonzero]
             result[name + PATTERN] = pattern.reshape(tensor.shape[:2]).to(torch.uint8)
             result[name + POOL] = pool.reshape(-1, *tensor.shape[2:])
             names.append(name)
@@ -57,8 +57,8 @@ def unpack_kernels(state: Mapping[str, Tensor], names: Sequence[str], expected: 
             )
         if pool.dtype != torch.bool or pattern.dtype != torch.uint8 or int(pattern.max()) >= len(pool):
             raise FileError(f"the patterns of {name} are damaged")
-        here = pool[pattern.long()]
-        if state[name].shape != (int(here.sum()),):
+        nonzero = pool[pattern.long()]
+        if state[name].shape != (int(nonzero.sum()),):
             raise FileError(f"{name} does not have the weights that its patterns ask for: the file is damaged")
-        result[name] = state[name].new_zeros(here.shape).masked_scatter_(here, state[name])
+        result[name] = state[name].new_zeros(nonzero.shape).masked_scatter_(nonzero, state[name])
     return result

@@ -111,9 +111,9 @@ def load(path: str | Path, model: nn.Module) -> Model:
         check_state(compact, state)
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
-    own = compact.state_dict()  # with the versions of the modules, which some look at when they load
-    own.update(state)
-    compact.load_state_dict(own)
+    full_state = compact.state_dict()  # with the versions of the modules, which some look at when they load
+    full_state.update(state)
+    compact.load_state_dict(full_state)
     return compact
 
 
@@ -161,8 +161,8 @@ def check_state(compact: nn.Module, state: dict[str, Tensor]) -> None:
     for name in [*expected, *state]:
         if name not in state or name not in expected:
             raise FileError(f"{name} is only in {'the file' if name in state else 'the model'}")
-        found, wanted = ((*tensor.shape, tensor.dtype) for tensor in (state[name], expected[name]))
-        if found != wanted:
+        file_kind, model_kind = ((*tensor.shape, tensor.dtype) for tensor in (state[name], expected[name]))
+        if file_kind != model_kind:
             raise FileError(
                 f"{name} is {describe_tensor(state[name])} in the file, {describe_tensor(expected[name])} in the model"
             )

@@ -56,13 +56,13 @@ def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], s
     for name, key in index.items():
         values, where = state[name], state[key]
         where = positions_after(where) if where.dtype == torch.uint8 else where.long()
-        whole = start.values(name).to(values.dtype).flatten()
+        flat = start.values(name).to(values.dtype).flatten()
         ordered = where.ndim == 1 and bool((where.diff() > 0).all())
-        if not ordered or where.shape != values.shape or (len(where) and not 0 <= where[0] <= where[-1] < len(whole)):
+        if not ordered or where.shape != values.shape or (len(where) and not 0 <= where[0] <= where[-1] < len(flat)):
             raise FileError(f"the positions of the weights of {name} are damaged")
-        whole[where] = values
-        result[name] = whole.reshape(start.shape(name))
-        check = checksum_of(whole, check)
+        flat[where] = values
+        result[name] = flat.reshape(start.shape(name))
+        check = checksum_of(flat, check)
     if check != description["check"]:
         raise FileError("its weights are not those that were saved: the file is damaged, or start values differ here")
     return result

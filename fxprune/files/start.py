@@ -76,9 +76,9 @@ class Start:
             torch.arange(size, device=device) if index is None else index.to(device)
             for size, index in zip(shape, kept, strict=True)
         ]
-        first, *others = axes or [torch.zeros(1, dtype=torch.int64, device=device)]
+        first, *inner = axes or [torch.zeros(1, dtype=torch.int64, device=device)]
         row = torch.zeros(1, dtype=torch.int64, device=device)  # the positions of one row, made of those of each axis
-        for size, index in zip(shape[1:], others, strict=True):
+        for size, index in zip(shape[1:], inner, strict=True):
             row = (row[:, None] * size + index).flatten()
         parts = torch.split(first, max(1, chunk_on(first.device) // max(1, len(row))))
         rows = [self.at(name, part[:, None] * math.prod(shape[1:]) + row).flatten() for part in parts]
@@ -103,7 +103,7 @@ class Start:
         if abs(origin.scale) * WIDEST * self.factor < FLUSH:
             return result
         chunk, key = chunk_on(position.device), key_of(self.seed, name)
-        for part, out in zip(*(torch.split(each.view(-1), chunk) for each in (position, result)), strict=True):
+        for part, out in zip(*(torch.split(tensor.view(-1), chunk) for tensor in (position, result)), strict=True):
             out.copy_(draw_numbers(origin, key, part))
         return result if self.factor == 1 else fade_numbers(result, self.factor)
 
@@ -128,7 +128,7 @@ class Start:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but ``kept``, which follows from the plan."""
-        origins = {name: [each.kind, each.scale, list(each.shape)] for name, each in self.origins.items()}
+        origins = {name: [origin.kind, origin.scale, list(origin.shape)] for name, origin in self.origins.items()}
         return {"generator": GENERATOR, "seed": self.seed, "factor": self.factor, "origins": origins}
 
     @classmethod

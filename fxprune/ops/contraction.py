@@ -278,8 +278,8 @@ def fit_transposed(run: CompactRun, node: fx.Node) -> None:
 @attributes(nn.MultiheadAttention)
 def attention_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     width = layer.out_proj.weight.shape[0]
-    others = [each if each is None else each.shape[1] for each in (layer.k_proj_weight, layer.v_proj_weight)]
-    key, value = (width if other is None else other for other in others)
+    widths = [weight if weight is None else weight.shape[1] for weight in (layer.k_proj_weight, layer.v_proj_weight)]
+    key, value = (width if given_width is None else given_width for given_width in widths)
     return {"embed_dim": width, "kdim": key, "vdim": value, "head_dim": width // layer.num_heads}
 
 
@@ -323,8 +323,8 @@ ATTENTION = (
 @rule(*ATTENTION.split())
 def attention(call: Call) -> Any:
     """softmax(q k^T + mask) v, its leading axes batch letters."""
-    query, *others = (as_operand(tensor) for tensor in call.args[:3])
-    key, value = (repeat_heads(other, tuple(query.shape)) for other in others)
+    query, *sources = (as_operand(tensor) for tensor in call.args[:3])
+    key, value = (repeat_heads(source, tuple(query.shape)) for source in sources)
     letters = "bhij"[: len(query.shape) - 2]
     scores = contract_matrices(call, query, key, f"{letters}mk", f"{letters}nk", f"{letters}mn")
     shape = (*query.shape[:-1], key.shape[-2])

@@ -232,8 +232,8 @@ def fit_bound(run: CompactRun, before: Value, axis: int, bound: Any) -> Any:
     """
     old = old_value(run, bound)
     moved = moved_bound(run, before, axis, old)
-    wanted = old if moved is None else moved
-    return bound if value_of(run, bound) == old == wanted else wanted
+    new = old if moved is None else moved
+    return bound if value_of(run, bound) == old == new else new
 
 
 @fitter("narrow")

@@ -42,10 +42,10 @@ def steps_first(function: Any) -> Any:
     """``function`` with steps on the first axis, whatever it is told: torch turns its result in place."""
 
     def call(x: Any, state: Any, weights: Any, has_biases: Any, *options: Any) -> Any:
-        *others, batch_first = options
+        *settings, batch_first = options
         if not isinstance(has_biases, bool) or not batch_first:  # packed sequences have weights there, and no such flag
             return function(x, state, weights, has_biases, *options)
-        result, *states = function(x.transpose(0, 1), state, weights, has_biases, *others, False)
+        result, *states = function(x.transpose(0, 1), state, weights, has_biases, *settings, False)
         return result.transpose(0, 1), *states
 
     return call

@@ -24,8 +24,8 @@ CONFIG = "config"
 def is_made_of_config(model: nn.Module) -> bool:
     """Whether the class of ``model`` is made from its config and nothing else."""
     parameters = inspect.signature(type(model)).parameters.values()
-    plain = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    needed = [each.name for each in plain if each.default is each.empty]
+    plain = [item for item in parameters if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
+    needed = [item.name for item in plain if item.default is item.empty]
     return needed == [CONFIG] and hasattr(vars(model).get(CONFIG), "__dict__")
 
 
@@ -44,19 +44,19 @@ def sizes_by_config(model: nn.Module, small: nn.Module, sizes: Mapping[Slot, int
     graph = fx.Graph()
     fresh = build_class(model, {slot: remembered_size(graph, slot, size) for slot, size in before.items()})
     layers = {path for path, module in small.named_modules() if is_layer(module)}
-    wanted = {slot: size for slot, size in find_sizes(small, layers=True).items() if slot.path in layers} | dict(sizes)
+    target = {slot: size for slot, size in find_sizes(small, layers=True).items() if slot.path in layers} | dict(sizes)
     equations = [
-        Equation(number.node, wanted[slot], str(slot))
+        Equation(number.node, target[slot], str(slot))
         for slot, number in find_sizes(fresh, layers=True).items()
-        if isinstance(number, Number) and slot in wanted
+        if isinstance(number, Number) and slot in target
     ]
     solver = Solver(before, lambda node, axis: 0)  # no tensor has a size here
     known, failing = solver.solve(equations)
-    found = build_class(model, known)
-    shapes, own = (shapes_of(each) for each in (found, small))
-    if shapes != own:
-        name = next(name for name in own if shapes.get(name) != own[name])
-        said = f"{name} would have shape {shapes.get(name)}, not {own[name]}"
+    rebuilt = build_class(model, known)
+    shapes, small_shapes = map(shapes_of, (rebuilt, small))
+    if shapes != small_shapes:
+        name = next(name for name in small_shapes if shapes.get(name) != small_shapes[name])
+        said = f"{name} would have shape {shapes.get(name)}, not {small_shapes[name]}"
         if failing:
             said = f"{failing[0].place} would be {solver.value(failing[0].left, known)}, not {failing[0].right}"
         raise RewriteError(
@@ -65,7 +65,7 @@ def sizes_by_config(model: nn.Module, small: nn.Module, sizes: Mapping[Slot, int
             "the config stays as it is, and nothing that is saved with it can be loaded"
         )
     old = find_sizes(model, layers=True)
-    return {slot: size for slot, size in find_sizes(found, layers=True).items() if old.get(slot, size) != size}
+    return {slot: size for slot, size in find_sizes(rebuilt, layers=True).items() if old.get(slot, size) != size}
 
 
 def build_class(model: nn.Module, sizes: Mapping[Slot, int]) -> nn.Module:

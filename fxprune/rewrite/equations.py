@@ -87,29 +87,29 @@ class Solver:
         number, side = sides
         if unknown in slots_in(number):
             return {unknown: self.before[unknown]}
-        wanted = self.value(number, known)
+        result = self.value(number, known)
         while SLOT not in side.meta:
             at = [unknown in slots_in(arg) for arg in side.args]
-            others = [self.value(arg, known) for arg in side.args]
+            operands = [self.value(arg, known) for arg in side.args]
             if sum(at) != 1 or (inverse := INVERSES.get((side.target, at.index(True)))) is None:
                 return {unknown: self.before[unknown]}
             try:
-                wanted = inverse(wanted, *(other for other, hides in zip(others, at, strict=True) if not hides))
+                result = inverse(result, *(operand for operand, hides in zip(operands, at, strict=True) if not hides))
             except ZeroDivisionError:
                 return {unknown: self.before[unknown]}
             side = side.args[at.index(True)]
-        return {unknown: wanted}
+        return {unknown: result}
 
 
-INVERSES: dict[tuple[Any, int], Callable[..., Any]] = {  # by operator and the place of the unknown: f(result, other)
+INVERSES: dict[tuple[Any, int], Callable[..., Any]] = {  # by operator and the place of the unknown: f(result, operand)
     (operator.add, 0): operator.sub,
     (operator.add, 1): operator.sub,
     (operator.sub, 0): operator.add,
-    (operator.sub, 1): lambda result, other: other - result,
+    (operator.sub, 1): lambda result, operand: operand - result,
     (operator.mul, 0): operator.floordiv,
     (operator.mul, 1): operator.floordiv,
     (operator.floordiv, 0): operator.mul,
-    (operator.floordiv, 1): lambda result, other: other // result,
+    (operator.floordiv, 1): lambda result, operand: operand // result,
     (operator.neg, 0): operator.neg,
 }
 

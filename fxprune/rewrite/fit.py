@@ -89,18 +89,18 @@ def keep_numbers(run: CompactRun, node: fx.Node) -> None:
 
 def put_number(node: fx.Node, arg: fx.Node, number: float) -> None:
     """Give ``node`` a number for one of its arguments."""
-    node.args = fx.map_arg(node.args, lambda each: number if each is arg else each)
-    node.kwargs = fx.map_arg(node.kwargs, lambda each: number if each is arg else each)
+    node.args = fx.map_arg(node.args, lambda operand: number if operand is arg else operand)
+    node.kwargs = fx.map_arg(node.kwargs, lambda operand: number if operand is arg else operand)
 
 
-def fit_argument(run: CompactRun, old: Sequence[Any], wanted: Sequence[int], may_infer: bool) -> tuple[Any, ...]:
+def fit_argument(run: CompactRun, old: Sequence[Any], expected: Sequence[int], may_infer: bool) -> tuple[Any, ...]:
     """The sizes ``old`` with those that differ from ``wanted`` replaced."""
     values = [value_of(run, size) for size in old]
     # Next to a size of 0, torch can't tell what -1 stands for.
-    ambiguous = any(want == 0 and value != -1 for value, want in zip(values, wanted, strict=True))
+    ambiguous = any(want == 0 and value != -1 for value, want in zip(values, expected, strict=True))
     may_infer = may_infer and not ambiguous and -1 not in values
     new: list[Any] = []
-    for size, value, want in zip(old, values, wanted, strict=True):
+    for size, value, want in zip(old, values, expected, strict=True):
         if value == want or (value == -1 and not ambiguous):
             new.append(size)
         elif may_infer and isinstance(size, fx.Node):

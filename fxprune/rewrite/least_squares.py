@@ -54,8 +54,8 @@ def fit_sums(rows: Iterable[Sequence[Tensor]], intercept: bool) -> list[Change]:
     """From the sums of squares and products, [columns, columns] and [columns, outputs], in float64."""
     count, sums = 0, list[Tensor]()
     for x, missing, *_ in rows:
-        ones = torch.ones_like(x[:, :, :1])
-        more = [(a.mT @ b).double() for a, b in ((x, x), (x, missing), (ones, x), (ones, missing))]
+        constant = torch.ones_like(x[:, :, :1])
+        more = [(a.mT @ b).double() for a, b in ((x, x), (x, missing), (constant, x), (constant, missing))]
         sums = [total + part for total, part in zip(sums, more, strict=True)] if sums else more
         count += x.shape[1]
     squares, products, of_rows, of_missing = sums

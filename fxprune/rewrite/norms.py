@@ -53,11 +53,11 @@ def take_kept(tensor: Tensor, kept: Kept) -> Tensor:
     return tensor
 
 
-def put_back(small: Tensor, kept: Kept, whole: Tensor) -> Tensor:
+def put_back(small: Tensor, kept: Kept, original: Tensor) -> Tensor:
     """What ``small`` holds, at the kept places of a tensor shaped like ``whole``, and zeros elsewhere."""
     for axis, index in enumerate(kept):
         if index is not None:
             shape = list(small.shape)
-            shape[axis] = whole.shape[axis]
+            shape[axis] = original.shape[axis]
             small = small.new_zeros(shape).index_copy(axis, index.to(small.device), small)
     return small

@@ -53,9 +53,9 @@ class ParamMap(Mapping[str, Kept]):
         kept = torch.ones_like(tensor, dtype=torch.bool)
         for axis, index in enumerate(self._kept[name]):
             if index is not None:
-                here = torch.zeros(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
-                here[index.to(tensor.device)] = True
-                kept &= here.reshape([-1 if at == axis else 1 for at in range(tensor.ndim)])
+                stays = torch.zeros(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
+                stays[index.to(tensor.device)] = True
+                kept &= stays.reshape([-1 if at == axis else 1 for at in range(tensor.ndim)])
         return ~kept
 
     def then(self, other: "ParamMap") -> "ParamMap":

@@ -27,8 +27,8 @@ def find_weights(model: TracedModule) -> Weights:
         if node.op == "get_attr":
             weights[node] = (str(node.target),) if get_parameter(model, node) is not None else ()
         elif inputs and node.op != "output" and all(value in weights for value in inputs):
-            own = name_matrices(model, node) if node.op == "call_module" else []
-            weights[node] = tuple(dict.fromkeys([*(name for value in inputs for name in weights[value]), *own]))
+            matrices = name_matrices(model, node) if node.op == "call_module" else []
+            weights[node] = tuple(dict.fromkeys([*(name for value in inputs for name in weights[value]), *matrices]))
     return weights
 
 

@@ -174,7 +174,7 @@ def restore(
             note = f"plain Python steers {type(compact).__name__}: its layers can't be restored one by one"
             return renew_averages(compact, batches, note)
         parts = zip((False, True), hold_out(batches), strict=True)
-        pairs = [BatchPair(Live(graph, its), Live(compact, its), held_out) for held_out, part in parts for its in part]
+        pairs = [BatchPair(Live(graph, x), Live(compact, x), held_out) for held_out, part in parts for x in part]
         return restore_layers(graph, compact, param_map, pairs)
 
 
@@ -188,8 +188,8 @@ def check_cut(graph: Model, compact: Model, param_map: ParamMap) -> None:
             raise RestoreError(f"{name} is on the meta device and has no values: load the weights before the cut")
         new = after.get(name)
         if new is None or name not in param_map or (cut := param_map.slice(name, parameter)).shape != new.shape:
-            found = "missing" if new is None else list(new.shape)
-            raise RestoreError(f"param_map does not lead from graph to compact: {name} is {found} there")
+            shape = "missing" if new is None else list(new.shape)
+            raise RestoreError(f"param_map does not lead from graph to compact: {name} is {shape} there")
         if not torch.equal(cut.to(new), new):
             raise RestoreError(
                 f"{name} of compact is not the slice of {name} of graph: one of them was trained, or restored, since "
@@ -203,13 +203,13 @@ def read_arguments(data: Any, model: nn.Module) -> list[Bound]:
     if not isinstance(batches, Iterable):
         raise RestoreError(f"data must be a batch or an iterable of batches, such as a DataLoader; got {data!r:.60}")
     device, _ = device_of(model)
-    found = [
+    calls = [
         map_tensors(lambda tensor: tensor.to(device), read_batch(batch, model))
         for batch in track_progress(batches, "reading")
     ]
-    if not found:
+    if not calls:
         raise RestoreError("data has no batches: restoring needs some inputs, labels are not needed")
-    return found
+    return calls
 
 
 def read_batch(batch: Any, model: nn.Module) -> Bound:
@@ -307,9 +307,9 @@ def restore_layers(
         if not place.is_comparable():
             left.append(f"{layer.name}: more than the channels of what it gives went")
             continue
-        if (found := restore_layer(place, uses[id(layer.weight)], generator)) is None:
+        if (row := restore_layer(place, uses[id(layer.weight)], generator)) is None:
             continue
-        rows.append(found)
+        rows.append(row)
         for pair in pairs:
             pair.compact.advance(node)
     note = "\n".join(f"left as cut, {line}" for line in dict.fromkeys(left) if line)
@@ -364,23 +364,23 @@ class LayerPair:
     def is_comparable(self) -> bool:
         """Whether what the layer gives was cut along its channels only."""
         pair = self.pairs[0]
-        given, wanted = pair.compact.env[self.node], pair.dense.env[self.original]
-        return tuple(given.shape) == tuple(self.at_kept(wanted).shape)
+        output, target = pair.compact.env[self.node], pair.dense.env[self.original]
+        return tuple(output.shape) == tuple(self.at_kept(target).shape)
 
     def missing(self, pair: BatchPair, tail: "Tail") -> Tensor:
         """What the layer should give and does not: shaped like its output, in float32 at least."""
-        given, wanted = widen(pair.compact.env[self.node]), self.at_kept(widen(pair.dense.env[self.original]))
-        missing = wanted - given
-        if tail.other is None or tail.original is None:
+        output, target = widen(pair.compact.env[self.node]), self.at_kept(widen(pair.dense.env[self.original]))
+        missing = target - output
+        if tail.operand is None or tail.original is None:
             return missing
-        other = widen(pair.compact.env[tail.other])
+        added = widen(pair.compact.env[tail.operand])
         original = self.at_kept(widen(pair.dense.env[tail.original]))
-        shape = [1] * given.ndim
+        shape = [1] * output.ndim
         shape[self.layer.channel_axis] = -1
-        return missing + (original - other) / tail.scale.to(missing).view(shape)
+        return missing + (original - added) / tail.scale.to(missing).view(shape)
 
     def rows(self, tail: "Tail", held_out: bool, generator: torch.Generator) -> Iterator[Rows]:
-        """Some rows of each batch: what the layer reads, what is missing, what was wanted."""
+        """Some rows of each batch: what the layer reads, what is missing, what should come out."""
         share = -(-count_rows(self.layer) // len(self.pairs))
         for pair in self.pairs:
             if pair.held_out is not held_out:
@@ -388,8 +388,8 @@ class LayerPair:
             missing = self.missing(pair, tail)
             places = draw_positions(self.layer, missing, share, generator)
             x = lay_out_input(self.layer, widen(pair.compact.env[self.source]), places)
-            wanted = missing + widen(pair.compact.env[self.node])
-            yield x, lay_out_output(self.layer, missing, places), lay_out_output(self.layer, wanted, places)
+            target = missing + widen(pair.compact.env[self.node])
+            yield x, lay_out_output(self.layer, missing, places), lay_out_output(self.layer, target, places)
 
     def at_kept(self, value: Tensor) -> Tensor:
         """A value of the original at the channels that are left."""
@@ -403,13 +403,13 @@ class Tail:
     Attributes:
         norm: the batch norm that reads it, alone and directly.
         scale: float[outputs], what batch norms on the way multiply it by.
-        other: the operand that is added to it in a residual sum, in the compact model, if it has its value already.
+        operand: what is added to it in a residual sum, in the compact model, if it has its value already.
         original: the same in the original.
     """
 
     norm: NORMS | None
     scale: Tensor
-    other: fx.Node | None = None
+    operand: fx.Node | None = None
     original: fx.Node | None = None
 
 
@@ -421,7 +421,7 @@ def follow_layer(place: LayerPair) -> Tail:
     while len(node.users) == 1:
         user = next(iter(node.users))
         if is_sum(user) and not user.kwargs:
-            return Tail(norm, scale, *find_other(place, node, user))
+            return Tail(norm, scale, *find_operand(place, node, user))
         part = place.compact.get_submodule(str(user.target)) if user.op == "call_module" else None
         if isinstance(part, NORMS) and part.running_var is not None and layer.channel_axis == 1:
             weight = 1.0 if part.weight is None else part.weight.double()
@@ -433,15 +433,15 @@ def follow_layer(place: LayerPair) -> Tail:
     return Tail(norm, scale)
 
 
-def find_other(place: LayerPair, node: fx.Node, join: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+def find_operand(place: LayerPair, node: fx.Node, join: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The other operand of a residual sum in both models, where it has its value and is shaped like the layer's."""
     pair = place.pairs[0]
-    other = next(operand for operand in join.all_input_nodes if operand is not node)
-    original = next((value for value in pair.dense.env if value.name == other.name), None)
-    if other not in pair.compact.env or original is None:
+    operand = next(source for source in join.all_input_nodes if source is not node)
+    original = next((value for value in pair.dense.env if value.name == operand.name), None)
+    if operand not in pair.compact.env or original is None:
         return None, None
-    shapes = [value.shape for value in (pair.compact.env[other], place.at_kept(pair.dense.env[original]))]
-    return (other, original) if shapes == [pair.compact.env[place.node].shape] * 2 else (None, None)
+    shapes = [value.shape for value in (pair.compact.env[operand], place.at_kept(pair.dense.env[original]))]
+    return (operand, original) if shapes == [pair.compact.env[place.node].shape] * 2 else (None, None)
 
 
 def widen(value: Tensor) -> Tensor:
@@ -470,13 +470,13 @@ def restore_layer(place: LayerPair, uses: int, generator: torch.Generator) -> Re
 def has_changed(place: LayerPair, tail: Tail) -> bool:
     """Whether the layer gives something else than it gave, by more than rounding."""
     dtype = place.pairs[0].compact.env[place.node].dtype
-    missing, given = 0.0, 0.0
+    missing, output = 0.0, 0.0
     for pair in place.pairs:
         missing += float(place.missing(pair, tail).double().square().sum())
-        given += float(pair.compact.env[place.node].double().square().sum())
+        output += float(pair.compact.env[place.node].double().square().sum())
     if not math.isfinite(missing):
         raise RestoreError(f"on this data the layer of {place.layer.name} gives values that are not finite. {EXPECTED}")
-    return math.sqrt(missing) > allow_rounding(dtype) * math.sqrt(given)
+    return math.sqrt(missing) > allow_rounding(dtype) * math.sqrt(output)
 
 
 def why_left(place: LayerPair, uses: int) -> str:
@@ -495,13 +495,13 @@ def measure_errors(changes: Sequence[Change], rows: Iterable[Rows], scale: Tenso
     ``scale``: float64[outputs], what each output is weighed by.
     """
     totals = torch.zeros(2 + len(changes), dtype=torch.float64, device=scale.device)
-    for x, missing, wanted in rows:
+    for x, missing, target in rows:
         weights = scale.view(missing.shape[0], 1, -1)
         left = [missing.double() - change.give(x) for change in changes]
-        for number, part in enumerate((wanted, missing, *left)):
+        for number, part in enumerate((target, missing, *left)):
             totals[number] += (part * weights).square().sum()
-    size, *others = totals.sqrt().tolist()
-    return [size or 1.0, *others]
+    size, *errors = totals.sqrt().tolist()
+    return [size or 1.0, *errors]
 
 
 def apply_change(place: LayerPair, tail: Tail, change: Change) -> None:

@@ -69,11 +69,11 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)
     state = named_tensors(graph)
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if found != dict(analysis.shapes):
-        name = next(iter({*found.items()} ^ {*analysis.shapes.items()}))[0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != dict(analysis.shapes):
+        name = next(iter({*shapes.items()} ^ {*analysis.shapes.items()}))[0]
         raise RewriteError(
-            f"this is not the model that was analysed: {name} has shape {found.get(name)}, the analysis says "
+            f"this is not the model that was analysed: {name} has shape {shapes.get(name)}, the analysis says "
             f"{analysis.shapes.get(name)}. Analyse it again, or rewrite the model that you analysed."
         )
 
@@ -93,13 +93,13 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
         dropped = {member.parameter for name in plan.dropped for member in analysis.groups[name].members}
         remove_branches(compact, predicted, frozenset(name.rpartition(".")[0] for name in dropped))
         gone = state.keys() - {*compact.state_dict().keys(), *dict(compact.named_buffers())}
-        nothing = torch.zeros(0, dtype=torch.int64)
-        kept |= {name: tuple(nothing for _ in kept[name]) for name in gone}
+        no_index = torch.zeros(0, dtype=torch.int64)
+        kept |= {name: tuple(no_index for _ in kept[name]) for name in gone}
     set_attributes(compact, predicted)
     for place in places_of(compact, predicted):
-        given = analysis.inputs[place.mode].get(place.region)
-        if given is not None:
-            Fitter(place, analysis.values[place.mode][place.region], stays).start(given)
+        arguments = analysis.inputs[place.mode].get(place.region)
+        if arguments is not None:
+            Fitter(place, analysis.values[place.mode][place.region], stays).start(arguments)
     for region in regions_of(compact).values():
         region.recompile()
     param_map = ParamMap(kept, parameters, kept_by_norms(analysis, stays), gone)
@@ -151,7 +151,7 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
     """Leave on the compact model what ``save`` needs, the plan from the model that was traced first, and its groups."""
     before = compact.meta.get("fxprune")
     try:
-        whole = Plan.from_json(before["plan"]).then(plan) if before else plan
+        total = Plan.from_json(before["plan"]).then(plan) if before else plan
     except PlanError as error:
         raise PlanError(
             "this model was cut before, by groups that an analysis of it does not find again. Plan with what came of "
@@ -159,7 +159,7 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         ) from error
     example = before["example_inputs"] if before else describe_inputs(analysis.example_inputs)
     compact.meta["fxprune"] = {
-        "plan": whole.to_json(),
+        "plan": total.to_json(),
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
@@ -262,15 +262,15 @@ class Fitter(Runner):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A layer whose shape is plain need not run."""
         lowered = None if kwargs else self.lowered(target, args)
-        if lowered and (found := self.as_predicted(name_of(lowered[0]), lowered[1])) is not None:
-            return found
+        if lowered and (result := self.as_predicted(name_of(lowered[0]), lowered[1])) is not None:
+            return result
         with torch.device("meta"):
             return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Nor need a function."""
-        if not kwargs and (found := self.as_predicted(target, args)) is not None:
-            return found
+        if not kwargs and (result := self.as_predicted(target, args)) is not None:
+            return result
         with torch.device("meta"):
             return super().call_function(target, args, kwargs)
 

@@ -173,10 +173,10 @@ def draw_positions(layer: LinearLayer, y: Tensor, rows: int, generator: torch.Ge
         count = math.prod(y.shape[:-1])
         return (torch.randperm(count, generator=generator)[:rows].to(y.device),) if rows < count else None
     sizes = y.shape[2:]
-    count, wanted = math.prod(sizes), -(-rows // len(y))
-    if wanted >= count:
+    count, per_example = math.prod(sizes), -(-rows // len(y))
+    if per_example >= count:
         return None
-    drawn = torch.randperm(count, generator=generator)[:wanted].to(y.device)
+    drawn = torch.randperm(count, generator=generator)[:per_example].to(y.device)
     return tuple(torch.unravel_index(drawn, sizes))
 
 

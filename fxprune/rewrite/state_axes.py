@@ -112,15 +112,15 @@ class StateCutter:
             if fits_axes(value, axes, old):
                 return tuple(None if size == 1 else axis for size, axis in zip(value.shape, axes, strict=True))
             return f"of {kind.__name__} it is known that its axes go along with the axes {axes} of the parameter"
-        found = self._probe(old, shape)
-        return found.get(key) or found.get("") or f"a copy of the optimizer has no such state after {STEPS} steps"
+        probed = self._probe(old, shape)
+        return probed.get(key) or probed.get("") or f"a copy of the optimizer has no such state after {STEPS} steps"
 
     def _probe(self, old: nn.Parameter, shape: torch.Size) -> dict[str, Axes | str]:
         """What ``probe_axes`` finds, once for all parameters that are alike."""
-        which = self._groups[old], old.shape, shape, old.dtype, old.device
-        if which not in self._probes:
-            self._probes[which] = probe_axes(self.optimizer, old, shape)
-        return self._probes[which]
+        key = self._groups[old], old.shape, shape, old.dtype, old.device
+        if key not in self._probes:
+            self._probes[key] = probe_axes(self.optimizer, old, shape)
+        return self._probes[key]
 
 
 def fits_axes(state: Tensor, axes: Axes, parameter: Tensor) -> bool:
@@ -144,7 +144,7 @@ def probe_axes(optimizer: Optimizer, old: nn.Parameter, shape: torch.Size) -> di
     except Exception as error:  # it is the user's, and fails as it likes
         return {"": f"a copy of the optimizer can't be tried: {type(error).__name__}: {error}"}
     return {
-        name: axes_of_state(tensor, small.get(name), {axis: its.get(name) for axis, its in rolled.items()}, shape)
+        name: axes_of_state(tensor, small.get(name), {axis: states.get(name) for axis, states in rolled.items()}, shape)
         for name, tensor in plain.items()
     }
 
@@ -159,7 +159,7 @@ def axes_of_state(
             return "it is there on some copies only"
         if is_same(moved, plain):
             continue
-        along = [own for own in range(plain.ndim) if is_same(moved, plain.roll(1, own))]
+        along = [state_axis for state_axis in range(plain.ndim) if is_same(moved, plain.roll(1, state_axis))]
         if len(along) != 1 or axes[along[0]] is not None:
             return f"on a copy it does not go along with axis {axis} of the parameter on one axis of its own"
         axes[along[0]] = axis
@@ -172,14 +172,14 @@ def axes_of_state(
     return tuple(axes)
 
 
-def is_same(one: Tensor, other: Tensor) -> bool:
+def is_same(state: Tensor, reference: Tensor) -> bool:
     """Whether two states differ by rounding only."""
-    if one.shape != other.shape:
+    if state.shape != reference.shape:
         return False
-    wide = torch.complex128 if other.is_complex() else torch.float64
-    one, other = one.cpu().to(wide), other.cpu().to(wide)
-    spread = (other - other.mean()).abs().max()
-    return bool((one - other).abs().max() <= ROLLED * spread)
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    state, reference = state.cpu().to(wide), reference.cpu().to(wide)
+    spread = (reference - reference.mean()).abs().max()
+    return bool((state - reference).abs().max() <= ROLLED * spread)
 
 
 def run_copy(optimizer: Optimizer, old: nn.Parameter, shape: torch.Size, roll: int | None = None) -> dict[str, Tensor]:
@@ -220,8 +220,8 @@ def copy_optimizer(optimizer: Optimizer, parameters: Mapping[nn.Parameter, nn.Pa
         memo |= {id(part): twin, id(part.state): defaultdict(dict)}
     for part, twin in zip(parts, twins, strict=True):
         for group in part.param_groups:
-            own = [parameters[parameter] for parameter in group["params"] if parameter in parameters]
-            memo.setdefault(id(group), {**copy.deepcopy({**group, "params": []}, memo), "params": own})
+            members = [parameters[parameter] for parameter in group["params"] if parameter in parameters]
+            memo.setdefault(id(group), {**copy.deepcopy({**group, "params": []}, memo), "params": members})
         filled = [memo[id(group)] for group in part.param_groups if memo[id(group)]["params"]]
         memo.setdefault(id(part.param_groups), filled)
         for name, value in vars(part).items():

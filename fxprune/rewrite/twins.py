@@ -58,10 +58,10 @@ class Twins:
         if name_of_target(node) in SPLITS:
             yield from self.compare_parts(node, twin)
             return
-        own, theirs = ({**dict(enumerate(each.args)), **each.kwargs} for each in (node, twin))
+        args, twin_args = ({**dict(enumerate(call.args)), **call.kwargs} for call in (node, twin))
         shape = self.given[twin] if name_of_target(node) in ("view", "reshape") else ()
-        for key in own | theirs:
-            pairs = zip_longest(leaves_of(own.get(key)), leaves_of(theirs.get(key)))
+        for key in args | twin_args:
+            pairs = zip_longest(leaves_of(args.get(key)), leaves_of(twin_args.get(key)))
             for at, (left, right) in enumerate(pairs, key - 1 if isinstance(key, int) else 0):
                 if left == -1 or right != -1:
                     yield left, self.number_of(right)
@@ -83,8 +83,8 @@ class Twins:
 
     def number_of(self, value: Any) -> Any:
         """A number of the compact graph; tensors stay nodes."""
-        given = self.given.get(value) if isinstance(value, fx.Node) else None
-        return given if is_number(given) else value
+        number = self.given.get(value) if isinstance(value, fx.Node) else None
+        return number if is_number(number) else value
 
 
 class ShapeRun(GraphInterpreter):
@@ -135,13 +135,13 @@ def pair_nodes(graph: fx.Graph, compact: fx.Graph) -> Iterator[tuple[fx.Node, fx
     Raises:
         RewriteError: they make others.
     """
-    pairs = zip_longest(*([node for node in each.nodes if not gives_number(node)] for each in (graph, compact)))
+    pairs = zip_longest(*([node for node in side.nodes if not gives_number(node)] for side in (graph, compact)))
     for node, twin in pairs:
         if node is None or twin is None or not is_same_call(node, twin):
-            own, theirs = (describe_place(each) if each is not None else "nothing" for each in (node, twin))
+            place, twin_place = (describe_place(call) if call is not None else "nothing" for call in (node, twin))
             raise RewriteError(
-                f"where the model calls {own}, the compact graph has {theirs}: it was changed by more than a cut. "
-                "Give the compact model before any rewrite pass"
+                f"where the model calls {place}, the compact graph has {twin_place}: it was changed by more than a "
+                "cut. Give the compact model before any rewrite pass"
             )
         yield node, twin
 

@@ -28,7 +28,7 @@ def shadows_of(run: Run, name: str, thing: object) -> list[Shadow]:
     own_tensors = run.graph.state_dict(keep_vars=True).values()
     known = {id(tensor) for tensor in (*own_tensors, *(tensor for _, tensor in shadows))}
     pruned = {member.parameter for group in run.analysis.groups.values() for member in group.members}
-    shapes = {run.analysis.shapes[own]: own for own in pruned}
+    shapes = {run.analysis.shapes[parameter]: parameter for parameter in pruned}
     for tensor in (tensor for tensor in tensors_in(attributes_of(thing)) if id(tensor) not in known):
         if tuple(tensor.shape) in shapes:
             raise SessionError(
@@ -52,8 +52,9 @@ def match_model(graph: nn.Module, held: Collection[Any]) -> list[Shadow]:
     """The tensors of one collection with their names, where all of it belongs to the model."""
     if isinstance(held, dict):
         state = graph.state_dict()
-        mine = {key: value for key, value in held.items() if isinstance(value, Tensor)}
-        return list(mine.items()) if all(key in state and shares_shape(mine[key], state[key]) for key in mine) else []
+        tensors = {key: value for key, value in held.items() if isinstance(value, Tensor)}
+        fits = all(key in state and shares_shape(tensor, state[key]) for key, tensor in tensors.items())
+        return list(tensors.items()) if fits else []
     every = dict(graph.named_parameters())
     trained = {key: parameter for key, parameter in every.items() if parameter.requires_grad}
     for parameters in (every, trained):

@@ -142,8 +142,8 @@ def read_checkpoint(
         if [type(training_pass).__name__ for training_pass in chosen] != names:
             raise FileError(f"it has the passes {names}, not those that were given")
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
-        raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {what}") from error
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, (LookupError, TypeError)) else str(error)
+        raise FileError(f"{path} does not fit this {type(model).__name__} and its optimizer: {reason}") from error
     return Saved(
         data, state, chosen, {**state.plan.options, "batch_size": state.batch_size, "epochs": state.epochs}, start
     )
@@ -196,10 +196,10 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for at, state in saved["state"].items():
-        mine = optimizer.state[held[at]]
+        loaded = optimizer.state[held[at]]
         for key, value in state.items():
-            if isinstance(value, torch.Tensor) and mine[key].dtype != value.dtype:
-                mine[key] = value.to(mine[key].device)
+            if isinstance(value, torch.Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device)
 
 
 def random_state() -> dict[str, Any]:
@@ -209,7 +209,7 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(each) for each in rest)),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(number) for number in rest)),
     }
 
 

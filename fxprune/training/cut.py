@@ -31,7 +31,7 @@ def reconfigure(
     copies: Sequence[Model] = (),
     shadows: Sequence[tuple[str, Tensor]] = (),
     *,
-    others: Collection[nn.Parameter] = (),
+    outer: Collection[nn.Parameter] = (),
     reset_state: bool = False,
     verify_with: Any = None,
 ) -> tuple[Analysis, ParamMap]:
@@ -45,7 +45,7 @@ def reconfigure(
             gradients.
         copies: other traced models with the same graph and shapes, such as a moving average.
         shadows: further tensors to cut, each as the parameter or buffer of the name beside it.
-        others: parameters of a larger model that has this one as a part; the optimizers may hold them too.
+        outer: parameters of a larger model that has this one as a part; the optimizers may hold them too.
         reset_state: drop an optimizer's state of a parameter where it can't be sliced.
         verify_with: example inputs, to prove first, in float64, that the cut changes nothing else.
 
@@ -56,8 +56,8 @@ def reconfigure(
         FxpruneError: the plan, the rewrite, the state or the proof is refused. Nothing is changed then.
     """
     compact, param_map = rewrite(model, analysis, plan)
-    states = [param_map.sliced_state(each, reset=reset_state, others=others) for each in optimizers]
-    followers = [rewrite(each, analysis, plan)[0] for each in copies]
+    states = [param_map.sliced_state(optimizer, reset=reset_state, others=outer) for optimizer in optimizers]
+    followers = [rewrite(copied, analysis, plan)[0] for copied in copies]
     if verify_with is not None:
         verify(model, compact, param_map, verify_with)
     gradients = {
@@ -75,15 +75,15 @@ def reconfigure(
     # From here on nothing can fail.
     for parameter in model.parameters():
         parameter.grad = None
-    for each, its_compact in zip((model, *copies), (compact, *followers), strict=True):
-        become_compact(each, its_compact)
+    for wide, narrow in zip((model, *copies), (compact, *followers), strict=True):
+        become_compact(wide, narrow)
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
     for tensor, smaller in cut_shadows:
         replace_data(tensor, smaller)
-    for optimizer, its in zip(optimizers, states, strict=True):
+    for optimizer, sliced in zip(optimizers, states, strict=True):
         param_map.drop_gone(optimizer)
-        for parameter, state in its.items():
+        for parameter, state in sliced.items():
             optimizer.state.pop(parameter, None)
             if state:
                 optimizer.state[parameter] = state
@@ -96,20 +96,20 @@ def become_compact(model: Model, compact: Model) -> None:
     take_over(model, compact)
     model.meta.clear()
     model.meta.update(compact.meta)
-    for region, its in regions_of_both:
-        if not all(same_graphs(region.graphs[mode], its.graphs[mode]) for mode in Mode):
-            region.set_graphs(its.graphs[Mode.TRAIN], its.graphs[Mode.EVAL])
+    for region, smaller in regions_of_both:
+        if not all(same_graphs(region.graphs[mode], smaller.graphs[mode]) for mode in Mode):
+            region.set_graphs(smaller.graphs[Mode.TRAIN], smaller.graphs[Mode.EVAL])
 
 
-def take_over(module: nn.Module, other: nn.Module) -> None:
-    """Give ``module`` the tensors, children and plain attributes of ``other``."""
-    take_over_tensors(module, other)
-    for mine, theirs in tensors_of(module, other):
-        mine.clear()
-        mine.update(theirs)
-    for name in module._modules.keys() - other._modules.keys():
+def take_over(module: nn.Module, source: nn.Module) -> None:
+    """Give ``module`` the tensors, children and plain attributes of ``source``."""
+    take_over_tensors(module, source)
+    for tensors, source_tensors in tensors_of(module, source):
+        tensors.clear()
+        tensors.update(source_tensors)
+    for name in module._modules.keys() - source._modules.keys():
         del module._modules[name]
-    for name, child in other._modules.items():
+    for name, child in source._modules.items():
         held = module._modules.get(name)
         if held is None or child is None:
             module._modules[name] = child
@@ -119,23 +119,23 @@ def take_over(module: nn.Module, other: nn.Module) -> None:
         else:
             take_over(held, child)
     if not isinstance(module, TracedModule):
-        public = {key: value for key, value in vars(other).items() if not key.startswith("_") and is_plain(value)}
+        public = {key: value for key, value in vars(source).items() if not key.startswith("_") and is_plain(value)}
         vars(module).update(public | {"training": module.training})
 
 
-def take_over_tensors(module: nn.Module, other: nn.Module) -> None:
-    """Make ``other`` hold the tensors of ``module``, with its own values in them."""
-    for mine, theirs in tensors_of(module, other):
-        for name, tensor in theirs.items():
-            held = mine.get(name)
+def take_over_tensors(module: nn.Module, source: nn.Module) -> None:
+    """Make ``source`` hold the tensors of ``module``, with its own values in them."""
+    for tensors, source_tensors in tensors_of(module, source):
+        for name, tensor in source_tensors.items():
+            held = tensors.get(name)
             if held is not None and tensor is not None and held is not tensor:
                 replace_data(held, tensor)
-                theirs[name] = held
+                source_tensors[name] = held
 
 
-def tensors_of(module: nn.Module, other: nn.Module) -> Any:
+def tensors_of(module: nn.Module, source: nn.Module) -> Any:
     """The parameters of both, and the buffers of both."""
-    return (module._parameters, other._parameters), (module._buffers, other._buffers)
+    return (module._parameters, source._parameters), (module._buffers, source._buffers)
 
 
 def replace_data(tensor: Tensor, new: Tensor) -> None:
@@ -143,6 +143,6 @@ def replace_data(tensor: Tensor, new: Tensor) -> None:
     if tensor.shape != new.shape and tensor.is_leaf and tensor.requires_grad:
         # A loss that is still referred to keeps the node that accumulates gradients, which remembers the old shape.
         # Autograd makes a new one for data of another dtype.
-        other = torch.float32 if tensor.dtype == torch.float16 else torch.float16
-        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+        dtype = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=dtype, device=tensor.device)
     tensor.data = new.data

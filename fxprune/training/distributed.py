@@ -66,7 +66,7 @@ def gather_values(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * count_ranks()
     dist.all_gather_object(values, value)
-    failed = [f"rank {number}: {its.error}" for number, its in enumerate(values) if isinstance(its, Failure)]
+    failed = [f"rank {rank}: {answer.error}" for rank, answer in enumerate(values) if isinstance(answer, Failure)]
     if failed:
         raise ElsewhereError(f"taken back on every rank, because it failed on some: {'; '.join(failed)}")
     return values
@@ -90,7 +90,7 @@ def require_agreement(facts: Mapping[str, object]) -> None:
             parties.setdefault(of_rank[name], []).append(rank)
         if len(parties) > 1:
             raise SessionError(
-                f"the ranks disagree on {name}: {', '.join(f'{key} on {who}' for key, who in parties.items())}. "
+                f"the ranks disagree on {name}: {', '.join(f'{key} on {ranks}' for key, ranks in parties.items())}. "
                 "Nothing was cut. Their weights or their passes differ: check that every rank trains the same model."
             )
 

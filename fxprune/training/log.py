@@ -58,7 +58,7 @@ class Epoch:
 
     def scalars(self) -> dict[str, float]:
         """The numbers of the record by name."""
-        own = {
+        numbers = {
             "step_time": self.step_time,
             "flops": self.flops,
             "params": float(self.params),
@@ -68,7 +68,7 @@ class Epoch:
             "sent": self.sent,
             "saved": self.saved,
         }
-        return own | ({} if self.samples is None else {"samples": float(self.samples)}) | dict(self.values)
+        return numbers | ({} if self.samples is None else {"samples": float(self.samples)}) | dict(self.values)
 
 
 class Writer(Protocol):
@@ -128,27 +128,27 @@ class Log:
         ]
         rows = [
             [
-                str(each.epoch),
-                f"{each.step_time * 1e3:.1f}",
-                "" if each.samples is None else str(each.samples),
-                f"{each.flops / 1e6:.1f}",
-                f"{each.params:,}",
-                str(sum(each.widths.values())),
-                f"{each.lr:.3g}",
-                *(f"{each.values[name]:.4g}" if name in each.values else "" for name in names),
-                f"{each.saved:.1f}",
-                f"{each.first_step:.2f}",
-                f"-{each.removed}" if each.removed else "",
-                f"{each.cut_time:.2f}" if each.removed else "",
+                str(epoch.epoch),
+                f"{epoch.step_time * 1e3:.1f}",
+                "" if epoch.samples is None else str(epoch.samples),
+                f"{epoch.flops / 1e6:.1f}",
+                f"{epoch.params:,}",
+                str(sum(epoch.widths.values())),
+                f"{epoch.lr:.3g}",
+                *(f"{epoch.values[name]:.4g}" if name in epoch.values else "" for name in names),
+                f"{epoch.saved:.1f}",
+                f"{epoch.first_step:.2f}",
+                f"-{epoch.removed}" if epoch.removed else "",
+                f"{epoch.cut_time:.2f}" if epoch.removed else "",
             ]
-            for each in self
+            for epoch in self
         ]
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in [heads, *rows]
         ]
-        notes = [f"epoch {each.epoch}: {note}" for each in self for note in each.notes]
+        notes = [f"epoch {epoch.epoch}: {note}" for epoch in self for note in epoch.notes]
         return "\n".join([*lines, *notes])
 
     def plot(self, path: str | Path) -> None:
@@ -163,28 +163,28 @@ class Log:
 
         if not self.epochs:
             raise FileError("the log is empty: there is nothing to draw before the first session.epoch_end()")
-        names = [name for name in dict.fromkeys(n for each in self for n in each.values) if name != "lambda"]
-        at = [each.epoch for each in self]
-        groups = dict.fromkeys(group for each in self for group in each.widths)
+        names = [name for name in dict.fromkeys(n for epoch in self for n in epoch.values) if name != "lambda"]
+        at = [epoch.epoch for epoch in self]
+        groups = dict.fromkeys(group for epoch in self for group in epoch.widths)
         figure = Figure(figsize=(8, 5.5 + 1.2 * bool(names)), layout="constrained")
         rows = figure.subplots(3 if names else 2, 1, sharex=True, squeeze=False)[:, 0]
-        rows[0].stackplot(at, *[[each.widths.get(group, 0) for each in self] for group in groups], ec="white", lw=0.3)
+        rows[0].stackplot(at, *[[epoch.widths.get(group, 0) for epoch in self] for group in groups], ec="white", lw=0.3)
         rows[0].set_ylabel("channels, by group")
-        rows[1].plot(at, [each.step_time * 1e3 for each in self], "o-", ms=3, color="C0", label="step time, ms")
+        rows[1].plot(at, [epoch.step_time * 1e3 for epoch in self], "o-", ms=3, color="C0", label="step time, ms")
         rows[1].set(ylabel="ms a step", ylim=(0, None))
         flops = rows[1].twinx()
-        flops.plot(at, [each.flops / 1e6 for each in self], "--", color="C1", label="MFLOPs a sample")
+        flops.plot(at, [epoch.flops / 1e6 for epoch in self], "--", color="C1", label="MFLOPs a sample")
         flops.set(ylabel="MFLOPs (dashed)", ylim=(0, None))
         for name in names:
-            its = [(each.epoch, each.values[name]) for each in self if name in each.values]
-            rows[2].plot(*zip(*its, strict=True), "o-", ms=3, label=name)
+            points = [(epoch.epoch, epoch.values[name]) for epoch in self if name in epoch.values]
+            rows[2].plot(*zip(*points, strict=True), "o-", ms=3, label=name)
         if names:
             rows[2].legend()
         rows[-1].set_xlabel("epoch")
         for axes in rows:
-            for each in self:
-                if each.removed:
-                    axes.axvline(each.epoch + 0.5, color="grey", lw=0.8, ls=":")
+            for epoch in self:
+                if epoch.removed:
+                    axes.axvline(epoch.epoch + 0.5, color="grey", lw=0.8, ls=":")
         figure.suptitle(f"{self.epochs[-1].saved:,.0f} s of training saved; dotted lines are cuts", fontsize=10)
         with replace_file(path, "a picture") as partial:
             figure.savefig(partial, dpi=150)

@@ -70,19 +70,19 @@ class Meter:
 
 def seconds_saved(log: Log, step_time: float, samples: int | None, steps: int) -> float:
     """Seconds saved until now less those that cuts took, against going on at the time of a sample before the first."""
-    if not any(each.removed for each in log):
+    if not any(epoch.removed for epoch in log):
         return 0.0
-    dense = [each for each in log if sum(each.widths.values()) == sum(log[0].widths.values())]
-    before = median(each.step_time / (each.samples or 1) for each in dense)
+    dense = [epoch for epoch in log if sum(epoch.widths.values()) == sum(log[0].widths.values())]
+    before = median(epoch.step_time / (epoch.samples or 1) for epoch in dense)
     return log[-1].saved - log[-1].cut_time + (before * (samples or 1) - step_time) * steps
 
 
 def step_memory(run: Run) -> tuple[float, float]:
     """Estimated bytes that a step takes on this rank: fixed, and for each sample."""
-    each, held = count_per_sample(run, "memory")
+    per_sample, held = count_per_sample(run, "memory")
     gradients = sum(size_of(parameter) for parameter in run.graph.parameters() if parameter.requires_grad)
     states = sum(size_of(tensor) for state in run.optimizer.state.values() for tensor in tensors_in(state))
-    return float(held + gradients + states), each
+    return float(held + gradients + states), per_sample
 
 
 def count_per_sample(run: Run, kind: str) -> tuple[float, float]:
@@ -100,8 +100,8 @@ def peak_memory(run: Run) -> float:
         highest = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return float(highest)
-    fixed, each = step_memory(run)
-    return fixed + each * (run.batch_size or count_examples(run.example_inputs))
+    fixed, per_sample = step_memory(run)
+    return fixed + per_sample * (run.batch_size or count_examples(run.example_inputs))
 
 
 def size_of(tensor: Tensor) -> int:

@@ -41,7 +41,7 @@ def cut_run(run: Run, plan: Plan) -> ParamMap:
                     optimizers,
                     copies,
                     shadows,
-                    others=set(run.around[1].parameters()),
+                    outer=set(run.around[1].parameters()),
                     reset_state=run.reset_state,
                     verify_with=run.example_inputs if run.verify else None,
                 )

@@ -29,10 +29,10 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], compact: Mod
     kind = type(optimizer).__name__
     if saved["kind"] != kind:
         raise FileError(f"the optimizer is {kind}, the file's {saved['kind']}")
-    own = [sum(not param_map.is_gone(p) for p in group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
-    if own != theirs:
-        raise FileError(f"the optimizer has {own} parameters in its groups, the file {theirs}")
+    counts = [sum(not param_map.is_gone(p) for p in group["params"]) for group in optimizer.param_groups]
+    saved_counts = [len(group["params"]) for group in saved["param_groups"]]
+    if counts != saved_counts:
+        raise FileError(f"the optimizer has {counts} parameters in its groups, the file {saved_counts}")
     held = [p for group in optimizer.param_groups for p in group["params"] if not param_map.is_gone(p)]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     state = saved["state"]
@@ -40,8 +40,8 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], compact: Mod
         raise FileError("the optimizer's parameters are not numbered in order: the file is damaged")
     if not all(isinstance(values, dict) for values in state.values()):
         raise FileError("the optimizer's state in the file is damaged")
-    for group, own_group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        check_settings(group, own_group)
+    for saved_group, group in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        check_settings(saved_group, group)
     names = {parameter: param_map.name_of(parameter) for parameter in held}
     parameters = {p: nn.Parameter(torch.zeros_like(compact.get_parameter(names[p])), p.requires_grad) for p in held}
     fresh = fresh_state(optimizer, parameters, saved["param_groups"])
@@ -49,25 +49,25 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], compact: Mod
         check_values(names[held[at]], values, fresh.get(held[at], {}))
 
 
-def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise FileError where a group of parameters has a setting of another kind than the optimizer's."""
-    for name in (saved.keys() & own.keys()) - {"params"}:
-        if not is_alike(saved[name], own[name]):
+    for name in (saved.keys() & settings.keys()) - {"params"}:
+        if not is_alike(saved[name], settings[name]):
             raise FileError(
-                f"the optimizer's setting {name!r} is {saved[name]!r:.60} in the file, where one as {own[name]!r:.60} "
-                "should be"
+                f"the optimizer's setting {name!r} is {saved[name]!r:.60} in the file, where one as "
+                f"{settings[name]!r:.60} should be"
             )
 
 
-def is_alike(one: object, other: object) -> bool:
+def is_alike(saved: object, current: object) -> bool:
     """Whether two settings are of one kind: numbers, tensors of one number, or tuples of them."""
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(is_alike, one, other))
-    if isinstance(one, Tensor) and isinstance(other, (Tensor, float)):
-        return one.numel() == 1
-    if isinstance(one, bool) or isinstance(other, bool) or not isinstance(one, (int, float)):
-        return type(one) is type(other) or one is None or other is None
-    return isinstance(other, (int, float, Tensor, type(None))) and math.isfinite(one)
+    if isinstance(saved, (tuple, list)) and isinstance(current, (tuple, list)):
+        return len(saved) == len(current) and all(map(is_alike, saved, current))
+    if isinstance(saved, Tensor) and isinstance(current, (Tensor, float)):
+        return saved.numel() == 1
+    if isinstance(saved, bool) or isinstance(current, bool) or not isinstance(saved, (int, float)):
+        return type(saved) is type(current) or saved is None or current is None
+    return isinstance(current, (int, float, Tensor, type(None))) and math.isfinite(saved)
 
 
 def fresh_state(
@@ -111,9 +111,9 @@ def check_values(name: str, saved: Mapping[str, Any], fresh: Mapping[str, Any]) 
     for key, value in fresh.items() if saved else ():
         if key not in saved:
             raise FileError(f"the optimizer's state {key!r} of {name} is not in the file")
-        found, wanted = describe_value(saved[key]), describe_value(value)
-        if found != wanted and value is not None:
-            raise FileError(f"the optimizer's state {key!r} of {name} is {found} in the file; it should be {wanted}")
+        saved_kind, kind = describe_value(saved[key]), describe_value(value)
+        if saved_kind != kind and value is not None:
+            raise FileError(f"the optimizer's state {key!r} of {name} is {saved_kind} in the file; it should be {kind}")
 
 
 def describe_value(value: object) -> str:

@@ -87,10 +87,12 @@ class Run:
 
     def optimizers(self) -> list[Optimizer]:
         """The optimizer, and the registered ones of parameters of this model; with those that they have within them."""
-        others = [thing for thing in self.registered.values() if isinstance(thing, Optimizer)]
-        own = set(self.graph.parameters()) if others else set()
-        held = [other for other in others if any(p in own for group in other.param_groups for p in group["params"])]
-        return list(dict.fromkeys(part for whole in (self.optimizer, *held) for part in optimizers_in(whole)))
+        parameters = set(self.graph.parameters())
+        optimizers = [self.optimizer]
+        for thing in self.registered.values():
+            if isinstance(thing, Optimizer) and any(parameters & {*group["params"]} for group in thing.param_groups):
+                optimizers.append(thing)
+        return list(dict.fromkeys(part for optimizer in optimizers for part in optimizers_in(optimizer)))
 
     def copies(self) -> list[Model]:
         """The copies of the model that are registered, such as a moving average."""
@@ -102,7 +104,7 @@ class Run:
 def find_copies(thing: object) -> list[Model]:
     """The traced models in a module, or in an object that has modules as attributes."""
     held = [thing] if isinstance(thing, nn.Module) else modules_in(attributes_of(thing))
-    traced = [part for whole in held for part in whole.modules() if is_traced(part)]
+    traced = [part for module in held for part in module.modules() if is_traced(part)]
     parts = {region for model in traced for region in regions_of(model).values() if region is not model}
     return [model for model in traced if model not in parts]
 

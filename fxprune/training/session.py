@@ -112,7 +112,9 @@ class Session(Run):
             batch_size=allow_count(why=": samples a step on this rank").or_none(),
             epochs=allow_count(why=": epochs of the whole run").or_none(),
             when=Rule(callable, "must be a function such as fxprune.WhenItPays(epochs)").or_none(),
-            writer=Rule(lambda it: hasattr(it, "add_scalar"), "must have add_scalar, as SummaryWriter has").or_none(),
+            writer=Rule(
+                lambda value: hasattr(value, "add_scalar"), "must have add_scalar, as SummaryWriter has"
+            ).or_none(),
             reset_state=FLAG,
             verify=FLAG,
             progress=FLAG.or_none(),
@@ -380,8 +382,8 @@ class Session(Run):
         Those that are not finite do not count: mixed precision has skipped their step.
         """
         gradients = [p.grad for p in self._held() if p.grad is not None] if self._pending else []
-        waits = any(bool(its.any()) for its in gradients) and all(bool(its.isfinite().all()) for its in gradients)
-        return distributed.any_rank(waits)
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        return distributed.any_rank(finite and any(bool(gradient.any()) for gradient in gradients))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Call the passes; where a closure makes the gradients, when it has made them."""
@@ -390,12 +392,12 @@ class Session(Run):
             self._after_backward()
             return None
 
-        def whole() -> Any:
+        def run_closure() -> Any:
             loss = closure()
             self._after_backward()
             return loss
 
-        return (optimizer, *args[2:]), {**kwargs, "closure": whole}
+        return (optimizer, *args[2:]), {**kwargs, "closure": run_closure}
 
     def _after_backward(self) -> None:
         for training_pass, memory in self.pairs():
@@ -417,8 +419,8 @@ class Session(Run):
         last = self.log[-1] if len(self.log) else None
         if last is None or last.predicted is None or not last.removed or last.samples != record.samples:
             return ()
-        expected, found = last.predicted * 1e3, record.step_time * 1e3
-        return (f"the last cut: a step was expected to take {expected:.1f} ms, it takes {found:.1f} ms",)
+        expected, measured = last.predicted * 1e3, record.step_time * 1e3
+        return (f"the last cut: a step was expected to take {expected:.1f} ms, it takes {measured:.1f} ms",)
 
     def _cut_in(self, plan: Plan, record: Epoch) -> Epoch:
         """Carry out ``plan`` at the end of an epoch, and the record of it."""
@@ -436,13 +438,13 @@ class Session(Run):
 
 def merge_plans(plans: Sequence[Plan | None]) -> Plan | None:
     """One plan that keeps what all of ``plans`` keep; where that is nothing, what those before the last one keep."""
-    given = [plan for plan in plans if plan is not None]
-    if not given:
+    present = [plan for plan in plans if plan is not None]
+    if not present:
         return None
-    keep = dict(given[0].keep)
-    for plan in given[1:]:
+    keep = dict(present[0].keep)
+    for plan in present[1:]:
         for name, kept in plan.keep.items():
             both = sorted(set(keep.get(name, kept)) & set(kept))
             keep[name] = tuple(both) or keep.get(name, tuple(range(plan.sizes[name])))
-    dropped = {name for plan in given for name in plan.dropped if not keep[name]}
-    return Plan(keep, given[0].sizes, given[0].options, sorted(dropped))
+    dropped = {name for plan in present for name in plan.dropped if not keep[name]}
+    return Plan(keep, present[0].sizes, present[0].options, sorted(dropped))

@@ -127,12 +127,12 @@ def lacks_plan(graph: Model, plan: Plan) -> bool:
     Raises:
         SessionError: another one was.
     """
-    own = plan_of(graph)
-    if own is not None and own.keep and own != plan:
+    current = plan_of(graph)
+    if current is not None and current.keep and current != plan:
         raise SessionError(
             "the checkpoint is of a wider or otherwise cut model than this one is now. Load it into a new, dense model."
         )
-    return bool(plan.keep) and own != plan
+    return bool(plan.keep) and current != plan
 
 
 def plan_of(graph: Model) -> Plan | None:

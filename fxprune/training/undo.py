@@ -36,7 +36,7 @@ class Undo:
             held.append(model.meta)
             for module in model.modules():
                 held += [vars(module), module._parameters, module._buffers, module._modules]
-        self._dicts = [(each, dict(each)) for each in held]
+        self._dicts = [(content, dict(content)) for content in held]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self._groups = [(group, {**group, "params": list(group["params"])}) for group in groups]
         rates = [value for group in groups for value in group.values() if isinstance(value, Tensor)]
@@ -44,9 +44,9 @@ class Undo:
 
     def __call__(self) -> None:
         """Restore everything."""
-        for each, before in self._dicts:
-            each.clear()
-            each.update(before)
+        for content, before in self._dicts:
+            content.clear()
+            content.update(before)
         for group, settings in self._groups:
             group.update(settings)
         for rate, value in self._rates:
@@ -63,9 +63,9 @@ class Undo:
 
 def schedulers_of(things: Iterable[object]) -> list[LRScheduler]:
     """The schedulers among ``things``; in place of one that holds others, those."""
-    found = []
+    schedulers = []
     for thing in things:
         if isinstance(thing, LRScheduler):
             inner = schedulers_of(getattr(thing, "_schedulers", ()))
-            found += inner or [thing]
-    return found
+            schedulers += inner or [thing]
+    return schedulers

@@ -79,8 +79,8 @@ def remaining_flops(run: Run, plan: Plan) -> float:
         if name in plan.keep:
             kept[start : start + size] = np.isin(np.arange(size), plan.keep[name])
         start += size
-    whole = cost(np.ones_like(kept))
-    return cost(kept) / whole if whole else 1.0
+    dense = cost(np.ones_like(kept))
+    return cost(kept) / dense if dense else 1.0
 
 
 def observed_efficiency(log: Log, assumed: float) -> float:

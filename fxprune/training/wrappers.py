@@ -31,18 +31,18 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
         SessionError: DataParallel or FSDP, whose parameters can't be cut in place, or an argument of
             DistributedDataParallel that can't be given again.
     """
-    found: list[nn.Module] = []
+    wrappers: list[nn.Module] = []
     while True:
         check_whole(model)
         if isinstance(model, DistributedDataParallel):
             check_distributed(model)
-            found.append(model)
+            wrappers.append(model)
             model = model.module
         elif isinstance(model, loaded_types(COMPILED)):
-            found.append(model)
+            wrappers.append(model)
             model = model._orig_mod
         else:
-            return found
+            return wrappers
 
 
 def check_whole(model: nn.Module) -> None:
@@ -114,11 +114,11 @@ def distribute_again(wrapper: DistributedDataParallel, model: nn.Module) -> None
 def arguments_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
     """The arguments that ``wrapper`` was made with. The ranks need no check and no broadcast: they are alike."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    found = {name: getattr(wrapper, name) for name in known if name in KEPT and hasattr(wrapper, name)}
-    if "forward_sync_buffers" in found:  # the new name of broadcast_buffers, which warns
-        del found["broadcast_buffers"]
+    arguments = {name: getattr(wrapper, name) for name in known if name in KEPT and hasattr(wrapper, name)}
+    if "forward_sync_buffers" in arguments:  # the new name of broadcast_buffers, which warns
+        del arguments["broadcast_buffers"]
     if wrapper.bucket_bytes_cap_list:
-        found["bucket_cap_mb_list"] = [cap / 2**20 for cap in wrapper.bucket_bytes_cap_list]
+        arguments["bucket_cap_mb_list"] = [cap / 2**20 for cap in wrapper.bucket_bytes_cap_list]
     elif not wrapper.bucket_bytes_cap_default:
-        found["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
-    return found | {"init_sync": False}
+        arguments["bucket_cap_mb"] = wrapper.bucket_bytes_cap / 2**20
+    return arguments | {"init_sync": False}

@@ -60,19 +60,19 @@ class Activation(Criterion):
                 raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
             return watch.sums
 
-        found = mean_over(analysis, read_batches(self.data, "Activation"), "Activation", sums)
-        if not found:
+        totals = mean_over(analysis, read_batches(self.data, "Activation"), "Activation", sums)
+        if not totals:
             return {}
-        count = np.maximum(found["count"], 1)
-        values = found["size"] / count
+        count = np.maximum(totals["count"], 1)
+        values = totals["size"] / count
         if self.statistic == "variance":
-            values = np.maximum(found["square"] / count - (found["sum"] / count) ** 2, 0)
+            values = np.maximum(totals["square"] / count - (totals["sum"] / count) ** 2, 0)
         sizes = list(analysis.sizes.values())
-        split, seen = (np.split(each, np.cumsum(sizes)[:-1]) for each in (values, found["count"]))
+        split, seen = (np.split(numbers, np.cumsum(sizes)[:-1]) for numbers in (values, totals["count"]))
         return {
-            name: share_in_layers(analysis, analysis.groups[name], its)
-            for name, its, there in zip(analysis.groups, split, seen, strict=True)
-            if there.all()
+            name: share_in_layers(analysis, analysis.groups[name], numbers)
+            for name, numbers, counts in zip(analysis.groups, split, seen, strict=True)
+            if counts.all()
         }
 
 
@@ -84,14 +84,14 @@ def what_is_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
     known = {name for name, first in analysis.aliases.items() if first in members and len(analysis.shapes[first]) > 1}
     weights = {name.removeprefix(f"{region}.") for name in known}
     owners = {name.rpartition(".")[0] for name in weights}
-    found: dict[str, list[Label]] = {}
+    of_node: dict[str, list[Label]] = {}
     for node in graph.graph.nodes:
-        constants = [each.target for each in node.all_input_nodes if each.op == "get_attr"]
+        constants = [source.target for source in node.all_input_nodes if source.op == "get_attr"]
         if (node.op == "call_module" and node.target in owners) or not weights.isdisjoint(constants):
             for source in node.all_input_nodes:
                 if source.op != "get_attr" and isinstance(value := values[source.name], Value):
-                    found[source.name] = list(value.labels)
-    return [(name, label) for name, labels in found.items() for label in labels]
+                    of_node[source.name] = list(value.labels)
+    return [(name, label) for name, labels in of_node.items() for label in labels]
 
 
 class _Watch:
@@ -117,14 +117,14 @@ class _Watch:
     def of(self, label: Label) -> Callable[[Tensor], None]:
         """What adds a value with that label."""
         channel = self.channels.of_root[self.analysis.names.find(label).ravel()]
-        here, size = channel >= 0, len(self.channels.group)
+        grouped, size = channel >= 0, len(self.channels.group)
         over = [axis for axis, length in enumerate(label.shape) if length == 1]
 
         def add(value: Tensor) -> None:
             value = detach_weights(value)
-            for name, each in (("sum", value), ("size", value.abs()), ("square", value.square())):
-                total = (each.sum(over) if over else each).double().cpu().numpy().ravel()
-                self.sums[name] += np.bincount(channel[here], total[here], minlength=size)
-            self.sums["count"] += value.numel() / label.size * np.bincount(channel[here], minlength=size)
+            for name, numbers in (("sum", value), ("size", value.abs()), ("square", value.square())):
+                total = (numbers.sum(over) if over else numbers).double().cpu().numpy().ravel()
+                self.sums[name] += np.bincount(channel[grouped], total[grouped], minlength=size)
+            self.sums["count"] += value.numel() / label.size * np.bincount(channel[grouped], minlength=size)
 
         return add

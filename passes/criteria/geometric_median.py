@@ -40,8 +40,8 @@ def sum_distances(group: Group, weights: Mapping[str, Tensor]) -> Floats:
     """float64[channels]: the sum of the distances to all others."""
     members = [member for member in group.members if member.parameter in weights]
     rows = [by_channel(member, weights[member.parameter], group.size) for member in members]
-    centred = [each - each.mean(0) for each in rows]  # distances stay, and are less lost in rounding
-    products = torch.stack([each @ each.T for each in centred]).sum(0)  # of each pair of channels
+    centred = [matrix - matrix.mean(0) for matrix in rows]  # distances stay, and are less lost in rounding
+    products = torch.stack([matrix @ matrix.T for matrix in centred]).sum(0)  # of each pair of channels
     norms = products.diagonal()
     squares = norms[:, None] + norms - 2 * products
     result: Floats = squares.clamp_min(0).sqrt().sum(1, dtype=torch.float64).cpu().numpy()

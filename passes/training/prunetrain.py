@@ -265,10 +265,10 @@ class PruneTrain(TrainingPass[Lasso]):
             left = " and ".join(f"{kind}={costs[kind]:.0f}, {limit} allowed" for kind, limit in budget.limits())
             self._tell(memory, f"the budget is missed: {left}. minimum={self.minimum}, or another pass, keeps more")
 
-    def _tell(self, memory: Lasso, what: str) -> None:
+    def _tell(self, memory: Lasso, note: str) -> None:
         """Warn, and put it into the log."""
-        memory.note = what
-        warnings.warn(f"PruneTrain: {what}", stacklevel=5)
+        memory.note = note
+        warnings.warn(f"PruneTrain: {note}", stacklevel=5)
 
     def notes(self, run: Run, memory: Lasso) -> Sequence[str]:
         """What there was to say of the epoch, in its steps too."""

@@ -27,8 +27,8 @@ from fxprune.training.trainers.shared import read_progress, resume_run, write_pr
 from fxprune.training.wrappers import wrappers_of
 
 
-def prepare(accelerator: Accelerator, session: Session, *others: Any) -> tuple[Any, ...]:
-    """Prepare a session's model and optimizer, and ``others``, with Accelerate; cuts go through what it puts around.
+def prepare(accelerator: Accelerator, session: Session, *companions: Any) -> tuple[Any, ...]:
+    """Prepare a session's model and optimizer, and ``companions``, with Accelerate; cuts pass through its wrappers.
 
     ``accelerator.save_state`` then saves the session too, and ``accelerator.load_state`` cuts the model to what it was
     before it loads the weights.
@@ -36,10 +36,10 @@ def prepare(accelerator: Accelerator, session: Session, *others: Any) -> tuple[A
     Args:
         accelerator: with no parallelism but DistributedDataParallel.
         session: new, of a model and an optimizer that are not prepared yet.
-        others: loaders, schedulers and whatever else ``accelerator.prepare`` takes.
+        companions: loaders, schedulers and whatever else ``accelerator.prepare`` takes.
 
     Returns:
-        (model, optimizer, *others), prepared. The model is ``session.model`` from now on.
+        (model, optimizer, *companions), prepared. The model is ``session.model`` from now on.
 
     Raises:
         SessionError: the model is sharded, or in wrappers already.
@@ -58,7 +58,7 @@ def prepare(accelerator: Accelerator, session: Session, *others: Any) -> tuple[A
 
     # For mixed precision Accelerate wraps graph.forward as it is now; a cut makes the class's anew.
     vars(graph)["forward"] = MethodType(forward, graph)
-    prepared = tuple(accelerator.prepare(graph, session.optimizer, *others))
+    prepared = tuple(accelerator.prepare(graph, session.optimizer, *companions))
     wrappers = wrappers_of(prepared[0])
     if unwrap_model(prepared[0]) is not graph:
         raise SessionError(f"Accelerate put a {type(prepared[0]).__name__} around the model, which can't be cut")

@@ -126,7 +126,7 @@ class Pruning(Callback):
 
     def _replace(self, pl_module: LightningModule, name: str, function: Any) -> Any:
         """Set a method of the module until ``teardown``; returns the module's own."""
-        own = getattr(pl_module, name)
+        method = getattr(pl_module, name)
         setattr(pl_module, name, function)
         self._wrapped.append(name)
-        return own
+        return method

@@ -80,10 +80,10 @@ def put_session(
     names = [name for name, _ in owner.named_modules() if name]
     if part not in names:
         raise SessionError(f"{type(owner).__name__} has no module {part!r}; it has {', '.join(names[:20]) or 'none'}")
-    given = owner.get_submodule(part)
-    graph = trace(given, example_inputs)
+    module = owner.get_submodule(part)
+    graph = trace(module, example_inputs)
     if plan is not None and lacks_plan(graph, plan):
         analysis = analyze(graph, example_inputs, **plan.options)
-        reconfigure(graph, analysis, plan, optimizers, others=set(owner.parameters()))
+        reconfigure(graph, analysis, plan, optimizers, outer=set(owner.parameters()))
     owner.set_submodule(part, graph)
     return graph

@@ -51,11 +51,11 @@ class Pruning(TrainerCallback):
         Raises:
             SessionError: the trainer makes its model anew or loads the best one at the end, which is wider.
         """
-        for name, given in (
+        for name, setting in (
             ("model_init", trainer.model_init),
             ("load_best_model_at_end", trainer.args.load_best_model_at_end),
         ):
-            if given:
+            if setting:
                 raise SessionError(f"{name}= loads other shapes than a model that is cut has; leave it out")
         self.trainer = cast(Any, trainer)
         self.part, self.example_inputs, self.passes = part, example_inputs, passes
@@ -124,5 +124,5 @@ class Pruning(TrainerCallback):
 
 def inner_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer without Accelerate's wrapper."""
-    own: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return own
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
