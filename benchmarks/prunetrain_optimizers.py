@@ -92,13 +92,13 @@ def main() -> None:
     done = {(row["model"], row["optimizer"], row["epochs"]) for row in rows}
     for cell in product(MODELS, OPTIMIZERS, options.epochs):
         if cell not in done:
-            rows.append(compare_runs(*cell, data, options))
+            rows.append(measure_cell(*cell, data, options))
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             write_table(rows, options)
 
 
-def compare_runs(model: str, optimizer: str, epochs: int, data: Any, options: argparse.Namespace) -> Row:
+def measure_cell(model: str, optimizer: str, epochs: int, data: Any, options: argparse.Namespace) -> Row:
     """The dense and the pruned run of one cell."""
     pruner = passes.PruneTrain(budget=fxprune.Budget(flops=options.flops), by=0.6)
     runs = {

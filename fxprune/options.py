@@ -49,7 +49,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     """Whether ``value`` is a number on the real line, numpy's too; NaN is one, True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -77,7 +77,7 @@ def allow_number(
     words = " and ".join(f"{word} {bound:g}" for word, bound, _ in tests)
 
     def holds(value: Any) -> bool:
-        return is_number(value) and all(test(value, bound) for _, bound, test in tests)
+        return is_real(value) and all(test(value, bound) for _, bound, test in tests)
 
     return Rule(holds, f"must be a number {words}{why}")
 

@@ -158,7 +158,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(
     compact, inputs = pruned("chain")
     path = tmp_path / "model.onnx"
     path.write_text("the last good one")
-    monkeypatch.setattr(export, "compare_runs", lambda *_: (gap, False))
+    monkeypatch.setattr(export, "compare_onnx", lambda *_: (gap, False))
     with pytest.raises(
         ExportError, match=rf"differs from PyTorch by {gap:.2e} of the largest output, allowed is 1e-04"
     ):
@@ -168,7 +168,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(
 
 
 def test_a_mismatch_of_what_python_steers_names_equal_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "compare_runs", lambda *_: (0.25, False))
+    monkeypatch.setattr(export, "compare_onnx", lambda *_: (0.25, False))
     with pytest.raises(ExportError, match="Boxes chosen by scores that are all alike may differ: try trained weights"):
         fxprune.export_onnx(nn.Linear(2, 2), torch.randn(1, 2), tmp_path / "model.onnx", dynamic_batch=False)
     with pytest.raises(ExportError, match=r"model\.onnx. Please report"):
@@ -198,10 +198,10 @@ def test_the_comparison_sees(tmp_path: Path, other: Any, message: str | None) ->
     path = tmp_path / "model.onnx"
     fxprune.export_onnx(Outputs(lambda x: 2 * x), inputs, path)
     if message is None:
-        assert not export.compare_runs(Outputs(other), [inputs, inputs], path)[0] <= 0.01
+        assert not export.compare_onnx(Outputs(other), [inputs, inputs], path)[0] <= 0.01
     else:
         with pytest.raises(ExportError, match=message):
-            export.compare_runs(Outputs(other), [inputs], path)
+            export.compare_onnx(Outputs(other), [inputs], path)
 
 
 def test_what_torch_can_not_export(tmp_path: Path) -> None:

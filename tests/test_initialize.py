@@ -144,7 +144,7 @@ def test_neighbours_are_independent(kind: str) -> None:
 
 
 def test_every_bit_is_as_often_one_as_zero() -> None:
-    random = start.mix_bits(start.key_of(0, "w"), torch.arange(100_000))
+    random = start.mix_bits(start.derive_key(0, "w"), torch.arange(100_000))
     for bit in range(64):
         near(((random >> bit) & 1).double().mean().item(), 0.5, 0.5, 100_000)
 

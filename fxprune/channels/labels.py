@@ -16,7 +16,6 @@ from fxprune.channels.names import Bools, Ints, Names
 
 Label = Ints
 Labels = tuple[Label, ...]
-Shape = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class Operand:
     """A value as an operator meets it: its labels, its shape, what to call it where it has no names, and ``zero``."""
 
     labels: Labels
-    shape: Shape
+    shape: Sequence[int]
     source: str = "a constant"
     zero: bool = True  # as a ChannelTensor says it
 
@@ -54,7 +53,7 @@ def narrow_label(label: Label, axis: int, start: int, length: int) -> Label:
     return label[(slice(None),) * axis + (slice(start, start + length),)]
 
 
-def spread_label(label: Label, shape: Shape) -> torch.Tensor:
+def spread_label(label: Label, shape: Sequence[int]) -> torch.Tensor:
     """The label over the full shape of its value, as a view with stride 0 where the names do not vary.
 
     An axis that is empty, such as that of boxes where there are none, counts as one position, not to lose the names.
@@ -213,7 +212,7 @@ def regroup_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[
     return parts
 
 
-def reshape_label(label: Label, before: Shape, after: Shape) -> Label:
+def reshape_label(label: Label, before: Sequence[int], after: Sequence[int]) -> Label:
     """The label of a value of shape ``before`` when it is viewed as ``after``."""
     spreads, target, mixed = list(label.shape), [1] * len(after), False
     for axes_before, axes_after in regroup_axes(tuple(before), tuple(after)):

@@ -243,9 +243,9 @@ class Call:
 
 
 States = Callable[[Any, ChannelTensor], Any]
-Rule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
+ChannelRule = Callable[[Call], Any]  # -> the labels of the result, or a list with the labels of each result
 # ops/ fills these tables.
-RULES: dict[str, Rule] = {}  # by the operator's name: see rule
+RULES: dict[str, ChannelRule] = {}  # by the operator's name: see rule
 KEEPS_ZERO: set[str] = set()  # the operators whose result is zero where all operands are
 WHOLE: dict[Any, OpOverload] = {}  # function that torch would take apart -> operator with a rule for it as a whole
 STEPS: dict[Any, Callable[..., Any]] = {}  # function -> the same in other steps than torch takes
@@ -253,7 +253,7 @@ STATES: dict[type[nn.Module], States] = {}  # layer that makes its first state i
 STATISTICS: set[Any] = set()  # functions that verify takes over what is kept: see norm_over_kept in rewrite/norms.py
 
 
-def rule(*operators: str, keeps_zero: bool = False) -> Callable[[Rule], Rule]:
+def rule(*operators: str, keeps_zero: bool = False) -> Callable[[ChannelRule], ChannelRule]:
     """Say what operators do to channel names: decorates a function of a ``Call`` that gives the labels of the result.
 
     Of an operator with several results it gives a list, the labels of each. A later rule takes the place of an
@@ -268,7 +268,7 @@ def rule(*operators: str, keeps_zero: bool = False) -> Callable[[Rule], Rule]:
             ``call.zero``.
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: ChannelRule) -> ChannelRule:
         RULES.update(dict.fromkeys(operators, function))
         KEEPS_ZERO.difference_update(operators)
         KEEPS_ZERO.update(operators if keeps_zero else ())
@@ -306,10 +306,10 @@ def name_of(func: OpOverload) -> str:
     return name if namespace == "aten" else f"{namespace}::{name}"
 
 
-_resolved: dict[OpOverload, Rule] = {}
+_resolved: dict[OpOverload, ChannelRule] = {}
 
 
-def rule_of(func: OpOverload) -> Rule:
+def rule_of(func: OpOverload) -> ChannelRule:
     """The rule of an operator: its own, its family's when torch tags it as pointwise, or the one that freezes."""
     if func not in _resolved:
         pointwise = RULES["pointwise"] if torch.Tag.pointwise in func.tags else freeze_unknown

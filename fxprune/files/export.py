@@ -92,7 +92,7 @@ def export_onnx(
             write_onnx(module, example, file, dynamic_batch, dynamo=False)
         batches = [resize_batch(inputs, n) if dynamic_batch else inputs for n in sizes]
         ordered = isinstance(model, TracedModule) or dynamic_batch
-        worst, flat = compare_runs(module, batches, file, ordered)
+        worst, flat = compare_onnx(module, batches, file, ordered)
         if not worst <= tolerance:
             ties = "" if ordered else "Boxes chosen by scores that are all alike may differ: try trained weights. "
             raise ExportError(
@@ -183,7 +183,7 @@ def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool
         quiet.setLevel(level)
 
 
-def compare_runs(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> tuple[float, bool]:
+def compare_onnx(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> tuple[float, bool]:
     """The largest difference between onnxruntime and PyTorch, relative to the largest output; and whether all are zero.
 
     Where outputs are not ``ordered``, the same values in another order are the same.

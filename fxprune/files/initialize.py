@@ -15,10 +15,10 @@ from fxprune.graph.trace import unwrap_model
 
 FANS = ("fan_in", "fan_out")
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-Rule = str | tuple[str, float]
+StartRule = str | tuple[str, float]
 
 
-def initialize(model: nn.Module, seed: int, rules: Mapping[str, Rule] | None = None) -> nn.Module:
+def initialize(model: nn.Module, seed: int, rules: Mapping[str, StartRule] | None = None) -> nn.Module:
     """Overwrite the parameters of ``model`` with start values that are a pure function of (seed, name, index).
 
     They are bitwise the same for every device, thread count and subset. ``passes.DropBack`` needs them, and
@@ -66,7 +66,7 @@ def initialize(model: nn.Module, seed: int, rules: Mapping[str, Rule] | None = N
     return model
 
 
-def origin_of(model: nn.Module, name: str, parameter: Tensor, rules: Mapping[str, Rule]) -> Origin:
+def origin_of(model: nn.Module, name: str, parameter: Tensor, rules: Mapping[str, StartRule]) -> Origin:
     """How one parameter starts."""
     shape = tuple(parameter.shape)
     rule = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)), None)

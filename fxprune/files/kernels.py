@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import FileError
-from fxprune.files.sparse import State, bits_of
+from fxprune.files.sparse import StateDict, bits_of
 
 PATTERN, POOL = ":pattern", ":pool"  # what stands behind the names of a weight
 MOST = 256  # patterns that a byte can name
 
 
-def pack_kernels(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
+def pack_kernels(state: Mapping[str, Tensor]) -> tuple[StateDict, list[str]]:
     """``state`` for a file, and the names of what became smaller.
 
     Of a weight float[out, in, h, w] with at most 256 patterns of zeros in its kernels, where that takes less space, the
     weights that are not zero are written in order, with the pattern of each kernel, uint8[out, in], and the patterns,
     bool[patterns, h, w], under two other names.
     """
-    result: State = {}
+    result: StateDict = {}
     names: list[str] = []
     for name, tensor in state.items():
         result[name] = tensor
@@ -40,7 +40,7 @@ def pack_kernels(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     return result, names
 
 
-def unpack_kernels(state: Mapping[str, Tensor], names: Sequence[str], expected: Mapping[str, Tensor]) -> State:
+def unpack_kernels(state: Mapping[str, Tensor], names: Sequence[str], expected: Mapping[str, Tensor]) -> StateDict:
     """Undo ``packed``, for a model that has the tensors ``expected``: nothing larger is made.
 
     Raises:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from fxprune.errors import FileError
 from fxprune.files.start import Start
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
-def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State, dict[str, Any] | None]:
+def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[StateDict, dict[str, Any] | None]:
     """``state`` for a file, and what to write beside it to have it back: None where no start is known.
 
     Where it takes less space than the parameter, only the values that differ from their start are written, and under
@@ -21,7 +21,7 @@ def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State
     """
     if start is None:
         return dict(state), None
-    result: State = {}
+    result: StateDict = {}
     index: dict[str, str] = {}
     check = 0
     for name, tensor in state.items():
@@ -39,7 +39,7 @@ def pack_sparse(state: Mapping[str, Tensor], start: Start | None) -> tuple[State
     return result, {**start.to_json(), "index": index, "check": check}
 
 
-def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], start: Start) -> State:
+def unpack_sparse(state: Mapping[str, Tensor], description: Mapping[str, Any], start: Start) -> StateDict:
     """Undo ``packed``.
 
     Args:

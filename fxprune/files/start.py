@@ -102,7 +102,7 @@ class Start:
         result = torch.zeros(position.shape, dtype=torch.float32, device=position.device)
         if abs(origin.scale) * WIDEST * self.factor < FLUSH:
             return result
-        chunk, key = chunk_on(position.device), key_of(self.seed, name)
+        chunk, key = chunk_on(position.device), derive_key(self.seed, name)
         for part, out in zip(*(torch.split(tensor.view(-1), chunk) for tensor in (position, result)), strict=True):
             out.copy_(draw_numbers(origin, key, part))
         return result if self.factor == 1 else fade_numbers(result, self.factor)
@@ -196,7 +196,7 @@ def chunk_on(device: torch.device) -> int:
     return CHUNK if device.type == "cpu" else 1 << 24
 
 
-def key_of(seed: int, name: str) -> int:
+def derive_key(seed: int, name: str) -> int:
     """The stream of one parameter: an int64."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from fxprune.channels.labels import on_axis
 from fxprune.channels.tensor import STEPS, ChannelTensor, states
-from fxprune.rewrite.attributes import Shape, attributes
+from fxprune.graph.shapes import Shape
+from fxprune.rewrite.attributes import attributes
 
 
 @states(nn.RNN, nn.GRU, nn.LSTM)

@@ -78,7 +78,7 @@ def usual_backends(device: torch.device) -> tuple[str, ...]:
     return tuple(BACKENDS) if device.type == "cuda" else tuple(name for name in BACKENDS if "cuda" not in name)
 
 
-def batch_of(tensor: Tensor, size: int) -> Tensor:
+def repeat_samples(tensor: Tensor, size: int) -> Tensor:
     """The samples of a tensor, repeated until there are ``size``."""
     if not tensor.ndim:
         return tensor

@@ -17,7 +17,7 @@ from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule, device_of, in_eval
 from fxprune.progress import track_progress
-from fxprune.report.backends import BACKENDS, batch_of, usual_backends
+from fxprune.report.backends import BACKENDS, repeat_samples, usual_backends
 from fxprune.tables import Pair, format_milliseconds, format_share, make_table, render_text
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def measure_models(
     flops: Pair,
 ) -> Measured:
     """One row."""
-    sized: Bound = map_tensors(lambda tensor: batch_of(tensor, batch), inputs)
+    sized: Bound = map_tensors(lambda tensor: repeat_samples(tensor, batch), inputs)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # torch.compile asks when it compiles
     try:

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import nn
 
-Shape = tuple[int, ...]
-Attributes = Callable[[Any, Shape, Shape], dict[str, Any]]
-ATTRIBUTES: dict[type[nn.Module], Attributes] = {}  # ops/ fills it
+from fxprune.graph.shapes import Shape
+
+AttributesOf = Callable[[Any, Shape, Shape], dict[str, Any]]
+ATTRIBUTES: dict[type[nn.Module], AttributesOf] = {}  # ops/ fills it
 
 
-def attributes(*layers: type[nn.Module]) -> Callable[[Attributes], Attributes]:
+def attributes(*layers: type[nn.Module]) -> Callable[[AttributesOf], AttributesOf]:
     """Say which attributes of a layer follow from its weights: decorates ``f(layer, input, out) -> {name: value}``.
 
     ``input`` and ``out`` are the shapes of what the layer gets and gives, after the cut.
@@ -19,7 +20,7 @@ def attributes(*layers: type[nn.Module]) -> Callable[[Attributes], Attributes]:
         layers: classes; what derives from them counts too, unless it has attributes of its own.
     """
 
-    def register(function: Attributes) -> Attributes:
+    def register(function: AttributesOf) -> AttributesOf:
         ATTRIBUTES.update(dict.fromkeys(layers, function))
         return function
 

@@ -16,12 +16,12 @@ from fxprune.rewrite.rows import get_parameter
 SCALES = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)  # they scale each value, whatever the shape of their weight
 ROUNDING = 30  # times the precision of a value: smaller differences are none
 MOST_ROUNDING = 0.03  # of a value, in half precision
-Weights = dict[fx.Node, tuple[str, ...]]
+Sources = dict[fx.Node, tuple[str, ...]]
 
 
-def find_weights(model: TracedModule) -> Weights:
+def find_weights(model: TracedModule) -> Sources:
     """The nodes of the eval graph that are made of parameters and constants alone, and the parameters behind each."""
-    weights: Weights = {}
+    weights: Sources = {}
     for node in model.graphs[Mode.EVAL].nodes:
         inputs = node.all_input_nodes
         if node.op == "get_attr":
@@ -45,7 +45,7 @@ def count_uses(model: TracedModule) -> dict[int, int]:
     return uses
 
 
-def describe_reader(model: TracedModule, live: Runner, node: fx.Node, weights: Weights) -> str:
+def describe_reader(model: TracedModule, live: Runner, node: fx.Node, weights: Sources) -> str:
     """The layer that a node is, and why it is no linear layer of one parameter; "" where it multiplies by no weight."""
     if node.op == "call_module":
         return describe_module(model, node)
@@ -92,7 +92,7 @@ def multiplies(live: Runner, node: fx.Node) -> bool:
     return bool(counter.get_total_flops() > 0)
 
 
-def has_changed_input(live: Runner, node: fx.Node, dense: Runner, original: fx.Node | None, weights: Weights) -> bool:
+def has_changed_input(live: Runner, node: fx.Node, dense: Runner, original: fx.Node | None, weights: Sources) -> bool:
     """Whether a node reads other values than the ``original``, weights aside, by more than rounding."""
     if original is None or len(node.all_input_nodes) != len(original.all_input_nodes):
         return True

@@ -452,7 +452,7 @@ def widen(value: Tensor) -> Tensor:
 def restore_layer(place: LayerPair, uses: int, generator: torch.Generator) -> RestoredLayer | None:
     """Restore one layer; None where it gives what it gave."""
     layer, tail = place.layer, follow_layer(place)
-    if not has_changed(place, tail):
+    if not needs_restoring(place, tail):
         return None
     changes: list[Change] = []
     outcome = why_left(place, uses)
@@ -467,7 +467,7 @@ def restore_layer(place: LayerPair, uses: int, generator: torch.Generator) -> Re
     return RestoredLayer(layer.name, before / size, after[best] / size, "restored")
 
 
-def has_changed(place: LayerPair, tail: Tail) -> bool:
+def needs_restoring(place: LayerPair, tail: Tail) -> bool:
     """Whether the layer gives something else than it gave, by more than rounding."""
     dtype = place.pairs[0].compact.env[place.node].dtype
     missing, output = 0.0, 0.0

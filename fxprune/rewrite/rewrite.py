@@ -23,7 +23,7 @@ from fxprune.channels.values import Value, values_in
 from fxprune.errors import FxpruneError, PlanError, RewriteError, require_type
 from fxprune.graph.inputs import describe_inputs, tensors_in
 from fxprune.graph.places import describe_place
-from fxprune.graph.shapes import shape_of_result
+from fxprune.graph.shapes import Shape, shape_of_result
 from fxprune.graph.trace import copy_modules, named_tensors
 from fxprune.graph.traced import (
     START,
@@ -43,8 +43,6 @@ from fxprune.rewrite.branches import is_empty, remove_branches
 from fxprune.rewrite.fit import fit_node
 from fxprune.rewrite.kept import Kept, cut_tensor
 from fxprune.rewrite.param_map import ParamMap
-
-Shape = tuple[int, ...]
 
 
 def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamMap]:
@@ -163,13 +161,13 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
-        "groups": {**held_groups(before or {}, analysis, plan), **analysis.after(plan, compact).groups},
+        "groups": {**groups_of_earlier_cuts(before or {}, analysis, plan), **analysis.after(plan, compact).groups},
     }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
 
 
-def held_groups(before: Mapping[str, Any], analysis: Analysis, plan: Plan) -> dict[str, Group]:
+def groups_of_earlier_cuts(before: Mapping[str, Any], analysis: Analysis, plan: Plan) -> dict[str, Group]:
     """The groups of earlier cuts that are frozen now, of a single channel mostly: what was one channel stays one."""
     stays = analysis.stays(plan)
     held = {}

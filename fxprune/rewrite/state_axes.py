@@ -48,10 +48,10 @@ def register_optimizer(kind: type[Optimizer], axes: AxesOf | None = None) -> Non
     """
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
         raise MigrationError(f"kind must be a class of optimizers, but it is {kind!r:.60}")
-    REGISTERED[kind] = axes or same_axes
+    REGISTERED[kind] = axes or axes_like_parameter
 
 
-def same_axes(name: str, axes: int) -> Axes:
+def axes_like_parameter(name: str, axes: int) -> Axes:
     """Those of state that is shaped like its parameter."""
     return tuple(range(axes))
 
@@ -60,7 +60,7 @@ def known_axes(kind: type[Optimizer]) -> AxesOf | None:
     """What is known of a class: those of torch are elementwise, or keep means over some of the parameter's axes."""
     if kind in REGISTERED:
         return REGISTERED[kind]
-    return same_axes if kind.__module__.startswith("torch.optim.") else None
+    return axes_like_parameter if kind.__module__.startswith("torch.optim.") else None
 
 
 class StateCutter:

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fxprune.errors import SessionError
 from fxprune.graph.inputs import tensors_in
-from fxprune.training.run import Run, attributes_of
+from fxprune.training.run import Run, named_attributes
 
 Shadow = tuple[str, Tensor]  # the name of a parameter or buffer, and a tensor of its shape
 
@@ -29,7 +29,7 @@ def shadows_of(run: Run, name: str, thing: object) -> list[Shadow]:
     known = {id(tensor) for tensor in (*own_tensors, *(tensor for _, tensor in shadows))}
     pruned = {member.parameter for group in run.analysis.groups.values() for member in group.members}
     shapes = {run.analysis.shapes[parameter]: parameter for parameter in pruned}
-    for tensor in (tensor for tensor in tensors_in(attributes_of(thing)) if id(tensor) not in known):
+    for tensor in (tensor for tensor in tensors_in(named_attributes(thing)) if id(tensor) not in known):
         if tuple(tensor.shape) in shapes:
             raise SessionError(
                 f"{name} keeps a tensor of shape {tuple(tensor.shape)}, as {shapes[tuple(tensor.shape)]} has, and "
@@ -41,7 +41,7 @@ def shadows_of(run: Run, name: str, thing: object) -> list[Shadow]:
 
 def collections_in(thing: object) -> Iterator[Collection[Any]]:
     """The lists, tuples and dictionaries among the attributes of ``thing``, and those within them."""
-    waiting = list(attributes_of(thing).values())
+    waiting = list(named_attributes(thing).values())
     for value in waiting:
         if isinstance(value, (dict, list, tuple)):
             yield value

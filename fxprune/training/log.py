@@ -71,7 +71,7 @@ class Epoch:
         return numbers | ({} if self.samples is None else {"samples": float(self.samples)}) | dict(self.values)
 
 
-class Writer(Protocol):
+class ScalarWriter(Protocol):
     """What writes scalars, such as ``torch.utils.tensorboard.SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
@@ -105,7 +105,7 @@ class Log:
             check_fields(Epoch, record)
         return cls(Epoch(**{**record, "notes": tuple(record["notes"])}) for record in records)
 
-    def write(self, writer: Writer) -> None:
+    def write(self, writer: ScalarWriter) -> None:
         """Write the last record as scalars under ``fxprune/``."""
         for name, value in self.epochs[-1].scalars().items():
             writer.add_scalar(f"fxprune/{name}", value, self.epochs[-1].epoch)

@@ -46,7 +46,7 @@ def check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], compact: Mod
     parameters = {p: nn.Parameter(torch.zeros_like(compact.get_parameter(names[p])), p.requires_grad) for p in held}
     fresh = fresh_state(optimizer, parameters, saved["param_groups"])
     for at, values in state.items():
-        check_values(names[held[at]], values, fresh.get(held[at], {}))
+        check_parameter_state(names[held[at]], values, fresh.get(held[at], {}))
 
 
 def check_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ def step_copy(
     return twin.state
 
 
-def check_values(name: str, saved: Mapping[str, Any], fresh: Mapping[str, Any]) -> None:
+def check_parameter_state(name: str, saved: Mapping[str, Any], fresh: Mapping[str, Any]) -> None:
     """Raise FileError unless the state of the parameter ``name`` has what a fresh one has, in the same shapes."""
     for key, value in fresh.items() if saved else ():
         if key not in saved:

@@ -103,13 +103,13 @@ class Run:
 
 def find_copies(thing: object) -> list[Model]:
     """The traced models in a module, or in an object that has modules as attributes."""
-    held = [thing] if isinstance(thing, nn.Module) else modules_in(attributes_of(thing))
+    held = [thing] if isinstance(thing, nn.Module) else modules_in(named_attributes(thing))
     traced = [part for module in held for part in module.modules() if is_traced(part)]
     parts = {region for model in traced for region in regions_of(model).values() if region is not model}
     return [model for model in traced if model not in parts]
 
 
-def attributes_of(thing: object) -> dict[str, Any]:
+def named_attributes(thing: object) -> dict[str, Any]:
     """What ``thing`` holds by name."""
     return dict(getattr(thing, "__dict__", {}))
 

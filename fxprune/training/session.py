@@ -23,7 +23,7 @@ from fxprune.training import distributed
 from fxprune.training.agreement import require_same_cut
 from fxprune.training.averages import shadows_of
 from fxprune.training.checkpoint import read_checkpoint, restore_run, write_checkpoint
-from fxprune.training.log import Epoch, Writer
+from fxprune.training.log import Epoch, ScalarWriter
 from fxprune.training.memory import check_memory, kept_memories
 from fxprune.training.meter import Meter, step_memory
 from fxprune.training.progress import Progress
@@ -54,7 +54,7 @@ class Session(Run):
         batch_size: int | None = None,
         epochs: int | None = None,
         when: Policy | None = None,
-        writer: Writer | None = None,
+        writer: ScalarWriter | None = None,
         reset_state: bool = False,
         verify: bool = False,
         progress: bool | None = None,

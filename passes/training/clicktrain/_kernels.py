@@ -16,7 +16,7 @@ from .._norms import EPSILON, at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class KernelLayer:
     """A convolution: the path of its module, its weight and groups, and the fraction of kernels that goes."""
 
     path: str
@@ -49,7 +49,7 @@ class Mask:
         gone: both.
     """
 
-    def __init__(self, layer: Layer, pool: Tensor, pattern: Tensor | None, removed: Tensor) -> None:
+    def __init__(self, layer: KernelLayer, pool: Tensor, pattern: Tensor | None, removed: Tensor) -> None:
         device, shape = layer.weight.device, layer.weight.shape
         self.layer = layer
         self.outside = None if pattern is None else ~pool.to(device)[pattern.to(device).long()]
@@ -72,10 +72,10 @@ def cut_kernels(param_map: ParamMap, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def find_convolutions(model: Model) -> list[Layer]:
+def find_convolutions(model: Model) -> list[KernelLayer]:
     """All two-dimensional convolutions, in the order of the model."""
     return [
-        Layer(path, module.weight, module.groups)
+        KernelLayer(path, module.weight, module.groups)
         for path, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and "weight" in module._parameters
     ]

@@ -12,14 +12,14 @@ from fxprune.budget.budget import patterns_of
 from fxprune.budget.solver import matches_pattern
 from fxprune.errors import PlanError
 from fxprune.graph.traced import Model
-from fxprune.options import Rule, allow_count, allow_number, allow_words, check_options, is_integer, is_number
+from fxprune.options import Rule, allow_count, allow_number, allow_words, check_options, is_integer, is_real
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.training.memory import derived_field
 from fxprune.training.run import Run, TrainingPass
 
 from .._norms import at_least_float32
 from ._kernels import (
-    Layer,
+    KernelLayer,
     Mask,
     cut_kernels,
     find_convolutions,
@@ -52,7 +52,7 @@ class Kernels:
     pool: Tensor | None = None
     pattern: dict[str, Tensor] | None = None
     removed: dict[str, Tensor] | None = None
-    found: dict[str, Layer] = derived_field(dict)
+    found: dict[str, KernelLayer] = derived_field(dict)
     masks: list[Mask] | None = derived_field(lambda: None)
     settled: bool = derived_field(lambda: False)
 
@@ -207,7 +207,7 @@ class ClickTrain(TrainingPass[Kernels]):
         if not any(self._layers(model)):
             raise PlanError("ClickTrain finds no layer to prune: it needs convolutions with weights that train")
 
-    def _layers(self, model: Model) -> Iterator["Layer"]:
+    def _layers(self, model: Model) -> Iterator[KernelLayer]:
         """The layers that are pruned, in the order of the model, each with the fraction of kernels that goes."""
         left = {first_convolution(model), *find_shortcuts(model)}
         kept = patterns_of(self.keep)
@@ -276,6 +276,6 @@ class ClickTrain(TrainingPass[Kernels]):
 def is_kernels(value: Any) -> bool:
     """Whether ``value`` is a fraction below 1, two of them, or some by patterns of names."""
     fractions = value.values() if isinstance(value, Mapping) else value if isinstance(value, Collection) else [value]
-    if not all(is_number(fraction) and 0 <= fraction < 1 for fraction in fractions):
+    if not all(is_real(fraction) and 0 <= fraction < 1 for fraction in fractions):
         return False
-    return isinstance(value, Mapping) or is_number(value) or len(list(fractions)) == 2
+    return isinstance(value, Mapping) or is_real(value) or len(list(fractions)) == 2

@@ -8,10 +8,10 @@ from torch.optim import Optimizer
 
 # Of a weight that has made no step yet these are zero, so where they are missing zeros stand for them.
 ZERO = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum"}
-State = dict[str, dict[str, Tensor]]  # parameter -> kind of state -> the values of its tracked weights, by their index
+Packed = dict[str, dict[str, Tensor]]  # parameter -> kind of state -> the values of its tracked weights, by their index
 
 
-def pack_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> State:
+def pack_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> Packed:
     """Take the state out of ``optimizer`` and return that of the weights in ``masks``; nothing large stays there."""
     packed = {
         name: {key: optimizer.state[p][key][masks[name]] for key in state_kinds(optimizer, p)}
@@ -21,7 +21,7 @@ def pack_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], mas
     return packed
 
 
-def empty_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], packed: State) -> None:
+def empty_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], packed: Packed) -> None:
     """Let one zero take the place of each tensor of what ``pack_state`` returned, in its shape."""
     for name, kept in packed.items():
         for key, values in kept.items():
@@ -29,7 +29,7 @@ def empty_state(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], pa
 
 
 def unpack_state(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], packed: State
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], packed: Packed
 ) -> None:
     """Put the state that ``pack_state`` returned back, with zeros for all other weights."""
     for name, kept in packed.items():

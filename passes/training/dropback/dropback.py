@@ -17,7 +17,7 @@ from fxprune.training.run import Run, TrainingPass
 
 from ._largest import about_largest, select_largest
 from ._layout import Layout, from_bits, to_bits
-from ._sparse_state import State, empty_state, pack_state, unpack_state
+from ._sparse_state import Packed, empty_state, pack_state, unpack_state
 
 DECAYING = (SGD, Adam, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD)  # of these it is known how they decay
 
@@ -42,7 +42,7 @@ class Tracking:
     budget: int
     factor: float
     tracked: dict[str, Tensor] | None = None
-    state: State | None = None
+    state: Packed | None = None
     layout: Layout = derived_field()
     marks: Tensor = derived_field()
     masks: dict[str, Tensor] = derived_field()
