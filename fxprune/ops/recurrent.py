@@ -57,15 +57,11 @@ STEPS.update({function: steps_first(function) for function in (torch.lstm, torch
 
 @attributes(nn.RNNBase)
 def recurrent_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
-    sizes = {"input_size": layer.weight_ih_l0.shape[1], "hidden_size": layer.weight_hh_l0.shape[0] // gates_of(layer)}
+    gates = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1)  # rows of its weights that a hidden unit has
+    sizes = {"input_size": layer.weight_ih_l0.shape[1], "hidden_size": layer.weight_hh_l0.shape[0] // gates}
     return sizes | ({"proj_size": layer.weight_hh_l0.shape[1]} if layer.proj_size else {})
 
 
 @attributes(nn.RNNCellBase)
 def cell_attributes(layer: Any, input: Shape, out: Shape) -> dict[str, Any]:
     return {"input_size": layer.weight_ih.shape[1], "hidden_size": layer.weight_hh.shape[1]}
-
-
-def gates_of(layer: nn.RNNBase) -> int:
-    """How many rows of its weights a hidden unit has."""
-    return {"LSTM": 4, "GRU": 3}.get(layer.mode, 1)

@@ -67,24 +67,8 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
     stays = analysis.stays(plan)
     kept = kept_indices(analysis, stays)
     state = named_tensors(graph)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if shapes != dict(analysis.shapes):
-        name = next(iter({*shapes.items()} ^ {*analysis.shapes.items()}))[0]
-        raise RewriteError(
-            f"this is not the model that was analysed: {name} has shape {shapes.get(name)}, the analysis says "
-            f"{analysis.shapes.get(name)}. Analyse it again, or rewrite the model that you analysed."
-        )
-
-    tensors: dict[int, Tensor] = {}
-    parameters: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
-    for name, tensor in state.items():
-        if id(tensor) in tensors:
-            continue
-        new = cut_tensor(tensor, kept[name])
-        if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-            parameters[tensor] = name, new
-        tensors[id(tensor)] = new
+    check_shapes(state, analysis)
+    tensors, parameters = cut_tensors(state, kept)
     compact = copy_onto(graph, tensors)
     gone: set[str] = set()
     if any(not channels for channels in plan.keep.values()):
@@ -143,6 +127,35 @@ def kept_by_norms(analysis: Analysis, stays: Bools) -> dict[tuple[Mode, str], Ke
                 for axis, size in enumerate(mask.shape)
             )
     return kept
+
+
+def check_shapes(state: Mapping[str, Tensor], analysis: Analysis) -> None:
+    """Raise RewriteError unless the tensors ``state`` have the shapes that were analysed."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes == dict(analysis.shapes):
+        return
+    name = next(iter({*shapes.items()} ^ {*analysis.shapes.items()}))[0]
+    raise RewriteError(
+        f"this is not the model that was analysed: {name} has shape {shapes.get(name)}, the analysis says "
+        f"{analysis.shapes.get(name)}. Analyse it again, or rewrite the model that you analysed."
+    )
+
+
+def cut_tensors(
+    state: Mapping[str, Tensor], kept: Mapping[str, Kept]
+) -> tuple[dict[int, Tensor], dict[nn.Parameter, tuple[str, nn.Parameter]]]:
+    """What is ``kept`` of ``state``, by the id of the original tensor; and by parameter its name and the new one."""
+    tensors: dict[int, Tensor] = {}
+    parameters: dict[nn.Parameter, tuple[str, nn.Parameter]] = {}
+    for name, tensor in state.items():
+        if id(tensor) in tensors:
+            continue
+        new = cut_tensor(tensor, kept[name])
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            parameters[tensor] = name, new
+        tensors[id(tensor)] = new
+    return tensors, parameters
 
 
 def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:

@@ -103,8 +103,9 @@ class Run:
 
 def find_copies(thing: object) -> list[Model]:
     """The traced models in a module, or in an object that has modules as attributes."""
-    held = [thing] if isinstance(thing, nn.Module) else modules_in(named_attributes(thing))
-    traced = [part for module in held for part in module.modules() if is_traced(part)]
+    leaves = [thing] if isinstance(thing, nn.Module) else pytree.tree_leaves(named_attributes(thing))
+    modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
+    traced = [part for module in modules for part in module.modules() if is_traced(part)]
     parts = {region for model in traced for region in regions_of(model).values() if region is not model}
     return [model for model in traced if model not in parts]
 
@@ -112,11 +113,6 @@ def find_copies(thing: object) -> list[Model]:
 def named_attributes(thing: object) -> dict[str, Any]:
     """What ``thing`` holds by name."""
     return dict(getattr(thing, "__dict__", {}))
-
-
-def modules_in(tree: object) -> list[nn.Module]:
-    """The modules in a tree."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, nn.Module)]
 
 
 class TrainingPass(Generic[M]):

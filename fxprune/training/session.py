@@ -15,6 +15,7 @@ from fxprune.channels.analysis import analyze
 from fxprune.errors import SessionError, require_type
 from fxprune.files.start import remember_start
 from fxprune.graph.trace import trace, unwrap_model
+from fxprune.graph.traced import Model
 from fxprune.options import FLAG, Rule, allow_count, allow_kind, check_options
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap, check_owned
@@ -35,6 +36,16 @@ from fxprune.training.wrappers import wrap_again, wrappers_of
 
 Policy = Callable[["Session", Plan, float, int], Decision]
 HOOKED: WeakSet[Optimizer] = WeakSet()  # the optimizers of the sessions that are open
+OPTIONS = {
+    "batch_size": allow_count(why=": samples a step on this rank").or_none(),
+    "epochs": allow_count(why=": epochs of the whole run").or_none(),
+    "when": Rule(callable, "must be a function such as fxprune.WhenItPays(epochs)").or_none(),
+    "writer": Rule(lambda value: hasattr(value, "add_scalar"), "must have add_scalar, as SummaryWriter has").or_none(),
+    "reset_state": FLAG,
+    "verify": FLAG,
+    "progress": FLAG.or_none(),
+    "around": allow_kind(nn.Module, "the module that has the model as a part").or_none(),
+}
 
 
 class Session(Run):
@@ -87,16 +98,7 @@ class Session(Run):
             SessionError: a pass is none, the wrapper is not supported, or another session has this optimizer.
             MigrationError: the optimizer holds other parameters.
         """
-        require_type(model, nn.Module, "model", SessionError)
-        require_type(optimizer, Optimizer, "optimizer", SessionError)
-        require_type(passes, Sequence, "passes", SessionError)
-        for training_pass in passes:
-            if not isinstance(training_pass, TrainingPass):
-                raise SessionError(
-                    f"{training_pass!r:.80} can't stand in a session: it needs training passes such as "
-                    "passes.PruneTrain(). Criteria make plans: use fxprune.prune, or "
-                    "session.reconfigure(criterion.plan(...))."
-                )
+        check_arguments(model, optimizer, passes)
         check_options(
             {
                 "batch_size": batch_size,
@@ -109,25 +111,11 @@ class Session(Run):
                 "around": around,
             },
             SessionError,
-            batch_size=allow_count(why=": samples a step on this rank").or_none(),
-            epochs=allow_count(why=": epochs of the whole run").or_none(),
-            when=Rule(callable, "must be a function such as fxprune.WhenItPays(epochs)").or_none(),
-            writer=Rule(
-                lambda value: hasattr(value, "add_scalar"), "must have add_scalar, as SummaryWriter has"
-            ).or_none(),
-            reset_state=FLAG,
-            verify=FLAG,
-            progress=FLAG.or_none(),
-            around=allow_kind(nn.Module, "the module that has the model as a part").or_none(),
+            **OPTIONS,
         )
-        if optimizer in HOOKED:
-            raise SessionError("another session has this optimizer: close() that one first, or give one all passes")
         wrappers = wrappers_of(model)
         graph = trace(model, example_inputs)
-        outer = ([], graph) if around is None else (wrappers_of(around), unwrap_model(around))
-        check_owned(optimizer, set(outer[1].parameters()))
-        if around is not None and not set(graph.parameters()) <= set(around.parameters()):
-            raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
+        outer = find_outer(graph, optimizer, around)
         analysis = analyze(graph, example_inputs, heads=heads, groups=groups)
         if plan_of(graph) is None:  # so that it can be saved before any cut
             record_cut(graph, analysis, Plan({}, analysis.sizes, analysis.options))
@@ -149,8 +137,12 @@ class Session(Run):
         self._meter, self._progress = Meter(), Progress(progress)
         self._waiting: Plan | None = None
         self._pending = False  # gradients that no step has used yet
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let the passes begin, put the hooks on, and let the passes prepare; where that fails the hooks go again."""
         with distributed.all_or_none():
-            for training_pass in passes:
+            for training_pass in self.passes:
                 self.memories.append(training_pass.begin(self))
                 check_memory(training_pass, self.memories[-1])
         self._hook()
@@ -434,6 +426,36 @@ class Session(Run):
         param_map = cut_run(self, plan)
         self._waiting = None  # a plan that waited was for the model before
         return param_map
+
+
+def check_arguments(model: nn.Module, optimizer: Optimizer, passes: Sequence[TrainingPass[Any]]) -> None:
+    """Raise SessionError unless these are a model, an optimizer that is free, and training passes."""
+    require_type(model, nn.Module, "model", SessionError)
+    require_type(optimizer, Optimizer, "optimizer", SessionError)
+    require_type(passes, Sequence, "passes", SessionError)
+    for training_pass in passes:
+        if not isinstance(training_pass, TrainingPass):
+            raise SessionError(
+                f"{training_pass!r:.80} can't stand in a session: it needs training passes such as "
+                "passes.PruneTrain(). Criteria make plans: use fxprune.prune, or "
+                "session.reconfigure(criterion.plan(...))."
+            )
+    if optimizer in HOOKED:
+        raise SessionError("another session has this optimizer: close() that one first, or give one all passes")
+
+
+def find_outer(graph: Model, optimizer: Optimizer, around: nn.Module | None) -> tuple[list[nn.Module], nn.Module]:
+    """What ``optimizer`` trains: the module ``around`` the model and its wrappers; without one ``graph``, and none.
+
+    Raises:
+        SessionError: ``around`` does not have the model as a part.
+        MigrationError: the optimizer holds other parameters.
+    """
+    outer = ([], graph) if around is None else (wrappers_of(around), unwrap_model(around))
+    check_owned(optimizer, set(outer[1].parameters()))
+    if around is not None and not set(graph.parameters()) <= set(around.parameters()):
+        raise SessionError(f"around= is a {type(around).__name__} that does not have the parameters of the model")
+    return outer
 
 
 def merge_plans(plans: Sequence[Plan | None]) -> Plan | None:

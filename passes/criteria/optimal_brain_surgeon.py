@@ -16,7 +16,7 @@ from fxprune.graph.inputs import Bound
 from fxprune.graph.traced import observed_values, regions_of
 from fxprune.progress import track_progress
 from fxprune.rewrite.restore import read_arguments
-from fxprune.rewrite.rows import LinearLayer, find_linear_layer
+from fxprune.rewrite.rows import find_linear_layer
 
 from .._data import mean_over
 from ..base import Criterion, detach_weights, share_in_layers
@@ -114,18 +114,16 @@ def find_readers(analysis: Analysis) -> Iterator[_Reader]:
     for path, region in regions_of(analysis.graph).items():
         for node in region.graph.nodes:
             layer = find_linear_layer(region, node)
-            if layer is None or layer.groups > 1 or layer.weight.shape[axis := find_input_axis(layer)] > LARGE:
+            if layer is None or layer.groups > 1:
+                continue
+            axis = 0 if layer.is_transposed else 1  # of its weight, along which it reads
+            if layer.weight.shape[axis] > LARGE:
                 continue
             name = f"{path}.{layer.name}".strip(".")
             weight = detach_weights(layer.weight).double().movedim(axis, -1).flatten(0, -2)
             channel_axis = -1 if layer.convolution is None else 1 - layer.weight.ndim
             source = node.all_input_nodes[0].name
             yield _Reader(analysis.aliases.get(name, name), path, source, channel_axis, axis, weight)
-
-
-def find_input_axis(layer: LinearLayer) -> int:
-    """The axis of its weight along which a layer reads."""
-    return 0 if layer.is_transposed else 1
 
 
 def sum_products(analysis: Analysis, readers: Mapping[str, _Reader], data: Any) -> dict[str, Floats]:
