@@ -154,9 +154,9 @@ def outcome(model: nn.Module, inputs: Any, mode: bool, norms: Mapping[Any, Any],
         outputs = model(*args, **kwargs)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros((), dtype=torch.float64)
-    for each in pytree.tree_leaves(outputs):
-        if isinstance(each, Tensor) and each.requires_grad:
-            loss = loss + (each * torch.randn(each.shape, generator=generator, dtype=each.dtype)).sum()
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            loss = loss + (leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)).sum()
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -164,23 +164,23 @@ def outcome(model: nn.Module, inputs: Any, mode: bool, norms: Mapping[Any, Any],
     return Outcome(pytree.tree_map_only(Tensor, Tensor.detach, outputs), gradients, buffers)
 
 
-def assert_close(what: str, found: Tensor, expected: Tensor, floor: float = 0.0) -> None:
+def assert_close(title: str, actual: Tensor, expected: Tensor, floor: float = 0.0) -> None:
     """The largest difference is at most RTOL of the largest expected value (or of ``floor``)."""
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, f"{title}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not expected.is_floating_point():
-        assert torch.equal(found, expected), what
+        assert torch.equal(actual, expected), title
     elif expected.numel():
         size = max(expected.abs().max().item(), floor)
-        gap = (found - expected).abs().max().item()
-        assert gap <= RTOL * size, f"{what} differs by {gap:.2e}, its largest value is {size:.2e}"
+        gap = (actual - expected).abs().max().item()
+        assert gap <= RTOL * size, f"{title} differs by {gap:.2e}, its largest value is {size:.2e}"
 
 
-def assert_all_close(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def assert_all_close(title: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """The same names and values. Rounding is that of the largest value of all."""
-    assert found.keys() == expected.keys(), f"{what}: {sorted(found.keys() ^ expected.keys())} is on one side only"
+    assert actual.keys() == expected.keys(), f"{title}: {sorted(actual.keys() ^ expected.keys())} is on one side only"
     floor = max((t.abs().max().item() for t in expected.values() if t.is_floating_point() and t.numel()), default=0)
     for name, tensor in expected.items():
-        assert_close(f"{what} {name}", found[name], tensor, floor)
+        assert_close(f"{title} {name}", actual[name], tensor, floor)
 
 
 def sliced(param_map: ParamMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,19 +195,19 @@ def sliced(param_map: ParamMap, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return result
 
 
-def assert_same(what: str, found: Outcome, expected: Outcome) -> None:
+def assert_same(title: str, actual: Outcome, expected: Outcome) -> None:
     """Two outcomes agree; their outputs have the same structure."""
-    leaves, structure = pytree.tree_flatten(found.outputs)
-    wanted, expected_structure = pytree.tree_flatten(expected.outputs)
-    assert structure == expected_structure, f"{what}: returns {structure}, expected {expected_structure}"
-    for number, (leaf, want) in enumerate(zip(leaves, wanted, strict=True)):
+    leaves, structure = pytree.tree_flatten(actual.outputs)
+    expected_leaves, expected_structure = pytree.tree_flatten(expected.outputs)
+    assert structure == expected_structure, f"{title}: returns {structure}, expected {expected_structure}"
+    for number, (leaf, want) in enumerate(zip(leaves, expected_leaves, strict=True)):
         if isinstance(want, Tensor):
-            assert_close(f"{what} output {number}", leaf, want)
+            assert_close(f"{title} output {number}", leaf, want)
         else:
-            assert leaf == want, f"{what} output {number}"
-    assert_all_close(f"{what} gradient", found.gradients, expected.gradients)
+            assert leaf == want, f"{title} output {number}"
+    assert_all_close(f"{title} gradient", actual.gradients, expected.gradients)
     for name, buffer in expected.buffers.items():
-        assert_close(f"{what} buffer {name}", found.buffers[name], buffer, floor=1e-4)  # some are zero but for rounding
+        assert_close(f"{title} buffer {name}", actual.buffers[name], buffer, 1e-4)  # some are zero but for rounding
 
 
 # --------------------------------------------------------------------------------------------- laws
@@ -217,8 +217,8 @@ def graph_is_model(graph: nn.Module, model: nn.Module, inputs: Iterable[Any]) ->
     """Law 0: what the graph gives, and leaves in its buffers, is what the model gives, in both modes."""
     for number, example in enumerate(inputs):
         for mode in BOTH_MODES:
-            found, expected = (outcome(copy.deepcopy(each), example, mode, {}) for each in (graph, model))
-            assert_same(f"{'train' if mode else 'eval'}, example {number}", found, expected)
+            actual, expected = (outcome(copy.deepcopy(network), example, mode, {}) for network in (graph, model))
+            assert_same(f"{'train' if mode else 'eval'}, example {number}", actual, expected)
 
 
 def slice_is_zero(
@@ -270,17 +270,17 @@ def slice_commutes_with_a_step(
 
 
 def assert_same_training(
-    compact: nn.Module, optimizer: Optimizer, whole: nn.Module, its_optimizer: Optimizer, param_map: ParamMap
+    compact: nn.Module, optimizer: Optimizer, dense: nn.Module, its_optimizer: Optimizer, param_map: ParamMap
 ) -> None:
     """The parameters and the optimizer's state of ``compact`` are those of ``whole``, sliced."""
-    found, expected = dict(compact.named_parameters()), dict(whole.named_parameters())
-    assert_all_close("parameter", detached(found), sliced(param_map, detached(expected)))
+    actual, expected = dict(compact.named_parameters()), dict(dense.named_parameters())
+    assert_all_close("parameter", detached(actual), sliced(param_map, detached(expected)))
     kinds = {key for state in (*optimizer.state.values(), *its_optimizer.state.values()) for key in state}
     for kind in sorted(kinds):
-        mine, theirs = states(found, optimizer, kind), states(expected, its_optimizer, kind)
-        theirs = {name: state for name, state in theirs.items() if name not in param_map.gone}
-        shaped = {name: tensor for name, tensor in theirs.items() if tensor.shape == expected[name].shape}
-        assert_all_close(f"state {kind}", mine, theirs | sliced(param_map, shaped))
+        actual_state, expected_state = states(actual, optimizer, kind), states(expected, its_optimizer, kind)
+        expected_state = {name: state for name, state in expected_state.items() if name not in param_map.gone}
+        shaped = {name: tensor for name, tensor in expected_state.items() if tensor.shape == expected[name].shape}
+        assert_all_close(f"state {kind}", actual_state, expected_state | sliced(param_map, shaped))
 
 
 def cuts_commute_with_steps(
@@ -305,14 +305,14 @@ def cuts_commute_with_steps(
         kept = session.reconfigure(Plan({}, session.analysis.sizes, session.analysis.options))
         for cut in range(cuts + 1):
             for step in range(steps):
-                found = outcome(session.graph, inputs, mode, {}, 100 * cut + step)
+                actual = outcome(session.graph, inputs, mode, {}, 100 * cut + step)
                 optimizer.step()
-                whole = outcome(twin, inputs, mode, kept.norms, 100 * cut + step)
+                dense = outcome(twin, inputs, mode, kept.norms, 100 * cut + step)
                 its_optimizer.step()
                 zero_removed(twin, kept)
-                expected = Outcome(whole.outputs, sliced(kept, whole.gradients), sliced(kept, whole.buffers))
-                what = f"{cut} cuts, step {step + 1}:"
-                assert_same(what, found, expected)
+                expected = Outcome(dense.outputs, sliced(kept, dense.gradients), sliced(kept, dense.buffers))
+                title = f"{cut} cuts, step {step + 1}:"
+                assert_same(title, actual, expected)
                 assert_same_training(session.graph, optimizer, twin, its_optimizer, kept)
             optimizer.zero_grad()
             if cut < cuts:
@@ -353,8 +353,8 @@ def pruning_composes(
     assert_same_state(second, direct)
     assert_same_map(first_map.then(second_map), direct_map, graph)
     for mode in modes:
-        found, expected = (copy.deepcopy(each).requires_grad_() for each in (second, direct))
-        assert_same("composed", outcome(found, inputs, mode, {}), outcome(expected, inputs, mode, {}))
+        actual, expected = (copy.deepcopy(network).requires_grad_() for network in (second, direct))
+        assert_same("composed", outcome(actual, inputs, mode, {}), outcome(expected, inputs, mode, {}))
 
 
 def pruned_again(graph: TracedModule, inputs: Any, analysis: Analysis, p: Plan, seed: int) -> None:
@@ -369,30 +369,30 @@ def pruned_again(graph: TracedModule, inputs: Any, analysis: Analysis, p: Plan, 
     assert_same_state(second, direct)
 
 
-def assert_same_state(found: nn.Module, expected: nn.Module) -> None:
+def assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
     """The same state_dict, bit by bit and in the same order."""
-    mine, theirs = found.state_dict(), expected.state_dict()
-    assert list(mine) == list(theirs)
-    for name, tensor in theirs.items():
-        assert torch.equal(mine[name], tensor), f"{name} is not the same"
+    state, expected_state = actual.state_dict(), expected.state_dict()
+    assert list(state) == list(expected_state)
+    for name, tensor in expected_state.items():
+        assert torch.equal(state[name], tensor), f"{name} is not the same"
 
 
-def assert_same_map(found: ParamMap, expected: ParamMap, graph: nn.Module) -> None:
+def assert_same_map(actual: ParamMap, expected: ParamMap, graph: nn.Module) -> None:
     """The same indices for every parameter and buffer."""
     tensors = graph.state_dict() | dict(graph.named_buffers())  # buffers that are not saved, too
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     for name in expected:
-        for axis, pair in enumerate(zip(found[name], expected[name], strict=True)):
-            mine, theirs = (list(range(shapes[name][axis])) if kept is None else kept.tolist() for kept in pair)
-            assert mine == theirs, f"kept of {name}[{axis}]: {mine}, expected {theirs}"
+        for axis, pair in enumerate(zip(actual[name], expected[name], strict=True)):
+            positions, wished = (list(range(shapes[name][axis])) if kept is None else kept.tolist() for kept in pair)
+            assert positions == wished, f"kept of {name}[{axis}]: {positions}, expected {wished}"
 
 
 def channels(analysis: Analysis) -> set[frozenset[tuple[str, int, int]]]:
     """Each channel that may go, as the (parameter, axis, position) triples that go with it."""
-    found: dict[tuple[str, int], set[tuple[str, int, int]]] = {}
+    places: dict[tuple[str, int], set[tuple[str, int, int]]] = {}
     for group in analysis.groups.values():
         for member in group.members:
             for position, channel in zip(member.index.tolist(), member.channel.tolist(), strict=True):
-                found.setdefault((group.name, channel), set()).add((member.parameter, member.axis, position))
-    return {frozenset(triples) for triples in found.values()}
+                places.setdefault((group.name, channel), set()).add((member.parameter, member.axis, position))
+    return {frozenset(triples) for triples in places.values()}

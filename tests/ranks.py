@@ -28,10 +28,10 @@ class Ranks:
     ) -> list[Any]:
         """``function(rank, *args)`` on each of ``world`` ranks, which meet at the file ``store``: what they return."""
         while len(self.workers) < world:
-            mine, its = self.context.Pipe()
-            process = self.context.Process(target=serve, args=(its,), daemon=True)
+            near_end, far_end = self.context.Pipe()
+            process = self.context.Process(target=serve, args=(far_end,), daemon=True)
             process.start()
-            self.workers.append((process, mine))
+            self.workers.append((process, near_end))
         for rank, (_, connection) in enumerate(self.workers[:world]):
             connection.send_bytes(pickle.dumps((function, rank, world, str(store), args)))
         results: dict[int, Any] = {}

@@ -113,23 +113,23 @@ def remembered_values(memory: Any) -> dict[str, Any]:
     }
 
 
-def assert_equal(what: str, found: Any, expected: Any) -> None:
+def assert_equal(title: str, actual: Any, expected: Any) -> None:
     """Two trees hold the same, tensors bit for bit and in the same memory format."""
-    assert type(found) is type(expected), what
+    assert type(actual) is type(expected), title
     if isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype, what
-        assert found.stride() == expected.stride(), what
-        assert torch.equal(found, expected), what
+        assert actual.dtype == expected.dtype, title
+        assert actual.stride() == expected.stride(), title
+        assert torch.equal(actual, expected), title
     elif isinstance(expected, dict):
-        assert list(found) == list(expected), what
+        assert list(actual) == list(expected), title
         for key, value in expected.items():
-            assert_equal(f"{what} {key}", found[key], value)
+            assert_equal(f"{title} {key}", actual[key], value)
     elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), what
-        for at, (mine, its) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(f"{what} {at}", mine, its)
+        assert len(actual) == len(expected), title
+        for at, (item, expected_item) in enumerate(zip(actual, expected, strict=True)):
+            assert_equal(f"{title} {at}", item, expected_item)
     else:
-        assert found == expected, what
+        assert actual == expected, title
 
 
 @contextmanager

@@ -208,18 +208,18 @@ class Refines(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         y = self.encoder(x)
-        state, found = torch.tanh(self.state(y)), []
+        state, steps = torch.tanh(self.state(y)), []
         for _ in range(2 + int(x.isfinite().all())):
             state = self.update(state, y)
-            found.append(self.last(state))
-        return found
+            steps.append(self.last(state))
+        return steps
 
 
 class Cell(nn.Module):
-    def __init__(self, given: int, width: int) -> None:
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.gate, self.candidate = (nn.Conv2d(given + width, width, 3, padding=1) for _ in range(2))
+        self.gate, self.candidate = (nn.Conv2d(inputs + width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         both = torch.cat([state, x], 1)
@@ -252,9 +252,9 @@ class Proposes(Steered):
         y = self.features(x)
         scores = self.scores(y).flatten(1)
         best = scores.detach().topk(3, dim=1).indices.flatten()
-        found = torch.nonzero(best >= 0).flatten()
-        corner = torch.stack([best % 8, best // 8], 1)[found].to(y.dtype)
-        image = torch.arange(len(x), dtype=y.dtype).repeat_interleave(3)[found]
+        proposed = torch.nonzero(best >= 0).flatten()
+        corner = torch.stack([best % 8, best // 8], 1)[proposed].to(y.dtype)
+        image = torch.arange(len(x), dtype=y.dtype).repeat_interleave(3)[proposed]
         boxes = torch.cat([image[:, None], corner / 2, corner / 2 + 3], 1)
         return scores, self.last(self.box(torchvision.ops.roi_align(y, boxes, (2, 2))))
 

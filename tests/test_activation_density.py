@@ -155,10 +155,10 @@ def test_a_stage_takes_the_largest_or_the_mean_of_its_activations() -> None:
         stage = [share(seen[name]) for name in ("_0_2", "relu", "relu_1")]
         assert len(set(stage)) == 3
         expected = max(stage) if several == "max" else sum(stage) / 3
-        found = densities(session)
-        assert found.pop("0.0") == pytest.approx(expected, abs=1e-15)
+        measured = densities(session)
+        assert measured.pop("0.0") == pytest.approx(expected, abs=1e-15)
         inside = {"1.conv1.0": "_1_conv1_2", "2.conv1.0": "_2_conv1_2", "3.0": "_3_2"}
-        assert found == {group: pytest.approx(share(seen[node]), abs=1e-15) for group, node in inside.items()}
+        assert measured == {group: pytest.approx(share(seen[node]), abs=1e-15) for group, node in inside.items()}
         summed = sum((seen[name] != 0).double().mean((0, 2, 3)) for name in ("_0_2", "relu", "relu_1"))
         assert channels(session, "0.0") == pytest.approx(summed.tolist(), abs=1e-15), "ranked by the sum"
 
@@ -169,13 +169,13 @@ def test_behind_a_concatenation_each_source_has_its_own() -> None:
     session = session_of(model, x)
     seen = list(activations_of(session, [x]).values())
     session.model(x)
-    found = densities(session)
-    first = [seen[0], *(each[:, :8] for each in seen[1:4])]  # the stem's own, and its part of each sum
-    assert found["0.0"] == pytest.approx(share(*first), abs=1e-15)
+    measured = densities(session)
+    first = [seen[0], *(value[:, :8] for value in seen[1:4])]  # the stem's own, and its part of each sum
+    assert measured["0.0"] == pytest.approx(share(*first), abs=1e-15)
     second = [seen[2][:, 8:12], seen[3][:, 8:12]]
-    assert found["1.layers.0.2"] == pytest.approx(share(*second), abs=1e-15)
-    assert found["1.layers.1.2"] == pytest.approx(share(seen[3][:, 12:16]), abs=1e-15)
-    assert "1.layers.2.2" not in found, "read by no activation"
+    assert measured["1.layers.0.2"] == pytest.approx(share(*second), abs=1e-15)
+    assert measured["1.layers.1.2"] == pytest.approx(share(seen[3][:, 12:16]), abs=1e-15)
+    assert "1.layers.2.2" not in measured, "read by no activation"
 
 
 def test_a_flattened_map_counts_for_its_channel() -> None:
@@ -318,13 +318,13 @@ def test_each_group_keeps_its_density_of_its_channels(minimum: int, round_to: in
     plan = pruner.after_epoch(session, session.memories[0])
     assert plan is not None
     assert set(measured) == set(sizes)
-    for name, (density, each) in measured.items():
+    for name, (density, by_channel) in measured.items():
         width = max(minimum, int(density * sizes[name] + 0.5))
         width = min(-(-width // round_to) * round_to, sizes[name])
         kept = plan.keep.get(name, tuple(range(sizes[name])))
         assert len(kept) == width
         gone = sorted(set(range(sizes[name])) - set(kept))
-        assert not gone or min(each[list(kept)]) >= max(each[gone]), "those of the highest density stay"
+        assert not gone or min(by_channel[list(kept)]) >= max(by_channel[gone]), "those of the highest density stay"
     session.reconfigure(plan)
     stage = {
         m.parameter: session.graph.get_parameter(m.parameter).shape[m.axis]
@@ -351,7 +351,7 @@ def test_channels_that_never_fire_can_go() -> None:
     session = session_of(model.train(), x)
     session.model(x)
     silent = {
-        name: [c for c, each in enumerate(channels(session, name)) if each == 0] for name in session.analysis.sizes
+        name: [c for c, share in enumerate(channels(session, name)) if share == 0] for name in session.analysis.sizes
     }
     assert silent["1.conv1.0"] == silent["2.0"] == [1, 4, 5]
     keep = {name: sorted(set(range(size)) - set(silent[name])) for name, size in session.analysis.sizes.items()}
@@ -364,9 +364,9 @@ class Scripted(ActivationDensity):
     """Takes its densities from a list, one an epoch."""
 
     def measure(self, run: Run, memory: Memory) -> Any:
-        found = super().measure(run, memory)
+        measured = super().measure(run, memory)
         density = SCRIPT.pop(0)
-        return {name: (density, each) for name, (_, each) in found.items()}
+        return {name: (density, by_channel) for name, (_, by_channel) in measured.items()}
 
 
 SCRIPT: list[float] = []
@@ -392,12 +392,12 @@ SCRIPT: list[float] = []
 def test_when_it_cuts(script: list[float], options: dict[str, Any], cuts: list[int]) -> None:
     SCRIPT[:] = script
     session, inputs = begin("chain", steps=0, passes=[Scripted(**options)])
-    found = []
+    epochs = []
     for epoch in range(1, len(script) + 1):
         train(session, inputs, 1)
         if session.epoch_end().removed:
-            found.append(epoch)
-    assert found == cuts
+            epochs.append(epoch)
+    assert epochs == cuts
     assert saved(session)["cuts"] == len(cuts)
 
 
@@ -442,8 +442,8 @@ def test_the_loop_ends() -> None:
     for _ in range(40):
         train(session, inputs, 1)
         session.epoch_end()
-    removed = [each.removed for each in session.log]
-    assert sum(each > 0 for each in removed) >= 3
+    removed = [epoch.removed for epoch in session.log]
+    assert sum(channels > 0 for channels in removed) >= 3
     assert removed[-10:] == [0] * 10
     assert min(session.analysis.sizes.values()) >= 1
     for name, density in saved(session)["densities"].items():
@@ -457,7 +457,7 @@ def test_the_training_complexity_is_the_sum_of_the_log() -> None:
     for _ in range(7):
         train(session, inputs, 1)
         record = session.epoch_end()
-        macs = [each.flops / 2 for each in session.log]
+        macs = [epoch.flops / 2 for epoch in session.log]
         assert record.values["complexity"] == pytest.approx(sum(macs) / (len(macs) * macs[0]), rel=1e-15)
         assert record.values["density"] > 0
     per_image = fxprune.cost.flops(traced("residual")[0], inputs) / len(inputs[0])
@@ -481,8 +481,8 @@ def test_counting_and_cutting_under_the_laws(name: str) -> None:
     session, inputs = begin(name, steps=0, passes=[EAGER])
     plain, _ = begin(name, steps=0)
     for mode in (True, False):
-        found, expected = (outcome(each.graph, inputs, mode, {}) for each in (session, plain))
-        assert_equal(name, vars(found), vars(expected))
+        actual, expected = (outcome(trained.graph, inputs, mode, {}) for trained in (session, plain))
+        assert_equal(name, vars(actual), vars(expected))
     for _ in range(2):
         outcome(session.graph, inputs, True, {})
         session.optimizer.zero_grad()
@@ -494,15 +494,15 @@ def test_counting_and_cutting_under_the_laws(name: str) -> None:
     agree(dense, compact, param_map, inputs, (False,) if MODELS[name].random else (False, True))
     session.reconfigure(plan)
     for mode in (True, False):
-        found, expected = (outcome(each, inputs, mode, {}) for each in (session.graph, compact))
-        assert_equal(name, found.outputs, expected.outputs)
-        assert_equal(name, found.gradients, expected.gradients)
+        actual, expected = (outcome(trained, inputs, mode, {}) for trained in (session.graph, compact))
+        assert_equal(name, actual.outputs, expected.outputs)
+        assert_equal(name, actual.gradients, expected.gradients)
     assert code(session.graph) == code(compact), "the graph has no counters"
 
 
 def code(graph: fxprune.TracedModule) -> list[str]:
-    graphs = [each for region in regions_of(graph).values() for each in region.distinct_graphs().values()]
-    return [each.python_code("self").src for each in graphs]
+    graphs = [part for region in regions_of(graph).values() for part in region.distinct_graphs().values()]
+    return [part.python_code("self").src for part in graphs]
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
@@ -518,10 +518,10 @@ def test_the_optimizer_s_state_goes_along(optimizer: str) -> None:
             graph(*inputs)
             for name, buffer in graph.named_buffers():
                 buffer.copy_(buffers[name])
-            found = session.passes[0].after_epoch(session, session.memories[0])
-        assert found is not None
-        assert found.keep
-        return found
+            made = session.passes[0].after_epoch(session, session.memories[0])
+        assert made is not None
+        assert made.keep
+        return made
 
     graph, inputs = traced("residual")
     cuts_commute_with_steps(graph, inputs, EVERY_OPTIMIZER[optimizer], cuts=2, plan=plan)
@@ -533,8 +533,8 @@ def test_copies_pickles_and_exports_have_no_counters(tmp_path: Path) -> None:
     counts = lambda: [tensor.tolist() for pair in saved(session)["counts"].values() for tensor in pair]  # noqa: E731
     before = counts()
     copied, pickled = copy.deepcopy(session.model), pickle.loads(pickle.dumps(graph))
-    for other in (copied, pickled, AveragedModel(session.model)):
-        other.train()(*inputs)
+    for copy_of_model in (copied, pickled, AveragedModel(session.model)):
+        copy_of_model.train()(*inputs)
     assert counts() == before
     assert "count_nonzero" in graph.code
     assert "count_nonzero" not in copied.code + pickled.code
@@ -564,18 +564,18 @@ def run(path: Path | None, epochs: int, stop_at: int | None = None) -> dict[str,
         session = Session.load(path, model, inputs, optimizer, progress=False)
     else:
         session = Session(model, inputs, optimizer, [pruner], progress=False)
-    found: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     while session.epoch < epochs:
         while session.step < 4 * (session.epoch + 1):
             x = inputs[0] + 0.1 * torch.randn(inputs[0].shape, dtype=torch.float64, generator=numbers(session.step))
-            found[f"step {session.step}"] = train(session, [x])[0].hex()
+            records[f"step {session.step}"] = train(session, [x])[0].hex()
             if path is not None and session.step % 2 == 0:
                 session.save(path)
             if session.step == stop_at:
-                return found
+                return records
         record = session.epoch_end()
-        found[f"epoch {session.epoch}"] = (record.removed, {**record.values}, dict(saved(session)["densities"]))
-    return found
+        records[f"epoch {session.epoch}"] = (record.removed, {**record.values}, dict(saved(session)["densities"]))
+    return records
 
 
 def numbers(seed: int) -> torch.Generator:
@@ -584,12 +584,12 @@ def numbers(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize("stop_at", [2, 6, 10, 14, 22])
 def test_a_run_goes_on_bit_equal_in_the_middle_of_an_epoch(stop_at: int, tmp_path: Path) -> None:
-    whole = run(None, 8)
-    assert sum(its[0] > 0 for name, its in whole.items() if name.startswith("epoch")) == 3
+    uninterrupted = run(None, 8)
+    assert sum(record[0] > 0 for name, record in uninterrupted.items() if name.startswith("epoch")) == 3
     first = run(tmp_path / "run.pt", 8, stop_at)
-    assert whole | first == whole
+    assert uninterrupted | first == uninterrupted
     second = run(tmp_path / "run.pt", 8)
-    assert first | second == whole
+    assert first | second == uninterrupted
 
 
 class Failing(TrainingPass):
@@ -654,35 +654,35 @@ def shared(rank: int, how: str = "") -> dict[str, Any]:
         torch.randn(8, 3, 6, 6, dtype=torch.float64, generator=numbers(1))
         + torch.arange(-4, 4)[:, None, None, None] / 4
     )
-    mine = slice(distributed.own_rank(), None, distributed.count_ranks())
-    found: list[Any] = []
+    part = slice(distributed.own_rank(), None, distributed.count_ranks())
+    epochs: list[Any] = []
     for _ in range(5):
         for _ in range(2):
-            loss = session.model(x[mine]).square().mean()
+            loss = session.model(x[part]).square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         record = session.epoch_end()
-        found.append((record.removed, dict(saved(session)["densities"])))
-    return {"epochs": found, "state": {name: tensor.tolist() for name, tensor in session.graph.state_dict().items()}}
+        epochs.append((record.removed, dict(saved(session)["densities"])))
+    return {"epochs": epochs, "state": {name: tensor.tolist() for name, tensor in session.graph.state_dict().items()}}
 
 
 @pytest.mark.parametrize("how", ["", "compiled"])
 def test_ranks_count_together(ranks: Ranks, tmp_path: Path, how: str) -> None:
     alone = shared(0)
     assert [removed > 0 for removed, _ in alone["epochs"]] == [False, True, False, True, False]
-    for found in ranks(2, tmp_path / "store", shared, how):
-        assert [removed for removed, _ in found["epochs"]] == [removed for removed, _ in alone["epochs"]]
-        for (_, mine), (_, its) in zip(found["epochs"], alone["epochs"], strict=True):
-            assert mine == pytest.approx(its, rel=1e-12)
+    for result in ranks(2, tmp_path / "store", shared, how):
+        assert [removed for removed, _ in result["epochs"]] == [removed for removed, _ in alone["epochs"]]
+        for (_, densities), (_, expected) in zip(result["epochs"], alone["epochs"], strict=True):
+            assert densities == pytest.approx(expected, rel=1e-12)
         for name, tensor in alone["state"].items():
-            torch.testing.assert_close(torch.tensor(found["state"][name]), torch.tensor(tensor), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(torch.tensor(result["state"][name]), torch.tensor(tensor), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_counts(backend: str) -> None:
     torch.compiler.reset()
-    found = []
+    rounds = []
     for compiled in (False, True):
         graph, inputs = traced("residual")
         model: Any = copy.deepcopy(graph).requires_grad_().train()
@@ -692,9 +692,9 @@ def test_a_compiled_model_counts(backend: str) -> None:
         for _ in range(4):
             train(session, inputs, 2)
             counts = {name: [t.tolist() for t in pair] for name, pair in saved(session)["counts"].items()}
-            found.append((counts, session.epoch_end().removed))
-    assert found[:4] == found[4:]
-    assert [removed > 0 for _, removed in found[:4]] == [False, True, False, True]
+            rounds.append((counts, session.epoch_end().removed))
+    assert rounds[:4] == rounds[4:]
+    assert [removed > 0 for _, removed in rounds[:4]] == [False, True, False, True]
 
 
 def test_accumulation_and_autocast() -> None:

@@ -78,10 +78,10 @@ def test_slopes_are_the_derivatives_of_the_cost(name: str, kind: str) -> None:
     place = np.arange(len(channels.group)) - np.searchsorted(channels.group, channels.group)
     assert (widths > 0).all()
     assert not cost.uneven
-    for number, found in enumerate(cost.slopes(widths)):
+    for number, slope in enumerate(cost.slopes(widths)):
         one = np.arange(len(widths)) == number
         more, less = (cost(place < (widths + step * one)[channels.group]) for step in (1, -1))
-        assert found == pytest.approx((more - less) / 2)
+        assert slope == pytest.approx((more - less) / 2)
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.8])
@@ -97,14 +97,14 @@ def test_precrop_finds_the_best_widths(budget: float) -> None:
         shares = [1.0, *np.array(widths) / sizes, 1.0]
         return sum(math.log(before * after) for before, after in itertools.pairwise(shares))
 
-    whole = cost(place < sizes[channels.group])
+    dense = cost(place < sizes[channels.group])
     every = itertools.product(*(range(1, size + 1) for size in sizes))
-    best = max(density(w) for w in every if cost(place < np.array(w)[channels.group]) <= budget * whole)
+    best = max(density(w) for w in every if cost(place < np.array(w)[channels.group]) <= budget * dense)
     plan = passes.PreCrop(round_to=1, minimum=0).plan(analysis, Budget(flops=budget, tolerance=0.2))
-    found = density(list(plan.widths.values()))
-    assert found >= best - 2 * math.log(8 / 7)  # one channel less of one of the smaller groups
+    reached = density(list(plan.widths.values()))
+    assert reached >= best - 2 * math.log(8 / 7)  # one channel less of one of the smaller groups
     uniform = passes.Uniform(round_to=1, minimum=0).plan(analysis, Budget(flops=budget, tolerance=0.2))
-    assert found >= density(list(uniform.widths.values()))
+    assert reached >= density(list(uniform.widths.values()))
 
 
 class Stage(nn.Module):
@@ -145,8 +145,8 @@ def test_widths_need_no_data_and_no_chance(name: str) -> None:
         model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 4, 1))
     analysis = fxprune.analyze(model, X)
     state = torch.get_rng_state()
-    one, other = (ALLOCATORS[name]().plan(analysis, Budget(flops=0.5, tolerance=0.2)) for _ in range(2))
-    assert one == other
+    first, second = (ALLOCATORS[name]().plan(analysis, Budget(flops=0.5, tolerance=0.2)) for _ in range(2))
+    assert first == second
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -40,17 +40,17 @@ def spin(seconds: float) -> None:
 def test_runs_take_turns() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: (calls.append(name), spin(0.03)) for name in "ab"}
-    found = in_turns(runs, seconds=0.1)
-    assert len(found["a"]) == len(found["b"]) >= 5
-    assert all(0.03 <= seconds < 0.3 for its in found.values() for seconds in its)
+    times = in_turns(runs, seconds=0.1)
+    assert len(times["a"]) == len(times["b"]) >= 5
+    assert all(0.03 <= seconds < 0.3 for turns in times.values() for seconds in turns)
     switches = sum(a != b for a, b in itertools.pairwise(calls))
-    assert switches >= len(found["a"]), "no run has all its turns at once"
+    assert switches >= len(times["a"]), "no run has all its turns at once"
 
 
 def test_short_runs_are_repeated_in_a_turn() -> None:
     calls: list[int] = []
-    found = in_turns({"": lambda: calls.append(1)}, seconds=0.0)
-    assert len(calls) > 100 * len(found[""])
+    times = in_turns({"": lambda: calls.append(1)}, seconds=0.0)
+    assert len(calls) > 100 * len(times[""])
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
@@ -65,9 +65,9 @@ def test_layers_are_timed_apart() -> None:
             return x
 
     model = nn.Sequential(nn.ReLU(), Slow(), nn.Sequential(nn.ReLU()))
-    found = by_module({"": model}, ((X,), {}), 0.0)[""]
-    assert list(found) == ["0", "1", "2.0"]
-    assert found["1"] >= 0.02 > 10 * found["0"]
+    times = by_module({"": model}, ((X,), {}), 0.0)[""]
+    assert list(times) == ["0", "1", "2.0"]
+    assert times["1"] >= 0.02 > 10 * times["0"]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -76,23 +76,23 @@ def test_bench() -> None:
     compact = halved(dense)
     modes = [[module.training for module in model.modules()] for model in (dense, compact)]
     state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    found = fxprune.bench(dense, compact, X, batches=(1, 2), backends=("eager",), seconds=0.0)
-    assert [(each.backend, each.batch) for each in found.rows] == [("eager", 1), ("eager", 2)]
-    before, after = found.flops
+    result = fxprune.bench(dense, compact, X, batches=(1, 2), backends=("eager",), seconds=0.0)
+    assert [(row.backend, row.batch) for row in result.rows] == [("eager", 1), ("eager", 2)]
+    before, after = result.flops
     assert (before, after) == (fxprune.cost.flops(dense.eval(), X), fxprune.cost.flops(compact.eval(), X))
-    for each in found.rows:
-        assert each.before is not None
-        assert each.ratio is not None
-        assert each.before.low <= each.before.median <= each.before.high
-        assert each.efficiency == pytest.approx(after / before / each.ratio.median)
-    assert found.layer_flops["0"][1] < found.layer_flops["0"][0]
-    assert all(seconds > 0 for seconds in found.layers["0"])
+    for row in result.rows:
+        assert row.before is not None
+        assert row.ratio is not None
+        assert row.before.low <= row.before.median <= row.before.high
+        assert row.efficiency == pytest.approx(after / before / row.ratio.median)
+    assert result.layer_flops["0"][1] < result.layer_flops["0"][0]
+    assert all(seconds > 0 for seconds in result.layers["0"])
     assert [[module.training for module in dense.train().modules()]] == modes[:1]
     assert all(torch.equal(tensor, state[name]) for name, tensor in dense.state_dict().items())
-    table = str(found)
+    table = str(result)
     assert "eager" in table
     assert "efficiency" in table
-    assert json.loads(json.dumps(found.to_json()))["rows"][0]["backend"] == "eager"
+    assert json.loads(json.dumps(result.to_json()))["rows"][0]["backend"] == "eager"
 
 
 def test_modes_come_back() -> None:
@@ -105,8 +105,8 @@ def test_modes_come_back() -> None:
 
 def test_a_model_with_plain_python() -> None:
     model, inputs = prepare(next(case for case in MODELS.values() if case.steered))
-    found = fxprune.bench(model, halved(model, inputs), inputs, backends=("eager",), seconds=0.0)
-    assert len(found.rows) == 1, "only the example's own batch"
+    result = fxprune.bench(model, halved(model, inputs), inputs, backends=("eager",), seconds=0.0)
+    assert len(result.rows) == 1, "only the example's own batch"
 
 
 def test_a_backend_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +114,10 @@ def test_a_backend_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no compiler here\nat all")
 
     monkeypatch.setitem(BACKENDS, "compile", fail)
-    found = fxprune.bench(net(), net(), X, batches=(1,), backends=("compile", "eager"), seconds=0.0)
-    assert found.rows[0].problem == "RuntimeError: no compiler here"
-    assert found.rows[1].before is not None
-    assert "RuntimeError: no compiler here" in str(found)
+    result = fxprune.bench(net(), net(), X, batches=(1,), backends=("compile", "eager"), seconds=0.0)
+    assert result.rows[0].problem == "RuntimeError: no compiler here"
+    assert result.rows[1].before is not None
+    assert "RuntimeError: no compiler here" in str(result)
 
 
 @pytest.mark.parametrize(
@@ -134,24 +134,24 @@ def test_a_backend_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_use(options: Any, message: str) -> None:
-    given = {"compact": net(), **options}
+    arguments = {"compact": net(), **options}
     with pytest.raises(BenchError, match=message):
-        fxprune.bench(net(), given.pop("compact"), X, **given)
+        fxprune.bench(net(), arguments.pop("compact"), X, **arguments)
 
 
 def test_what_saves_flops_but_no_time_is_named() -> None:
-    found = Bench(
+    result = Bench(
         rows=(Measured("eager", 1, None, None, None, None),),
         flops=(300.0, 150.0),
         layers={"a": (1.0, 0.5), "b": (1.0, 0.95), "c": (1.0, 1.0), "norm": (0.1, 0.1)},
         layer_flops={"a": (100.0, 50.0), "b": (100.0, 50.0), "c": (100.0, 100.0)},
         machine="",
     )
-    assert found.idle() == {"b": (0.5, 0.95)}
-    assert found.idle({"first": ["a", "norm"], "both": ["a", "b"], "last": ["b", "c"]}) == {"last": (0.75, 0.975)}
+    assert result.idle() == {"b": (0.5, 0.95)}
+    assert result.idle({"first": ["a", "norm"], "both": ["a", "b"], "last": ["b", "c"]}) == {"last": (0.75, 0.975)}
 
 
 @pytest.mark.slow
 def test_compiled_models_are_measured() -> None:
-    found = fxprune.bench(net(), halved(net()), X, batches=(1, 2), backends=("compile",), seconds=0.1)
-    assert [each.problem for each in found.rows] == ["", ""]
+    result = fxprune.bench(net(), halved(net()), X, batches=(1, 2), backends=("compile",), seconds=0.1)
+    assert [row.problem for row in result.rows] == ["", ""]

@@ -44,17 +44,17 @@ def data(tmp_path: Path) -> Path:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return found
+    data: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return data
 
 
 def test_a_run_that_was_interrupted_ends_as_the_whole_run(
     example: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    example.main(["--data", str(data), "--out", str(whole), *OPTIONS])
+    uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
+    example.main(["--data", str(data), "--out", str(uninterrupted), *OPTIONS])
     for name in ("results.md", "prunetrain.png", "prunetrain.onnx", "dense.ckpt", "log.jsonl"):
-        assert (whole / name).stat().st_size > 0
+        assert (uninterrupted / name).stat().st_size > 0
 
     epoch_end = example.Run.epoch_end
 
@@ -70,9 +70,9 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_run(
     example.main(["--data", str(data), "--out", str(parts), *OPTIONS])
 
     for name in ("dense", "prunetrain"):
-        weights = [torch.load(out / f"{name}.ckpt", weights_only=True)["model"] for out in (whole, parts)]
+        weights = [torch.load(out / f"{name}.ckpt", weights_only=True)["model"] for out in (uninterrupted, parts)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert [len(each) for each in results(parts)["epochs"].values()] == [2, 2]
+    assert [len(epochs) for epochs in results(parts)["epochs"].values()] == [2, 2]
 
     with pytest.raises(SystemExit, match="other epochs"):
         example.main(["--data", str(data), "--out", str(parts), "--epochs", "3", *OPTIONS[2:]])
@@ -93,7 +93,7 @@ def test_two_processes_share_the_batches(data: Path, tmp_path: Path) -> None:
     options = ["--data", str(data), "--out", str(tmp_path / "two"), "--limit", "16", "--no-dense", *OPTIONS]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = results(tmp_path / "two")
-    assert found["options"]["ranks"] == 2
-    assert [(each["steps"], each["samples"]) for each in found["epochs"]["prunetrain"]] == [(2, 4), (2, 4)]
-    assert all(each["sent"] > 0 for each in found["epochs"]["prunetrain"])
+    shared = results(tmp_path / "two")
+    assert shared["options"]["ranks"] == 2
+    assert [(epoch["steps"], epoch["samples"]) for epoch in shared["epochs"]["prunetrain"]] == [(2, 4), (2, 4)]
+    assert all(epoch["sent"] > 0 for epoch in shared["epochs"]["prunetrain"])

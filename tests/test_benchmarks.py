@@ -21,14 +21,14 @@ def run_all(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def asked(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> set[str]:
     monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
-    return {each.script for each in run_all.chosen(run_all.arguments())}
+    return {benchmark.script for benchmark in run_all.chosen(run_all.arguments())}
 
 
 def test_every_benchmark_is_run_by_the_one_command(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     helpers = {"common", "analysis_worker", "run_all", "zoo_libraries"}
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - helpers
     assert asked(run_all, monkeypatch, "--full", "--data", "PATH") == scripts
-    trains = {each.script for each in run_all.BENCHMARKS if each.trains}
+    trains = {benchmark.script for benchmark in run_all.BENCHMARKS if benchmark.trains}
     assert asked(run_all, monkeypatch, "--full") == scripts - trains
     assert asked(run_all, monkeypatch) < scripts - trains
     assert all((BENCHMARKS / f"{script}.py").read_text().count('"--data"') for script in trains)

@@ -61,8 +61,8 @@ def counted(analysis: Analysis, plan: Plan, kind: str) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_budget_is_met_as_counted_on_the_compact_model(model: str, kind: str) -> None:
     analysis = zoo(model)
-    whole = counted(analysis, Plan({}, analysis.sizes), kind)
-    for limit, asked in ((0.6, 0.6 * whole), (int(0.6 * whole), int(0.6 * whole))):
+    dense = counted(analysis, Plan({}, analysis.sizes), kind)
+    for limit, asked in ((0.6, 0.6 * dense), (int(0.6 * dense), int(0.6 * dense))):
         plan = passes.Magnitude().plan(analysis, Budget(**{kind: limit}))
         assert 0.99 * asked <= counted(analysis, plan, kind) <= asked
 
@@ -71,16 +71,16 @@ def test_a_budget_is_met_as_counted_on_the_compact_model(model: str, kind: str) 
 @pytest.mark.parametrize("kind", ["flops", "params"])
 def test_every_criterion_meets_it(criterion: str, kind: str) -> None:
     analysis = zoo("resnet18")
-    whole = counted(analysis, Plan({}, analysis.sizes), kind)
+    dense = counted(analysis, Plan({}, analysis.sizes), kind)
     plan = CRITERIA[criterion]((X,)).plan(analysis, Budget(**{kind: 0.5}))
-    assert 0.495 * whole <= counted(analysis, plan, kind) <= 0.5 * whole
+    assert 0.495 * dense <= counted(analysis, plan, kind) <= 0.5 * dense
 
 
 def test_several_limits_hold_at_once() -> None:
     analysis = zoo("resnet18")
-    whole = {kind: counted(analysis, Plan({}, analysis.sizes), kind) for kind in ("macs", "params", "memory")}
+    dense = {kind: counted(analysis, Plan({}, analysis.sizes), kind) for kind in ("macs", "params", "memory")}
     plan = passes.Magnitude().plan(analysis, Budget(macs=0.5, params=0.3, memory=0.7))
-    used = {kind: counted(analysis, plan, kind) / whole[kind] for kind in whole}
+    used = {kind: counted(analysis, plan, kind) / dense[kind] for kind in dense}
     assert used["macs"] <= 0.5
     assert used["params"] <= 0.3
     assert used["memory"] <= 0.7
@@ -123,9 +123,9 @@ class Attends(nn.Module):
 
 def test_attention_costs_the_same_where_python_steers() -> None:
     example = torch.randn(2, 128, 64)
-    whole, steered = (fxprune.trace(Attends(steered).eval(), example) for steered in (False, True))
+    graph, steered = (fxprune.trace(Attends(steered).eval(), example) for steered in (False, True))
     projections, products = 2 * 128 * 64 * 256, 2 * 2 * 4 * 128 * 128 * 16
-    assert cost.flops(whole, example) == cost.flops(steered, example) == 2 * (projections + products)
+    assert cost.flops(graph, example) == cost.flops(steered, example) == 2 * (projections + products)
 
 
 def test_memory_is_weights_and_values() -> None:
@@ -174,9 +174,9 @@ def test_the_nearest_that_an_error_names_can_be_had(name: str, kind: str) -> Non
 
 
 def nearest_in(miss: Any, kind: str) -> int:
-    found = re.search(rf"reached is {kind}=(\d+)", str(miss.value))
-    assert found
-    return int(found[1])
+    match = re.search(rf"reached is {kind}=(\d+)", str(miss.value))
+    assert match
+    return int(match[1])
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.45, 0.6, 0.75, 0.9])
@@ -187,13 +187,13 @@ def test_between_two_whole_channels(fraction: float) -> None:
     try:
         plan = passes.Magnitude().plan(analysis, budget)
     except BudgetError as miss:
-        found = re.search(r"reached is params=(\d+) .*: .* no plan was found within 0.01 % below it", str(miss))
-        nearest = int(found[1]) if found else 0
+        match = re.search(r"reached is params=(\d+) .*: .* no plan was found within 0.01 % below it", str(miss))
+        nearest = int(match[1]) if match else 0
         plan = passes.Magnitude().plan(analysis, Budget(params=nearest, tolerance=0.0001))
         assert counted(analysis, plan, "params") == nearest
     else:
-        whole = cost.params(analysis.graph)
-        assert counted(analysis, plan, "params") >= 0.9999 * fraction * whole
+        dense = cost.params(analysis.graph)
+        assert counted(analysis, plan, "params") >= 0.9999 * fraction * dense
 
 
 @pytest.mark.parametrize("kind", ["flops", "params"])
@@ -207,8 +207,8 @@ def test_rounding_hides_no_plan(name: str, kind: str) -> None:
         except BudgetError:
             continue
         plan = passes.Magnitude(round_to=4).plan(analysis, Budget(**{kind: percent / 100}))
-        whole = counted(analysis, Plan({}, analysis.sizes), kind)
-        assert 0.99 * percent / 100 * whole <= counted(analysis, plan, kind) <= percent / 100 * whole
+        dense = counted(analysis, Plan({}, analysis.sizes), kind)
+        assert 0.99 * percent / 100 * dense <= counted(analysis, plan, kind) <= percent / 100 * dense
 
 
 def test_out_of_reach_says_what_is_kept() -> None:
@@ -416,19 +416,19 @@ def test_a_latency_is_met(fake_clock: Callable[..., float]) -> None:
     dense = fake_clock(analysis.graph, X)
     for limit, asked in ((0.6, 0.6 * dense), (timedelta(seconds=0.5 * dense), 0.5 * dense)):
         plan = passes.Magnitude().plan(analysis, Budget(latency=limit))
-        found = fake_clock(cut(analysis, plan), X)
-        assert 0.95 * asked <= found <= asked
+        seconds = fake_clock(cut(analysis, plan), X)
+        assert 0.95 * asked <= seconds <= asked
     assert analysis.graph.training
     analysis.graph.eval()
 
 
 def test_a_latency_beside_other_limits(fake_clock: Callable[..., float]) -> None:
     analysis = zoo("resnet18")
-    whole = cost.flops(analysis.graph, X)
+    dense = cost.flops(analysis.graph, X)
     for latency, flops in ((0.6, 0.3), (0.3, 0.9), (1.0, 0.5)):
         compact = cut(analysis, passes.Magnitude().plan(analysis, Budget(latency=latency, flops=flops)))
         assert fake_clock(compact, X) <= latency * fake_clock(analysis.graph, X)
-        assert cost.flops(compact, X) <= flops * whole
+        assert cost.flops(compact, X) <= flops * dense
 
 
 def test_a_latency_out_of_reach(fake_clock: Callable[..., float]) -> None:
@@ -460,7 +460,7 @@ def test_widths_stand_on_the_staircase(monkeypatch: pytest.MonkeyPatch) -> None:
         }
 
     def seconds_of(models: dict[str, Any], inputs: Any, seconds: float) -> dict[str, list[float]]:
-        return {key: [sum(its.values())] for key, its in by_module(models, inputs, seconds).items()}
+        return {key: [sum(times.values())] for key, times in by_module(models, inputs, seconds).items()}
 
     monkeypatch.setattr("fxprune.budget.latency.by_module", by_module)
     monkeypatch.setattr("fxprune.budget.latency.seconds_of", seconds_of)

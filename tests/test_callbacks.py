@@ -71,18 +71,18 @@ def by_hand(epochs: int = EPOCHS) -> fxprune.Session:
     return session
 
 
-def assert_same(found: fxprune.Session, expected: fxprune.Session) -> None:
-    assert [each.removed for each in found.log] == [each.removed for each in expected.log]
-    assert [each.widths for each in found.log] == [each.widths for each in expected.log]
-    assert found.step == expected.step
-    assert found.epoch == expected.epoch
+def assert_same(actual: fxprune.Session, expected: fxprune.Session) -> None:
+    assert [epoch.removed for epoch in actual.log] == [epoch.removed for epoch in expected.log]
+    assert [epoch.widths for epoch in actual.log] == [epoch.widths for epoch in expected.log]
+    assert actual.step == expected.step
+    assert actual.epoch == expected.epoch
     for name, tensor in expected.graph.state_dict().items():
-        torch.testing.assert_close(found.graph.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual.graph.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_the_penalty_brings_cuts() -> None:
     session = by_hand()
-    assert sum(each.removed > 0 for each in session.log) >= 2
+    assert sum(epoch.removed > 0 for epoch in session.log) >= 2
 
 
 def momenta(optimizer: torch.optim.Optimizer) -> list[tuple[int, ...]]:
@@ -159,9 +159,9 @@ def test_lightning_trains_as_a_loop_does(tmp_path: Path, dictionary: bool) -> No
 @applied
 def test_lightning_resumes(tmp_path: Path) -> None:
     module, pruning = fit(tmp_path)
-    found, resumed = fit(tmp_path, checkpoint=tmp_path / "epoch=0.ckpt")
+    network, resumed = fit(tmp_path, checkpoint=tmp_path / "epoch=0.ckpt")
     assert_same(resumed.session, pruning.session)
-    assert_equal("weights", dict(found.state_dict()), dict(module.state_dict()))
+    assert_equal("weights", dict(network.state_dict()), dict(module.state_dict()))
     assert resumed.session.memories[0] == pruning.session.memories[0]
     assert momenta(resumed.session.optimizer) == momenta(pruning.session.optimizer)
 
@@ -182,12 +182,12 @@ class SeesGradients(fxprune.TrainingPass):
 def test_lightning_shows_the_gradients_of_the_step(tmp_path: Path) -> None:
     from fxprune.training.trainers.lightning import Pruning
 
-    its = SeesGradients()
-    fit(tmp_path, 1, callback=Pruning("net", X[:2], [its]))
+    watching = SeesGradients()
+    fit(tmp_path, 1, callback=Pruning("net", X[:2], [watching]))
     model = Net()
     optimizer = sgd(model)
-    assert len(its.seen) == len(X) // BATCH
-    for at, gradient in enumerate(its.seen):
+    assert len(watching.seen) == len(X) // BATCH
+    for at, gradient in enumerate(watching.seen):
         share = slice(at * BATCH, (at + 1) * BATCH)
         optimizer.zero_grad()
         F.cross_entropy(model(X[share]), Y[share]).backward()
@@ -198,7 +198,7 @@ def test_lightning_shows_the_gradients_of_the_step(tmp_path: Path) -> None:
 @applied
 def test_lightning_with_mixed_precision(tmp_path: Path) -> None:
     _, pruning = fit(tmp_path, precision="bf16-mixed", accumulate_grad_batches=2)
-    assert sum(each.removed > 0 for each in pruning.session.log) >= 2
+    assert sum(epoch.removed > 0 for epoch in pruning.session.log) >= 2
     assert pruning.session.step == EPOCHS * len(X) // BATCH // 2
 
 
@@ -292,7 +292,7 @@ def test_accelerate_trains_as_a_loop_does() -> None:
 def test_accelerate_with_mixed_precision() -> None:
     """Accelerate patches forward: after a cut it must run the new one."""
     session = accelerated(EPOCHS, mixed_precision="bf16")
-    assert sum(each.removed > 0 for each in session.log) >= 2
+    assert sum(epoch.removed > 0 for epoch in session.log) >= 2
     output = session.model(X[:2])
     assert output.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -375,7 +375,7 @@ def test_transformers_trains_as_a_loop_does(tmp_path: Path) -> None:
     trainer.train()
     assert_same(pruning.session, by_hand())
     assert trainer.model.net is pruning.session.graph
-    assert any("fxprune/channels" in each for each in trainer.state.log_history)
+    assert any("fxprune/channels" in entry for entry in trainer.state.log_history)
 
 
 def test_transformers_accumulates(tmp_path: Path) -> None:
@@ -419,33 +419,33 @@ def on_ranks(rank: int, folder: Path) -> dict[str, list[int]]:
     warnings.simplefilter("ignore")
     removed = {}
     _, pruning = fit(folder / "lightning", strategy="ddp", devices=world)
-    trainer, other = trainer_of(folder / "transformers", batch=BATCH // world, ddp_backend="gloo")
+    trainer, callback = trainer_of(folder / "transformers", batch=BATCH // world, ddp_backend="gloo")
     trainer.train()
     for name, session in (
         ("lightning", pruning.session),
         ("accelerate", accelerated(EPOCHS)),
-        ("transformers", other.session),
+        ("transformers", callback.session),
     ):
         weights = [parameter.tolist() for parameter in session.graph.parameters()]
-        assert len({str(each) for each in distributed.gather_values(weights)}) == 1, name
+        assert len({str(weight) for weight in distributed.gather_values(weights)}) == 1, name
         assert session.log[-1].sent > 0
-        assert any(isinstance(each, DistributedDataParallel) for each in (session.model, *session.around[0])), name
-        removed[name] = [each.removed for each in session.log]
+        assert any(isinstance(module, DistributedDataParallel) for module in (session.model, *session.around[0])), name
+        removed[name] = [epoch.removed for epoch in session.log]
     return removed
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 @pytest.mark.slow
 def test_each_library_on_two_ranks(tmp_path: Path) -> None:
     pool = Ranks()
     try:
-        one, other = pool(2, tmp_path / "store", on_ranks, tmp_path)
+        first, second = pool(2, tmp_path / "store", on_ranks, tmp_path)
     finally:
         pool.stop()
-    assert one == other
-    assert all(sum(count > 0 for count in counts) >= 2 for counts in one.values())
+    assert first == second
+    assert all(sum(count > 0 for count in counts) >= 2 for counts in first.values())

@@ -277,8 +277,8 @@ def test_a_function_keeps_its_backward(copied: Callable[..., Any]) -> None:
 )
 def test_noise_is_drawn_anew(forward: Callable[..., Any]) -> None:
     graph = whole(net(forward))
-    for each in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        assert len({float(each(X).detach().sum()) for _ in range(10)}) > 5
+    for copied in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert len({float(copied(X).detach().sum()) for _ in range(10)}) > 5
 
 
 # ----------------------------------------------------------------------------- buffers, hooks, arguments, results
@@ -311,9 +311,9 @@ def test_buffers_are_written(forward: Callable[..., Any]) -> None:
 
 def test_hooks_of_root_containers_and_layers() -> None:
     model = nn.Sequential(conv_bn(3, 8), nn.Conv2d(8, 4, 1)).double().eval()
-    model.register_forward_pre_hook(lambda module, given: (given[0] / 4,))
-    model[0].register_forward_hook(lambda module, given, result: result * 3)
-    model.register_forward_hook(lambda module, given, result: {"logits": result})
+    model.register_forward_pre_hook(lambda module, args: (args[0] / 4,))
+    model[0].register_forward_hook(lambda module, args, result: result * 3)
+    model.register_forward_hook(lambda module, args, result: {"logits": result})
     calls: list[int] = []
     model[1].register_forward_hook(lambda *_: calls.append(1))
     graph = whole(model)
@@ -384,7 +384,7 @@ MASK = torch.ones(2, 4)
 
 
 @pytest.mark.parametrize(
-    ("example", "same", "others"),
+    ("example", "same", "refused"),
     [
         (V, [((V,), {"mask": None}), ((V,), {"double": False})], [((V, MASK), {}), ((V,), {"double": True})]),
         ((V, MASK), [((V, MASK * 3), {})], [((V, None), {}), ((V,), {}), ((V, MASK, MASK), {})]),
@@ -393,12 +393,12 @@ MASK = torch.ones(2, 4)
         (((), {"x": V, "double": True}), [((), {"x": V, "double": True})], [((V,), {}), ((V,), {"double": 1})]),
     ],
 )
-def test_arguments_are_those_of_the_example(example: Any, same: list[Any], others: list[Any]) -> None:
+def test_arguments_are_those_of_the_example(example: Any, same: list[Any], refused: list[Any]) -> None:
     model = Arguments()
     graph = whole(model, example)
     for args, kwargs in same:
         assert torch.equal(graph(*args, **kwargs), model(*args, **kwargs))
-    for args, kwargs in others:
+    for args, kwargs in refused:
         with pytest.raises(TraceError, match=r"argument '(mask|double|more|rest)' is .* made with .* trace"):
             graph(*args, **kwargs)
     fxprune.analyze(graph, example)
@@ -457,9 +457,9 @@ def test_results_keep_their_class(wrap: Callable[..., Any], get: Callable[..., A
     model = net(lambda m, x: wrap(m.o(m.b(m.a(x)))))
     expected = model(X)
     for graph in (whole(model), pruned(model), pickle.loads(pickle.dumps(whole(model)))):
-        found = graph(X)
-        assert type(found) is type(expected)
-        assert get(found).shape == get(expected).shape
+        result = graph(X)
+        assert type(result) is type(expected)
+        assert get(result).shape == get(expected).shape
     assert torch.equal(get(whole(model)(X)), get(expected))
 
 

@@ -40,9 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:PruneTrain. with lambda:UserWarn
 
 def noted(run: Run, epochs: int = EPOCHS) -> dict[str, str]:
     """What a run writes down until so many epochs have ended."""
-    found: dict[str, str] = {}
-    run.train(epochs, found.__setitem__)
-    return found
+    records: dict[str, str] = {}
+    run.train(epochs, records.__setitem__)
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(("epochs", "cuts"), [(1, 0), (3, 1), (6, 3)])
 def test_a_run_goes_on_bit_equal(epochs: int, cuts: int, tmp_path: Path, uninterrupted: dict[str, str]) -> None:
     first = Run(tmp_path / "run.pt")
-    found = noted(first, epochs)
-    assert sum(bool(each.removed) for each in first.session.log) == cuts
+    records = noted(first, epochs)
+    assert sum(bool(epoch.removed) for epoch in first.session.log) == cuts
     for disturb in (random.seed, np.random.seed, torch.manual_seed):
         disturb(99)
     second = Run(tmp_path / "run.pt")
@@ -70,14 +70,14 @@ def test_a_run_goes_on_bit_equal(epochs: int, cuts: int, tmp_path: Path, uninter
     assert second.session.passes == first.session.passes == tuple(PASSES)
     assert_equal("model", dict(second.session.graph.state_dict()), dict(first.session.graph.state_dict()))
     assert str(second.session.graph) == str(first.session.graph)
-    assert found | noted(second) == uninterrupted
+    assert records | noted(second) == uninterrupted
 
 
 def test_a_run_goes_on_after_every_epoch(tmp_path: Path, uninterrupted: dict[str, str]) -> None:
-    found: dict[str, str] = {}
+    records: dict[str, str] = {}
     for epoch in range(1, EPOCHS + 1):
-        found |= noted(Run(tmp_path / "run.pt"), epoch)
-    assert found == uninterrupted
+        records |= noted(Run(tmp_path / "run.pt"), epoch)
+    assert records == uninterrupted
 
 
 @pytest.mark.parametrize("optimizer", ["adamw amsgrad", "sgd fused", "adam foreach", "asgd", "rprop", "lion"])
@@ -85,19 +85,19 @@ def test_optimizers_go_on_bit_equal(optimizer: str, tmp_path: Path) -> None:
     def make(parameters: Any) -> Optimizer:
         return EVERY_OPTIMIZER[optimizer](parameters)
 
-    whole, inputs = begin("residual", make)
-    whole.reconfigure(thinner(whole.analysis, 0))
-    train(whole, inputs)
-    whole.save(tmp_path / "run.pt")
+    uninterrupted, inputs = begin("residual", make)
+    uninterrupted.reconfigure(thinner(uninterrupted.analysis, 0))
+    train(uninterrupted, inputs)
+    uninterrupted.save(tmp_path / "run.pt")
     fresh, _ = begin("residual", make, steps=0)
     fresh.close()
     resumed = Session.load(tmp_path / "run.pt", *reborn(make), progress=False)
-    assert_equal("optimizer", resumed.optimizer.state_dict(), whole.optimizer.state_dict())
+    assert_equal("optimizer", resumed.optimizer.state_dict(), uninterrupted.optimizer.state_dict())
     for cut in (1, 2):
-        assert train(resumed, inputs, 2) == train(whole, inputs, 2)
-        for each in (whole, resumed):
-            each.reconfigure(thinner(each.analysis, cut))
-    assert_equal("model", dict(resumed.graph.state_dict()), dict(whole.graph.state_dict()))
+        assert train(resumed, inputs, 2) == train(uninterrupted, inputs, 2)
+        for session in (uninterrupted, resumed):
+            session.reconfigure(thinner(session.analysis, cut))
+    assert_equal("model", dict(resumed.graph.state_dict()), dict(uninterrupted.graph.state_dict()))
 
 
 def reborn(make: Callable[[Any], Optimizer] = EVERY_OPTIMIZER["momentum"]) -> tuple[nn.Module, Any, Optimizer]:
@@ -111,15 +111,15 @@ def reborn(make: Callable[[Any], Optimizer] = EVERY_OPTIMIZER["momentum"]) -> tu
 
 
 def test_a_branch_that_went_is_gone_after_loading(tmp_path: Path) -> None:
-    whole, inputs = begin()
-    sizes, options = whole.analysis.sizes, whole.analysis.options
-    whole.reconfigure(Plan({"1.conv1.0": (), "2.conv1.0": ()}, sizes, options, ["1.conv1.0"]))
-    train(whole, inputs)
-    whole.save(tmp_path / "run.pt")
+    uninterrupted, inputs = begin()
+    sizes, options = uninterrupted.analysis.sizes, uninterrupted.analysis.options
+    uninterrupted.reconfigure(Plan({"1.conv1.0": (), "2.conv1.0": ()}, sizes, options, ["1.conv1.0"]))
+    train(uninterrupted, inputs)
+    uninterrupted.save(tmp_path / "run.pt")
     resumed = Session.load(tmp_path / "run.pt", *reborn(), progress=False)
-    assert_equal("optimizer", resumed.optimizer.state_dict(), whole.optimizer.state_dict())
+    assert_equal("optimizer", resumed.optimizer.state_dict(), uninterrupted.optimizer.state_dict())
     assert "1.conv1.0.weight" not in resumed.graph.state_dict()
-    assert train(resumed, inputs, 3) == train(whole, inputs, 3)
+    assert train(resumed, inputs, 3) == train(uninterrupted, inputs, 3)
 
 
 def test_a_checkpoint_of_a_resumed_run_is_the_same(tmp_path: Path) -> None:
@@ -147,11 +147,11 @@ def test_what_is_registered_late_gets_its_state_then(tmp_path: Path) -> None:
 def test_passes_can_be_given_and_options_changed(tmp_path: Path) -> None:
     noted(Run(tmp_path / "run.pt"), 2)
     model = network()
-    others = [passes.PruneTrain(ratio=0.2, interval=1), Thin(7)]
+    changed = [passes.PruneTrain(ratio=0.2, interval=1), Thin(7)]
     session = Session.load(
-        tmp_path / "run.pt", model, EXAMPLE, SGD(model.parameters(), lr=1.0), others, batch_size=3, progress=False
+        tmp_path / "run.pt", model, EXAMPLE, SGD(model.parameters(), lr=1.0), changed, batch_size=3, progress=False
     )
-    assert session.passes == tuple(others)
+    assert session.passes == tuple(changed)
     assert session.batch_size == 8  # what the run had
 
 
@@ -302,12 +302,12 @@ def test_other_models_are_refused(make: Callable[[], nn.Module], message: str, c
 
 def test_other_optimizers_are_refused(checkpoint: Path) -> None:
     model = network()
-    first, *others = model.parameters()
-    groups = SGD([{"params": [first]}, {"params": others}], lr=1.0)
+    first, *remaining = model.parameters()
+    groups = SGD([{"params": [first]}, {"params": remaining}], lr=1.0)
     refused(
         checkpoint, r"the optimizer has \[1, \d+\] parameters in its groups, the file \[\d+\]", model, optimizer=groups
     )
-    refused(checkpoint, r"has \[\d+\] parameters in its groups", model, optimizer=SGD(others, lr=1.0))
+    refused(checkpoint, r"has \[\d+\] parameters in its groups", model, optimizer=SGD(remaining, lr=1.0))
     refused(checkpoint, "the optimizer is Adam, the file's SGD", model, optimizer=Adam(model.parameters()))
     stranger = SGD(network().parameters(), lr=1.0)
     refused(checkpoint, r"a parameter of shape \(8, 3, 3, 3\) that is not in the model", model, optimizer=stranger)
@@ -315,8 +315,8 @@ def test_other_optimizers_are_refused(checkpoint: Path) -> None:
 
 def test_unknown_passes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     data = torch.load(checkpoint, weights_only=True)
-    given = [Thin(4)]
-    refused(checkpoint, r"it has the passes \['PruneTrain', 'Thin'\], not those that were given", passes=given)
+    asked = [Thin(4)]
+    refused(checkpoint, r"it has the passes \['PruneTrain', 'Thin'\], not those that were given", passes=asked)
     for name, message in {
         "Unheard": "it has a pass 'Unheard', which is not known here: import it first, or give passes=",
         "PruneTrain": "unexpected keyword argument 'part'",
@@ -347,7 +347,7 @@ def test_damaged_fields_are_refused(field: str, how: str, checkpoint: Path, tmp_
     elif isinstance(data[field], dict) and data[field]:
         data[field] = {key: 3 for key in data[field]}
     elif isinstance(data[field], list):
-        data[field] = [{key: 3 for key in each} for each in data[field]]
+        data[field] = [{key: 3 for key in entry} for entry in data[field]]
     else:
         data[field] = [1.5]
     torch.save(data, tmp_path / "run.pt")
@@ -378,7 +378,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_last(tmp_path: Path, mo
         run.session.save(tmp_path / "nowhere" / "run.pt")
     with pytest.raises(FileError, match=r"path must be a str or Path, but it is 3 \(int\)"):
         run.session.save(3)  # type: ignore[arg-type]
-    assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.pt"]
     assert (tmp_path / "run.pt").read_bytes() == before
     run.session.save(str(tmp_path / "run.pt"))
 
@@ -523,9 +523,9 @@ def kills(count: int, folder: Path, expected: dict[str, str]) -> dict[str, int]:
             seen["before the first checkpoint"] += not (place / "run.pt").exists()
             server.start(place)
             assert server.end() == 0
-            found = list(written(place))
-            assert all(expected[key] == value for key, value in found)
-            assert dict(found) == expected
+            items = list(written(place))
+            assert all(expected[key] == value for key, value in items)
+            assert dict(items) == expected
             shutil.rmtree(place)
     finally:
         server.close()

@@ -105,7 +105,7 @@ def pruned(*more: str, out: str = "out", onnx: str = "--no-onnx") -> dict[str, A
 
 def test_prune_writes_a_folder() -> None:
     report = pruned(onnx="--onnx")
-    assert {each.name for each in Path("out").iterdir()} == {
+    assert {entry.name for entry in Path("out").iterdir()} == {
         "plan.json",
         "model.safetensors",
         "model.onnx",
@@ -120,7 +120,7 @@ def test_prune_writes_a_folder() -> None:
     assert {name: both[1] for name, both in report["groups"].items()} == fxprune.analyze(
         compact, torch.randn(1, 3, 8, 8)
     ).sizes
-    assert sum(each["flops"][1] for each in report["layers"]) == after
+    assert sum(entry["flops"][1] for entry in report["layers"]) == after
     onnx.checker.check_model("out/model.onnx")
 
 
@@ -128,7 +128,7 @@ def test_no_file_of_another_model_stays() -> None:
     pruned(onnx="--onnx")
     Path("out/notes.txt").write_text("mine")
     result = run("prune", *TINY, "--flops", "0.6", "--no-onnx", "-o", "out")
-    assert {each.name for each in Path("out").iterdir()} == {
+    assert {file.name for file in Path("out").iterdir()} == {
         "plan.json",
         "model.safetensors",
         "report.html",
@@ -221,11 +221,11 @@ def restored_by_hand(graph: nn.Module, images: Any) -> tuple[nn.Module, fxprune.
 
 def test_data_restores_and_tells_the_accuracy(folder: Path) -> None:
     torch.manual_seed(7)
-    other = tiny()
-    torch.save(other.state_dict(), "other.pt")
+    model = tiny()
+    torch.save(model.state_dict(), "other.pt")
     images = ["--data", str(photos(folder / "photos", varied=True))]
     report = pruned("--weights", "other.pt", *images)
-    expected, restoration = restored_by_hand(other, load_images(folder / "photos", PLAIN, 512, 0))
+    expected, restoration = restored_by_hand(model, load_images(folder / "photos", PLAIN, 512, 0))
     compact = fxprune.load("out/model.safetensors", tiny())
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(compact.state_dict()[name], tensor)
@@ -274,9 +274,9 @@ def test_preprocessing_is_told_and_as_asked(folder: Path) -> None:
 @pytest.mark.parametrize(("weights", "resize"), [("IMAGENET1K_V1", 256), ("IMAGENET1K_V2", 232), (None, 256)])
 def test_preprocessing_is_that_of_the_weights(weights: str | None, resize: int) -> None:
     source = Source("torchvision:resnet50")
-    found = choose_preprocessing((1, 3, 224, 224), source, weights, Asked())
-    assert (found.resize, found.crop, found.mean) == (resize, (224, 224), MEAN)
-    assert found.origin == f"of torchvision's weights {weights or 'IMAGENET1K_V1'}"
+    chosen = choose_preprocessing((1, 3, 224, 224), source, weights, Asked())
+    assert (chosen.resize, chosen.crop, chosen.mean) == (resize, (224, 224), MEAN)
+    assert chosen.origin == f"of torchvision's weights {weights or 'IMAGENET1K_V1'}"
 
 
 def test_a_model_that_guesses_is_told_loudly(folder: Path) -> None:
@@ -310,14 +310,14 @@ def test_what_is_not_restored_is_told() -> None:
 def test_apply_puts_a_plan_on_other_weights() -> None:
     pruned("--classes", "5")
     torch.manual_seed(7)
-    other = tiny(5)
-    torch.save({"state_dict": {f"module.{name}": each for name, each in other.state_dict().items()}}, "other.pt")
+    model = tiny(5)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()}}, "other.pt")
     result = run("apply", "out/plan.json", "--weights", "other.pt", "--no-onnx", "--no-measure", "-o", "again")
     assert "random" not in result.stderr
     assert Path("again/plan.json").read_bytes() == Path("out/plan.json").read_bytes()
     compact = fxprune.load("again/model.safetensors", tiny(5))
     kept = fxprune.Plan.load("out/plan.json").keep["0"]
-    assert torch.equal(compact.get_parameter("0.bias"), other.get_parameter("0.bias")[list(kept)])
+    assert torch.equal(compact.get_parameter("0.bias"), model.get_parameter("0.bias")[list(kept)])
 
 
 def test_a_compact_model_needs_no_more_arguments(folder: Path) -> None:
@@ -329,8 +329,8 @@ def test_a_compact_model_needs_no_more_arguments(folder: Path) -> None:
         run("prune", "out/model.safetensors", "--flops", "0.6", *ROUNDED, "--no-onnx", "-o", "two", "--json").stdout
     )
     assert again["totals"]["flops"][0] == before
-    whole = json.loads(Path("two/plan.json").read_text())
-    assert whole["sizes"] == json.loads(Path("out/plan.json").read_text())["sizes"], "from the dense model"
+    plan = json.loads(Path("two/plan.json").read_text())
+    assert plan["sizes"] == json.loads(Path("out/plan.json").read_text())["sizes"], "from the dense model"
     compact = fxprune.load("two/model.safetensors", tiny())
     assert fxprune.cost.flops(compact, torch.randn(1, 3, 8, 8)) == again["totals"]["flops"][1]
     assert "16" not in run("inspect", "two/model.safetensors").stdout.partition("group ")[2].splitlines()[1].split()
@@ -344,21 +344,21 @@ def test_new_weights_for_a_compact_model() -> None:
     save_file(compact.state_dict(), "tuned.safetensors")
     result = run("export", "out/model.safetensors", "tuned.onnx", "--weights", "tuned.safetensors", "--json")
     assert json.loads(result.stdout)["difference"] < 1e-4
-    arrays = [onnx.numpy_helper.to_array(each) for each in onnx.load("tuned.onnx").graph.initializer]
-    assert any((each == 5).all() for each in arrays if each.size > 1)
+    arrays = [onnx.numpy_helper.to_array(array) for array in onnx.load("tuned.onnx").graph.initializer]
+    assert any((array == 5).all() for array in arrays if array.size > 1)
 
 
 def test_inspect() -> None:
     result = run("inspect", "torchvision:fxprune_tiny", *SHAPE)
     assert "2 groups, 32 channels that can be pruned" in result.stdout
     assert "output" in result.stdout
-    found = json.loads(run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--json").stdout)
-    assert found["groups"]["0"]["channels"] == 16
-    assert "1.weight[0]" in found["groups"]["0"]["members"]
-    assert "output" in {each["reason"] for each in found["frozen"]}
+    facts = json.loads(run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--json").stdout)
+    assert facts["groups"]["0"]["channels"] == 16
+    assert "1.weight[0]" in facts["groups"]["0"]["members"]
+    assert "output" in {entry["reason"] for entry in facts["frozen"]}
     assert "go together with" in run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "3").stdout
-    found = json.loads(run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "3", "--json").stdout)
-    assert "go together with" in found["explain"]["3"]
+    facts = json.loads(run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--explain", "3", "--json").stdout)
+    assert "go together with" in facts["explain"]["3"]
     run("inspect", "torchvision:fxprune_tiny", *SHAPE, "--html", "page.html")
     assert Path("page.html").read_text().startswith("<!doctype html>")
 
@@ -375,16 +375,16 @@ def test_bench() -> None:
         r"^eager\s+1\s+[\d.]+\s+[\d.]+\s+\d+% \(\d+% – \d+%\)\s+\d+%\s+\d+\.\d\d$", result.stdout, re.MULTILINE
     )
     quick[:4] = ["--batch", "1", "--backend", "onnxruntime"]
-    found = json.loads(run("bench", "net:net", "--vs", "net.py:net", *SHAPE, *quick, "--json").stdout)
-    assert [(each["backend"], each["batch"]) for each in found["rows"]] == [("onnxruntime", 1)]
-    assert found["flops"][0] == found["flops"][1]
-    assert found["idle"] == {"groups": {}, "layers": {}}
+    report = json.loads(run("bench", "net:net", "--vs", "net.py:net", *SHAPE, *quick, "--json").stdout)
+    assert [(row["backend"], row["batch"]) for row in report["rows"]] == [("onnxruntime", 1)]
+    assert report["flops"][0] == report["flops"][1]
+    assert report["idle"] == {"groups": {}, "layers": {}}
 
 
 def test_prune_measures() -> None:
-    found = pruned("--measure")
-    assert found["bench"]["rows"][0]["backend"] == "eager"
-    assert set(found["bench"]["layers"]) == {str(number) for number in range(8)}
+    report = pruned("--measure")
+    assert report["bench"]["rows"][0]["backend"] == "eager"
+    assert set(report["bench"]["layers"]) == {str(number) for number in range(8)}
 
 
 @pytest.mark.parametrize(("option", "limit"), [("--latency", "0.7"), ("--latency-ms", "70")])
@@ -414,11 +414,11 @@ def test_diff() -> None:
     pruned("--flops", "0.7", out="more")
     for name in ("plan.json", "model.safetensors", "report.json"):
         result = run("diff", f"out/{name}", f"more/{name}")
-        widths = [fxprune.Plan.load(f"{each}/plan.json").widths["0"] for each in ("out", "more")]
+        widths = [fxprune.Plan.load(f"{folder}/plan.json").widths["0"] for folder in ("out", "more")]
         assert re.search(rf"^0\s+{widths[0]}\s+{widths[1]}\s+\+\d+%", result.stdout, re.MULTILINE)
         assert ("FLOPs" in result.stdout) == (name == "report.json")
-    found = json.loads(run("diff", "out/plan.json", "more/report.json", "--json").stdout)
-    assert found["groups"]["0"] == widths
+    difference = json.loads(run("diff", "out/plan.json", "more/report.json", "--json").stdout)
+    assert difference["groups"]["0"] == widths
     assert "all 2 groups are the same" in run("diff", "out/plan.json", "out/report.json").stdout
     assert re.search(r"^0 ", run("diff", "out/plan.json", "out/plan.json", "--all").stdout, re.MULTILINE)
 
@@ -614,16 +614,16 @@ def wrong_files(folder: Path) -> None:
 @pytest.mark.usefixtures("wrong_files")
 def test_wrong_use() -> None:
     """Each in the same folder, for speed: one line that says what to do, the exit code, and no file is written."""
-    found = sorted(Path().rglob("*"))
+    before = sorted(Path().rglob("*"))
     wrong = []
     for args, code, message in WRONG:
         result = CliRunner().invoke(app, args)
         text = " ".join(result.output.replace("│", " ").split())
         lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
-        files = [each for each in sorted(Path().rglob("*")) if "__pycache__" not in each.parts]
+        files = [path for path in sorted(Path().rglob("*")) if "__pycache__" not in path.parts]
         said = bool(re.search(message, text)) and (len(lines) == 1 or "Usage:" in text)
-        if not (said and result.exit_code == code and isinstance(result.exception, SystemExit) and files == found):
-            wrong.append((args, code, message, result.exit_code, text, result.exception, set(files) ^ set(found)))
+        if not (said and result.exit_code == code and isinstance(result.exception, SystemExit) and files == before):
+            wrong.append((args, code, message, result.exit_code, text, result.exception, set(files) ^ set(before)))
     assert not wrong
 
 
@@ -641,14 +641,14 @@ def test_a_file_names_no_code_to_run(folder: Path) -> None:
 
 def test_nothing_is_left_when_the_export_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pruned()
-    before = {each.name: each.read_bytes() for each in Path("out").iterdir()}
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise fxprune.FxpruneError("the export fails")
 
     monkeypatch.setattr(fxprune, "export_onnx", fail)
     assert "the export fails" in run("prune", *TINY, "--flops", "0.6", "-o", "out", code=2).stderr
-    assert {each.name: each.read_bytes() for each in Path("out").iterdir()} == before
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,12 @@ def test_a_pattern_keeps_the_most_importance(share: str, groups: int) -> None:
     torch.manual_seed(groups)
     importance, pool = torch.rand(6, 6 // groups, 3, 3), static_pool("static8")
     kept = (importance[:, :, None] * pool).sum((3, 4))  # [filter, kernel, pattern]
-    found = choose_patterns(importance, pool, share, groups)
+    chosen = choose_patterns(importance, pool, share, groups)
     for o, i in itertools.product(range(6), range(6 // groups)):
         group = o * groups // 6
-        mine = range(group * 6 // groups, (group + 1) * 6 // groups)
-        together = {"none": kept[o, i], "input_channel": kept[mine, i].sum(0), "filter": kept[o].sum(0)}[share]
-        assert found[o, i] == together.argmax()
+        rows = range(group * 6 // groups, (group + 1) * 6 // groups)
+        together = {"none": kept[o, i], "input_channel": kept[rows, i].sum(0), "filter": kept[o].sum(0)}[share]
+        assert chosen[o, i] == together.argmax()
 
 
 def test_the_first_four_patterns_are_the_corners() -> None:
@@ -78,12 +78,12 @@ def test_a_dynamic_pool_has_what_most_kernels_choose() -> None:
     layers[0][:, :3] += 5 * static_pool("static12")[4]  # fifteen of one, and eight of another
     layers[1][0:2, :4] += 5 * static_pool("static12")[8]
     counts: dict[tuple[int, ...], int] = {}
-    for kernel in torch.cat([each.flatten(0, 1).flatten(1) for each in layers]).tolist():
+    for kernel in torch.cat([tensor.flatten(0, 1).flatten(1) for tensor in layers]).tolist():
         best = tuple(sorted(sorted(range(9), key=lambda tap: -kernel[tap])[:4]))
         counts[best] = counts.get(best, 0) + 1
     ranked = sorted(counts, key=lambda taps: (-counts[taps], taps))
     pool = dynamic_pool(layers, 3)
-    assert [tuple(each.flatten().nonzero().flatten().tolist()) for each in pool] == ranked[:3]
+    assert [tuple(tensor.flatten().nonzero().flatten().tolist()) for tensor in pool] == ranked[:3]
     assert torch.equal(pool[0], static_pool("static12")[4])
     assert len(dynamic_pool(layers, 126)) == len(counts)
 
@@ -272,10 +272,10 @@ def test_the_penalty_is_the_papers() -> None:
     session.optimizer.zero_grad()
     penalty.backward()
     for name, gradient in gradients.items():
-        found = session.graph.get_parameter(name).grad
-        assert found is not None
-        torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-15)
-        assert (found[~masks(session)[name]] == 0).all(), "what stays is not penalised"
+        actual = session.graph.get_parameter(name).grad
+        assert actual is not None
+        torch.testing.assert_close(actual, gradient, rtol=1e-12, atol=1e-15)
+        assert (actual[~masks(session)[name]] == 0).all(), "what stays is not penalised"
 
 
 def test_the_penalty_alone_makes_what_goes_smaller() -> None:
@@ -299,7 +299,7 @@ def test_the_compression_is_the_papers() -> None:
     record = session.epoch_end()
     weights = {name: p.numel() for name, p in session.graph.named_parameters() if p.ndim == 4}
     first = weights.pop("0.0.weight")
-    expected = (first + sum(weights.values())) / (first + sum(each * 0.5 / 2.25 for each in weights.values()))
+    expected = (first + sum(weights.values())) / (first + sum(weight * 0.5 / 2.25 for weight in weights.values()))
     assert record.values["compression"] == pytest.approx(expected)
 
 
@@ -332,9 +332,9 @@ def test_a_pattern_of_names_may_lose_its_layers_to_a_cut(tmp_path: Path) -> None
     assert not any(name.startswith("1.") for name in masks(session))
     session.optimizer.zero_grad()
     session.save(tmp_path / "run.pt")
-    other, _ = begin("residual", steps=0)
-    other.close()
-    again = Session.load(tmp_path / "run.pt", other.graph, inputs, other.optimizer, progress=False)
+    second, _ = begin("residual", steps=0)
+    second.close()
+    again = Session.load(tmp_path / "run.pt", second.graph, inputs, second.optimizer, progress=False)
     assert masks(again).keys() == masks(session).keys()
 
 
@@ -396,9 +396,9 @@ def test_a_run_goes_on_from_a_checkpoint(epochs: int, tmp_path: Path) -> None:
     assert again.passes == (pruner,)
     go(session, inputs, 4 - epochs)
     go(again, inputs, 4 - epochs)
-    one, other = snapshot(again), snapshot(session)
-    assert_equal("state", one["state"], other["state"])
-    assert_equal("momentum", one["optimizer"]["state"], other["optimizer"]["state"])
+    resumed, uninterrupted = snapshot(again), snapshot(session)
+    assert_equal("state", resumed["state"], uninterrupted["state"])
+    assert_equal("momentum", resumed["optimizer"]["state"], uninterrupted["optimizer"]["state"])
 
 
 @pytest.fixture
@@ -414,18 +414,18 @@ def on_rank(rank: int) -> dict[str, Tensor]:
     x = torch.randn(8, 3, 10, 10, dtype=torch.float64)
     model = DistributedDataParallel(model) if distributed.count_ranks() > 1 else model
     session = Session(model, x[:2], SGD(model.parameters(), 0.01), [NOW], progress=False)
-    mine = x[distributed.own_rank() :: distributed.count_ranks()]
+    part = x[distributed.own_rank() :: distributed.count_ranks()]
     for _ in range(2):
-        step(session, [mine])
+        step(session, [part])
         session.epoch_end()
     return {name: tensor.clone() for name, tensor in session.graph.state_dict().items()}
 
 
 def test_ranks_choose_together(ranks: Ranks, tmp_path: Path) -> None:
-    found = ranks(2, tmp_path / "store", on_rank)
-    assert_equal("ranks", found[0], found[1])
+    results = ranks(2, tmp_path / "store", on_rank)
+    assert_equal("ranks", results[0], results[1])
     alone = on_rank(0)
-    assert all(torch.equal(alone[name] == 0, tensor == 0) for name, tensor in found[0].items())
+    assert all(torch.equal(alone[name] == 0, tensor == 0) for name, tensor in results[0].items())
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

@@ -55,27 +55,27 @@ def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     return tuple(changed) if isinstance(tree, tuple) else changed
 
 
-def values_for(found: Any) -> list[Any]:
+def values_for(value: Any) -> list[Any]:
     """What to put in the place of ``found``."""
-    if isinstance(found, Tensor):
-        wider = torch.zeros(*[size + 1 for size in found.shape] or [2])
-        return [*VALUES, wider, found.flatten()[:1].clone(), found.to(torch.int64), found.to(torch.complex64)]
-    if isinstance(found, dict):
-        return [*VALUES, found | {"extra": 3}]
-    if isinstance(found, list):
-        return [*VALUES, found + found[:1], found[::-1]]
+    if isinstance(value, Tensor):
+        wider = torch.zeros(*[size + 1 for size in value.shape] or [2])
+        return [*VALUES, wider, value.flatten()[:1].clone(), value.to(torch.int64), value.to(torch.complex64)]
+    if isinstance(value, dict):
+        return [*VALUES, value | {"extra": 3}]
+    if isinstance(value, list):
+        return [*VALUES, value + value[:1], value[::-1]]
     return VALUES
 
 
 def variants(tree: Any, every: int) -> Iterator[tuple[str, Any]]:
     """Damaged copies of ``tree``, each with its name."""
-    whole = []
+    variations = []
     for path in places(tree):
-        found = tree
+        branch = tree
         for key in path:
-            found = found[key]
-        whole += [(path, value) for value in values_for(found) if path or value is not LOST]
-    for path, value in random.Random(0).sample(whole, len(whole) // every):
+            branch = branch[key]
+        variations += [(path, value) for value in values_for(branch) if path or value is not LOST]
+    for path, value in random.Random(0).sample(variations, len(variations) // every):
         yield f"{path}: {value!r:.40}", replaced(tree, path, value)
 
 
@@ -154,14 +154,14 @@ class ModelFile(Target):
     def write(self, tree: Any) -> None:
         tensors = tree.get("tensors") if isinstance(tree, dict) else None
         tensors = tensors if isinstance(tensors, dict) else {}
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        stored = {name: tensor.contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
         description = tree.get("description") if isinstance(tree, dict) else tree
-        safetensors.torch.save_file(whole, self.path, {"fxprune": json.dumps(description)})
+        safetensors.torch.save_file(stored, self.path, {"fxprune": json.dumps(description)})
 
     def load(self) -> None:
         loaded = fxprune.load(self.path, self.model)
-        found = loaded.state_dict()
-        assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        state = loaded.state_dict()
+        assert {name: (t.shape, t.dtype) for name, t in state.items()} == {
             name: (t.shape, t.dtype) for name, t in self.expected.items()
         }
         loaded(X)
@@ -202,8 +202,8 @@ class ProgressFile(Target):
     def load(self) -> None:
         state = read_progress(self.path.parent)
         model = copy.deepcopy(self.model)
-        given = [passes.PruneTrain(threshold=1e-3), Thin()]
-        with Session(model, X, optimizer_of(model), given, progress=False) as session:
+        asked = [passes.PruneTrain(threshold=1e-3), Thin()]
+        with Session(model, X, optimizer_of(model), asked, progress=False) as session:
             before = copy.deepcopy(session.graph.state_dict())
             try:
                 resume_run(session, state)

@@ -35,8 +35,8 @@ def made(name: str, data: Any, loss: Any = cross_entropy) -> passes.Criterion:
         case ["OptimalBrainSurgeon"]:
             return passes.OptimalBrainSurgeon(data, round_to=1)
         case [method]:
-            found: passes.Criterion = getattr(passes, method)(data, loss, round_to=1)
-            return found
+            criterion: passes.Criterion = getattr(passes, method)(data, loss, round_to=1)
+            return criterion
     raise AssertionError(name)
 
 
@@ -60,11 +60,11 @@ def test_autocast_is_taken_up(name: str, dtype: torch.dtype) -> None:
     analysis = fxprune.analyze(model, x)
     expected = made(name, (x, y)).score(analysis)
     with torch.autocast("cpu", dtype):
-        found = made(name, (x, y)).score(analysis)
+        measured = made(name, (x, y)).score(analysis)
     for group, scores in expected.items():
-        assert found[group].dtype == np.float64
-        assert not np.array_equal(found[group], scores)
-        assert np.abs(found[group] - scores).mean() < 0.1 * scores.mean()
+        assert measured[group].dtype == np.float64
+        assert not np.array_equal(measured[group], scores)
+        assert np.abs(measured[group] - scores).mean() < 0.1 * scores.mean()
 
 
 def test_second_derivatives_are_those_of_float32_under_autocast() -> None:
@@ -72,8 +72,8 @@ def test_second_derivatives_are_those_of_float32_under_autocast() -> None:
     analysis = fxprune.analyze(model, x)
     expected = passes.GraSP((x, y), cross_entropy).score(analysis)
     with torch.autocast("cpu", torch.bfloat16):
-        found = passes.GraSP((x, y), cross_entropy).score(analysis)
-    assert all(np.array_equal(found[group], scores) for group, scores in expected.items())
+        measured = passes.GraSP((x, y), cross_entropy).score(analysis)
+    assert all(np.array_equal(measured[group], scores) for group, scores in expected.items())
 
 
 @pytest.mark.parametrize("name", ["Taylor", "Fisher", "SingleShot"])
@@ -84,10 +84,10 @@ def test_float16_neither_loses_nor_overflows(name: str, factor: float) -> None:
     analysis = fxprune.analyze(model, x)
     with torch.autocast("cpu", torch.float16):
         expected = made(name, (x, y)).score(analysis)
-        found = made(name, (x, y), lambda output, y: factor * F.cross_entropy(output, y)).score(analysis)
+        measured = made(name, (x, y), lambda output, y: factor * F.cross_entropy(output, y)).score(analysis)
     for group, scores in expected.items():
-        mine, its = found[group] / found[group].mean(), scores / scores.mean()
-        assert np.abs(mine - its).mean() < 0.1
+        shares, expected_shares = measured[group] / measured[group].mean(), scores / scores.mean()
+        assert np.abs(shares - expected_shares).mean() < 0.1
 
 
 # ----------------------------------------------------------------------------------------------- the ranks
@@ -114,23 +114,23 @@ def shares(rank: int, name: str, several: bool) -> Any:
 
 @pytest.mark.parametrize("name", IN_FLOAT32)
 def test_ranks_agree_on_the_mean_of_what_is_not_linear_in_the_data(ranks: Ranks, tmp_path: Path, name: str) -> None:
-    one, other = ranks(2, tmp_path / "store", shares, name, False)
+    first, second = ranks(2, tmp_path / "store", shares, name, False)
     alone = scores_of(name, [batch(0, 0)])
-    assert one[1] == other[1]
-    assert all(np.array_equal(one[0][group], other[0][group]) for group in alone[0])
+    assert first[1] == second[1]
+    assert all(np.array_equal(first[0][group], second[0][group]) for group in alone[0])
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_DATA if name not in IN_FLOAT32])
 def test_ranks_agree_on_the_mean_over_all_their_data(ranks: Ranks, tmp_path: Path, name: str) -> None:
     """Batches on several ranks are as many on one; a gate's gradient, an activation too, is that of the whole batch."""
     several = name in ("Taylor", "Fisher")
-    one, other = ranks(2, tmp_path / "store", shares, name, several)
+    first, second = ranks(2, tmp_path / "store", shares, name, several)
     expected = scores_of(name, [batch(0, 0), batch(0, 1)] if several else [batch(0, 0)])
-    for scores, keep in (one, other):
+    for scores, keep in (first, second):
         assert keep == expected[1]
-        for group, its in expected[0].items():
-            np.testing.assert_allclose(scores[group], its, rtol=1e-9)
-    assert all(np.array_equal(one[0][group], other[0][group]) for group in one[0])
+        for group, values in expected[0].items():
+            np.testing.assert_allclose(scores[group], values, rtol=1e-9)
+    assert all(np.array_equal(first[0][group], second[0][group]) for group in first[0])
 
 
 def one_has_none(rank: int) -> str:
@@ -151,14 +151,14 @@ def while_it_trains(rank: int) -> Any:
     """The scores of a model that DistributedDataParallel wraps; it trains on as before."""
     model = DistributedDataParallel(Net())
     x, y = batch(0, 0, mine())
-    found = []
+    gradients = []
     for scored in (False, True):
         if scored:
             passes.Taylor((x, y), cross_entropy).score(fxprune.analyze(model.module, x))
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    return all(torch.equal(before, after) for before, after in zip(*found, strict=True))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    return all(torch.equal(before, after) for before, after in zip(*gradients, strict=True))
 
 
 def test_scoring_does_not_disturb_a_wrapped_model(ranks: Ranks, tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def drawn(rank: int) -> list[Tensor]:
 
 
 def test_new_weights_are_the_same_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
-    one, other = ranks(2, tmp_path / "store", drawn)
-    assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
+    first, second = ranks(2, tmp_path / "store", drawn)
+    assert all(torch.equal(weight, expected) for weight, expected in zip(first, second, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ progress

@@ -109,7 +109,7 @@ def digest(session: Session) -> str:
     """Of every parameter and the optimizer's state, bit for bit."""
     state = session.optimizer.state
     tensors = [(p, *(v for v in state[p].values() if isinstance(v, Tensor))) for p in session.graph.parameters()]
-    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for its in tensors for t in its)).hexdigest()
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for group in tensors for t in group)).hexdigest()
 
 
 def assert_alike(session: Session) -> None:
@@ -120,19 +120,19 @@ def whole(session: Session) -> dict[str, Any]:
     """What a run came to."""
     return {
         "state": copy.deepcopy(dict(session.graph.state_dict())),
-        "widths": [dict(each.widths) for each in session.log],
-        "removed": [each.removed for each in session.log],
-        "lambda": [each.values.get("lambda") for each in session.log],
-        "sent": [each.sent for each in session.log],
-        "params": [each.params for each in session.log],
+        "widths": [dict(epoch.widths) for epoch in session.log],
+        "removed": [epoch.removed for epoch in session.log],
+        "lambda": [epoch.values.get("lambda") for epoch in session.log],
+        "sent": [epoch.sent for epoch in session.log],
+        "params": [epoch.params for epoch in session.log],
     }
 
 
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].shape == tensor.shape, name
-        assert (found[name] - tensor).abs().max() <= 1e-10 * tensor.abs().max(), name
+        assert actual[name].shape == tensor.shape, name
+        assert (actual[name] - tensor).abs().max() <= 1e-10 * tensor.abs().max(), name
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -160,13 +160,13 @@ def test_ranks_train_as_one(ranks: Ranks, tmp_path: Path, world: int, proximal: 
     alone = whole_run(0, proximal)
     assert sum(removed > 0 for removed in alone["removed"]) >= 3
     assert alone["sent"] == [0, 0, 0, 0]
-    for found in ranks(world, tmp_path / "store", whole_run, proximal):
+    for result in ranks(world, tmp_path / "store", whole_run, proximal):
         for name in ("widths", "removed", "params"):
-            assert found[name] == alone[name]
-        assert_near(found["state"], alone["state"])
-        assert found["lambda"] == pytest.approx(alone["lambda"], rel=1e-12)
-        assert found["sent"] == [2 * (world - 1) / world * 8 * count * STEPS for count in alone["params"]]
-        assert found["sent"][-1] < found["sent"][0]
+            assert result[name] == alone[name]
+        assert_near(result["state"], alone["state"])
+        assert result["lambda"] == pytest.approx(alone["lambda"], rel=1e-12)
+        assert result["sent"] == [2 * (world - 1) / world * 8 * count * STEPS for count in alone["params"]]
+        assert result["sent"][-1] < result["sent"][0]
 
 
 def with_batch_norm(rank: int) -> None:
@@ -175,12 +175,13 @@ def with_batch_norm(rank: int) -> None:
         train(session)
         session.epoch_end()
         assert_alike(session)
-    assert sum(each.removed > 0 for each in session.log) >= 3
+    assert sum(epoch.removed > 0 for epoch in session.log) >= 3
     buffers = [buffer.tolist() for buffer in session.graph.buffers()]
     train(session, 1)
     assert [buffer.tolist() for buffer in session.graph.buffers()] != buffers
     session.model(batch(9, 9)[0])  # the first rank's go to the others, and all see the same samples
-    assert len({str(each) for each in distributed.gather_values([b.tolist() for b in session.graph.buffers()])}) == 1
+    statistics = distributed.gather_values([buffer.tolist() for buffer in session.graph.buffers()])
+    assert len(set(map(str, statistics))) == 1
 
 
 def test_batch_norm_keeps_statistics_of_the_first_rank(ranks: Ranks, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def inside_no_sync(rank: int) -> None:
         x, y = batch(0, 7, mine())
         F.cross_entropy(session.model(x), y).backward()
         weight = session.graph.get_parameter("stem.weight")
-        assert len({str(its) for its in distributed.gather_values(weight.grad.tolist())}) == 2
+        assert len({str(gradient) for gradient in distributed.gather_values(weight.grad.tolist())}) == 2
     assert session.model.require_backward_grad_sync
 
 
@@ -283,18 +284,18 @@ def disagreeing(rank: int) -> None:
         session.epoch_end()
     with nothing_changes(session), pytest.raises(SessionError, match=differ):
         session.reconfigure(Plan({"a": range(3 + rank)}, sizes))
-    for weight, its in zip(weights, held, strict=True):
-        weight.data.copy_(its)
+    for weight, value in zip(weights, held, strict=True):
+        weight.data.copy_(value)
     assert session.epoch_end().removed > 0
     train(session)
     assert_alike(session)
 
-    own = Own()
-    other = begin([own])
-    for theirs in (None, Plan({}, sizes), Plan({"c": range(4)}, sizes)):
-        own.plans = [Plan({"c": range(5)}, sizes), theirs]
-        with nothing_changes(other), pytest.raises(SessionError, match=differ):
-            other.epoch_end()
+    scripted = Own()
+    scripted_session = begin([scripted])
+    for plan in (None, Plan({}, sizes), Plan({"c": range(4)}, sizes)):
+        scripted.plans = [Plan({"c": range(5)}, sizes), plan]
+        with nothing_changes(scripted_session), pytest.raises(SessionError, match=differ):
+            scripted_session.epoch_end()
 
 
 def test_ranks_that_disagree_raise_and_change_nothing(ranks: Ranks, tmp_path: Path) -> None:
@@ -303,18 +304,18 @@ def test_ranks_that_disagree_raise_and_change_nothing(ranks: Ranks, tmp_path: Pa
 
 def same_widths(rank: int) -> None:
     """Plans of the same widths that keep other channels, as a policy draws them, or a criterion on other weights."""
-    own = Own()
-    session = begin([own])
+    scripted = Own()
+    session = begin([scripted])
     train(session)
     sizes = session.analysis.sizes
     kept = [[*range(4)], [*range(4, 8)]]
     for first, second in (kept, ([0, 2], [0, 3]), ([1], [11])):
         plans: list[Plan | None] = [Plan({"a": channels}, sizes) for channels in (first, second)]
-        own.plans = plans
-        for cut in (session.epoch_end, lambda mine=plans[rank]: session.reconfigure(mine)):
+        scripted.plans = plans
+        for cut in (session.epoch_end, lambda plan=plans[rank]: session.reconfigure(plan)):
             with nothing_changes(session), pytest.raises(SessionError, match=r"disagree on the plan: \w+ on \[0\]"):
                 cut()
-    own.plans = [Plan({"a": kept[0]}, sizes)] * 2
+    scripted.plans = [Plan({"a": kept[0]}, sizes)] * 2
     assert session.epoch_end().removed == 8
     train(session)
     assert_alike(session)
@@ -324,17 +325,17 @@ def test_ranks_that_keep_as_many_but_other_channels(ranks: Ranks, tmp_path: Path
     ranks(2, tmp_path / "store", same_widths)
 
 
-def other_options(rank: int, what: str) -> None:
+def other_options(rank: int, difference: str) -> None:
     """The plans are the same on both ranks, what they are carried out on is not."""
-    passes = [replace(SHRINK, ratio=0.5 + 0.1 * rank)] if what == "the passes" else []
-    session = begin(passes, model=Crossed(rank == 1) if what == "the analysis" else None)
-    if what == "the options of the session":
+    passes = [replace(SHRINK, ratio=0.5 + 0.1 * rank)] if difference == "the passes" else []
+    session = begin(passes, model=Crossed(rank == 1) if difference == "the analysis" else None)
+    if difference == "the options of the session":
         session.verify = rank == 1
-    if what == "the steps and epochs made":
+    if difference == "the steps and epochs made":
         session.step += rank
     sizes = session.analysis.sizes
     first = next(iter(sizes))
-    match = rf"the ranks disagree on {what}: \w+ on \[0\], \w+ on \[1\]"
+    match = rf"the ranks disagree on {difference}: \w+ on \[0\], \w+ on \[1\]"
     with nothing_changes(session), pytest.raises(SessionError, match=match):
         session.reconfigure(Plan({first: [0]}, sizes))
 
@@ -353,10 +354,10 @@ class Crossed(Net):
 
 
 @pytest.mark.parametrize(
-    "what", ["the options of the session", "the passes", "the steps and epochs made", "the analysis"]
+    "difference", ["the options of the session", "the passes", "the steps and epochs made", "the analysis"]
 )
-def test_ranks_that_carry_out_a_plan_on_something_else(ranks: Ranks, tmp_path: Path, what: str) -> None:
-    ranks(2, tmp_path / "store", other_options, what)
+def test_ranks_that_carry_out_a_plan_on_something_else(ranks: Ranks, tmp_path: Path, difference: str) -> None:
+    ranks(2, tmp_path / "store", other_options, difference)
 
 
 def failing(rank: int, hook: str) -> None:
@@ -538,10 +539,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def keeps_arguments(rank: int, name: str) -> None:
-    given = dict(ARGUMENTS[name])
-    if "process_group" in given:
-        given["process_group"] = dist.new_group([0, 1])
-    ddp = DistributedDataParallel(Net(spare=name == "find_unused_parameters", norm=True), **given)
+    arguments = dict(ARGUMENTS[name])
+    if "process_group" in arguments:
+        arguments["process_group"] = dist.new_group([0, 1])
+    ddp = DistributedDataParallel(Net(spare=name == "find_unused_parameters", norm=True), **arguments)
     data = ("bucket_cap_bytes", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
     logged = {key: ddp._get_ddp_logging_data().get(key) for key in data}
     expected = arguments_of(ddp)
@@ -550,12 +551,12 @@ def keeps_arguments(rank: int, name: str) -> None:
     for _ in range(3):
         train(session)
         assert session.epoch_end().removed > 0
-        found = arguments_of(ddp)
-        assert found.pop("process_group") is given.get("process_group", dist.group.WORLD)
-        assert found == {key: value for key, value in expected.items() if key != "process_group"}
+        kept = arguments_of(ddp)
+        assert kept.pop("process_group") is arguments.get("process_group", dist.group.WORLD)
+        assert kept == {key: value for key, value in expected.items() if key != "process_group"}
         assert {key: ddp._get_ddp_logging_data().get(key) for key in data} == logged
     train(session)
-    for key, value in given.items():
+    for key, value in arguments.items():
         if hasattr(ddp, key):
             assert getattr(ddp, key) is value
     assert session.model is ddp
@@ -596,7 +597,7 @@ def in_a_part(rank: int, compile: bool) -> list[int]:
         assert optimizer.state[larger.scale.weight]["momentum_buffer"].any()
     with pytest.raises(SessionError, match="part of what is trained"):
         session.save("run.pt")
-    return [each.removed for each in session.log]
+    return [epoch.removed for epoch in session.log]
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -604,9 +605,9 @@ def test_a_part_of_what_is_wrapped(ranks: Ranks, tmp_path: Path, compile: bool) 
     alone = in_a_part(0, compile)
     assert sum(removed > 0 for removed in alone) >= 2
     assert ranks(2, tmp_path / "store", in_a_part, compile) == [alone, alone]
-    other = nn.Linear(1, 1)
+    outside = nn.Linear(1, 1)
     with pytest.raises(SessionError, match="around= is a Linear that does not have"):
-        Session(Net(), batch(0, 0)[0], torch.optim.SGD(other.parameters()), around=other)
+        Session(Net(), batch(0, 0)[0], torch.optim.SGD(outside.parameters()), around=outside)
 
 
 def counting_hook(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -627,14 +628,14 @@ def keeps_hooks(rank: int) -> dict[str, Any]:
         assert sum(alone) == 2 * sum(p.numel() for p in session.graph.parameters())
         assert len(fired) == 2
         session.epoch_end()
-    assert len({tuple(each.widths.items()) for each in session.log}) >= 3
+    assert len({tuple(epoch.widths.items()) for epoch in session.log}) >= 3
     assert_alike(session)
     return whole(session)["state"]
 
 
 def test_the_wrapper_keeps_its_hooks(ranks: Ranks, tmp_path: Path) -> None:
-    found, other = ranks(2, tmp_path / "store", keeps_hooks)
-    assert_equal("state", found, other)
+    first, second = ranks(2, tmp_path / "store", keeps_hooks)
+    assert_equal("state", first, second)
 
 
 def compressing(rank: int) -> None:
@@ -647,7 +648,7 @@ def compressing(rank: int) -> None:
         assert state.error_dict
         session.epoch_end()
         assert_alike(session)
-    assert sum(each.removed > 0 for each in session.log) >= 3
+    assert sum(epoch.removed > 0 for epoch in session.log) >= 3
 
 
 def test_compressed_gradients_go_on(ranks: Ranks, tmp_path: Path) -> None:
@@ -739,26 +740,26 @@ def resuming(rank: int, path: Path) -> dict[str, Any]:
 def test_a_run_goes_on_with_any_number_of_ranks(ranks: Ranks, tmp_path: Path, world: int) -> None:
     path = tmp_path / "run.pt"
     expected, _ = ranks(2, tmp_path / "store", saving, path)
-    found = [resuming(0, path)] if world == 1 else ranks(world, tmp_path / "other", resuming, path)
-    for each in found:
-        assert each["removed"] == expected["removed"]
-        assert each["widths"] == expected["widths"]
+    results = [resuming(0, path)] if world == 1 else ranks(world, tmp_path / "other", resuming, path)
+    for result in results:
+        assert result["removed"] == expected["removed"]
+        assert result["widths"] == expected["widths"]
         if world == 2:
-            assert_equal("state", each["state"], expected["state"])
-        assert_near(each["state"], expected["state"])
+            assert_equal("state", result["state"], expected["state"])
+        assert_near(result["state"], expected["state"])
 
 
 def reading(rank: int, path: Path) -> None:
     """Each rank has a disk of its own, and on one of them the file is broken."""
-    own = path / f"{rank}.pt"
+    checkpoint = path / f"{rank}.pt"
     session = begin()
     path.mkdir(exist_ok=True)
     session.save(path / "run.pt")
     whole_file = (path / "run.pt").read_bytes()
-    own.write_bytes(whole_file[: len(whole_file) // 2] if rank else whole_file)
+    checkpoint.write_bytes(whole_file[: len(whole_file) // 2] if rank else whole_file)
     error, message = (FileError, "truncated") if rank else (SessionError, "rank 1: FileError: .*truncated")
     with pytest.raises(error, match=message):
-        resuming(rank, own)
+        resuming(rank, checkpoint)
     with pytest.raises(FileError, match="can't write a checkpoint"):
         session.save(path / "no" / "folder" / "run.pt")
 
@@ -796,17 +797,17 @@ def compiled_run(rank: int, how: str | None = None) -> dict[str, Any]:
 def test_a_compiled_model_goes_on_compiled(ranks: Ranks, tmp_path: Path, how: str | None) -> None:
     alone = whole_run(0)
     alone_too = how == "compiled"
-    found = [compiled_run(0, how)] if alone_too else ranks(2, tmp_path / "store", compiled_run, how)
-    for each in found:
-        assert each["removed"] == alone["removed"]
-        assert_near(each["state"], alone["state"])
+    results = [compiled_run(0, how)] if alone_too else ranks(2, tmp_path / "store", compiled_run, how)
+    for result in results:
+        assert result["removed"] == alone["removed"]
+        assert_near(result["state"], alone["state"])
 
 
 def test_what_is_compiled_is_the_smaller_model() -> None:
     seen: list[list[tuple[int, ...]]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        seen.append([tuple(each.shape) for each in inputs])
+        seen.append([tuple(tensor.shape) for tensor in inputs])
         return graph.forward
 
     session = begin([], wrap=lambda model: torch.compile(model, backend=backend, dynamic=False))

@@ -25,13 +25,13 @@ SLOW = ("docs/training.md", "docs/command_line.md")
 def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
     """The fenced blocks in some languages, each with the number of lines before it."""
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(rf"^```({'|'.join(languages)})\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [(text.count("\n", 0, block.start(2)), block[2]) for block in found]
+    matches = re.finditer(rf"^```({'|'.join(languages)})\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, block.start(2)), block[2]) for block in matches]
 
 
 def names(pages: list[Path]) -> list[Any]:
-    found = [str(page.relative_to(ROOT)) for page in pages]
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in found]
+    paths = [str(page.relative_to(ROOT)) for page in pages]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in paths]
 
 
 @pytest.mark.filterwarnings(
@@ -77,7 +77,7 @@ def test_every_command_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_every_verb_is_shown() -> None:
     shown = {words[0] for page in PAGES for words in commands(page)}
-    assert shown == {each.callback.__name__ for each in app.registered_commands if each.callback}
+    assert shown == {command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
@@ -103,7 +103,7 @@ def unknown(words: list[str]) -> str:
         strange = [option for option in options if option not in (ROOT / scripts[0]).read_text(encoding="utf-8")]
         return f"there is no {missing + strange}" if missing + strange else ""
     if program == "pip":
-        extras = {extra for word in arguments for found in re.findall(r"\[(.*)\]", word) for extra in found.split(",")}
+        extras = {extra for word in arguments for group in re.findall(r"\[(.*)\]", word) for extra in group.split(",")}
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         return f"no extra {extras}" if extras - project["optional-dependencies"].keys() else ""
     if program == ".venv/bin/python":

@@ -42,9 +42,9 @@ def network(seed: int = 3) -> nn.Module:
     return fxprune.initialize(model.train(), seed)
 
 
-def begin(dropback: DropBack | None, make: Make = plain, *others: Any, **options: Any) -> Session:
+def begin(dropback: DropBack | None, make: Make = plain, *further: Any, **options: Any) -> Session:
     model = network()
-    passes = [*others, dropback] if dropback else others
+    passes = [*further, dropback] if dropback else further
     return Session(model, EXAMPLE, make(model.parameters()), passes, progress=False, **options)
 
 
@@ -153,7 +153,7 @@ def test_a_gpu_keeps_the_budget(autocast: bool, tmp_path: Path) -> None:
     model = network().cuda()
     session = Session(model, EXAMPLE.cuda(), MOMENTUM(model.parameters()), [DropBack(0.2)], progress=False)
     for step in range(4):
-        x, y = (each.cuda() for each in batch(step))
+        x, y = (tensor.cuda() for tensor in batch(step))
         session.optimizer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             loss = F.cross_entropy(session.model(x), y)
@@ -180,8 +180,8 @@ def test_channels_last() -> None:
 
 def test_the_model_may_change_its_memory_format_on_the_way() -> None:
     session, twin = begin(DropBack(0.2), MOMENTUM), begin(DropBack(0.2), MOMENTUM)
-    for each in (session, twin):
-        train(each, 2)
+    for trained in (session, twin):
+        train(trained, 2)
     session.graph.to(memory_format=torch.channels_last)
     train(session, 2, 2), train(twin, 2, 2)
     assert count(changed(session)) == budget(session)
@@ -224,9 +224,9 @@ def test_the_choices_are_those_of_algorithm_1() -> None:
         chosen = top(rounded, k)
         moved += count({name: chosen[name] & ~tracked[name] for name in chosen}) if step else 0
         tracked = chosen
-        found = session.memories[0].masks
+        masks = session.memories[0].masks
         for name, mask in tracked.items():
-            assert torch.equal(found[name], mask), (step, name)
+            assert torch.equal(masks[name], mask), (step, name)
             expected = torch.where(mask, after[name], begins[name])
             assert torch.equal(session.graph.get_parameter(name), expected), (step, name)
     assert moved > 0
@@ -251,9 +251,9 @@ def test_with_no_budget_nothing_moves() -> None:
 def test_biases_and_norms_are_in_the_budget() -> None:
     session = begin(DropBack(40))
     train(session, 5)
-    found = {name for name, mask in changed(session).items() if mask.any()}
-    assert found & {name for name in found if name.endswith("bias")}
-    assert any(session.graph.get_parameter(name).ndim == 1 for name in found)
+    moved = {name for name, mask in changed(session).items() if mask.any()}
+    assert moved & {name for name in moved if name.endswith("bias")}
+    assert any(session.graph.get_parameter(name).ndim == 1 for name in moved)
 
 
 def test_parameters_that_do_not_train_are_left_out() -> None:
@@ -274,9 +274,9 @@ def test_groups_of_parameters_share_the_budget() -> None:
         held = list(parameters)
         return SGD([{"params": held[:3], "lr": 0.05}, {"params": held[3:], "lr": 0.05}], lr=1.0)
 
-    session, whole = begin(DropBack(0.1), make), begin(DropBack(0.1))
-    train(session, 4), train(whole, 4)
-    assert_same_weights(session, whole)
+    session, single = begin(DropBack(0.1), make), begin(DropBack(0.1))
+    train(session, 4), train(single, 4)
+    assert_same_weights(session, single)
 
 
 # ---------------------------------------------------------------------------------- ties, and the quantile rule
@@ -311,7 +311,7 @@ def test_the_quantile_rule_comes_close_from_below(share: float) -> None:
         assert numbers[out].min() > numbers[~out].max()
     assert max(counts) <= k
     assert min(counts) > k * (1 - 5 * math.sqrt((1 - share) / (share * len(numbers) / 17)))  # standard deviations
-    assert sum(each == k for each in counts) <= 4  # else it was exact all the time, and saved nothing
+    assert sum(count == k for count in counts) <= 4  # else it was exact all the time, and saved nothing
 
 
 def test_a_sample_that_misleads_breaks_no_budget() -> None:
@@ -342,9 +342,9 @@ def test_between_choices_the_tracked_weights_stay() -> None:
 def test_frozen_weights_need_no_gradients_elsewhere(make: str) -> None:
     dropback = DropBack(0.1, freeze=1)
     session, masked = begin(dropback, EVERY_OPTIMIZER[make]), begin(dropback, EVERY_OPTIMIZER[make])
-    for each in (session, masked):
-        train(each, 3)
-        each.epoch_end()
+    for trained in (session, masked):
+        train(trained, 3)
+        trained.epoch_end()
     frozen = session.memories[0].marks.clone()
     for step in range(3, 9):
         train(session, 1, step)
@@ -371,10 +371,10 @@ def test_start_values_that_decay_leave_zeros() -> None:
 
 def test_the_decay_of_start_values_does_not_choose() -> None:
     """The score is the change by the gradient: not that the start value moved."""
-    slow, whole = begin(DropBack(0.1, start_decay=0.5)), begin(DropBack(0.1))
-    for each in (slow, whole):
-        train(each, 1)
-    assert torch.equal(slow.memories[0].marks, whole.memories[0].marks)
+    slow, plain_session = begin(DropBack(0.1, start_decay=0.5)), begin(DropBack(0.1))
+    for trained in (slow, plain_session):
+        train(trained, 1)
+    assert torch.equal(slow.memories[0].marks, plain_session.memories[0].marks)
 
 
 @pytest.mark.parametrize("make", ["momentum", "adamw", "adam fused"])
@@ -412,9 +412,9 @@ def test_weight_decay_does_not_choose(make: str) -> None:
         begin(DropBack(0.1), without),
         begin(DropBack(0.1, decay_in_score=True), DECAYS[make]),
     )
-    for each in (spared, bare, inside):
-        train(each, 1)
-    tracked = [each.memories[0].marks for each in (spared, bare, inside)]
+    for trained in (spared, bare, inside):
+        train(trained, 1)
+    tracked = [trained.memories[0].marks for trained in (spared, bare, inside)]
     assert (tracked[0] != tracked[1]).sum() <= 4  # rounding, where two scores are nearly alike
     assert (tracked[2] != tracked[1]).sum() > 10
     for name, p in spared.graph.named_parameters():
@@ -448,7 +448,7 @@ def test_tracked_weights_decay() -> None:
 
 
 def held_bytes(optimizer: Optimizer) -> int:
-    tensors = [its for state in optimizer.state.values() for its in state.values() if isinstance(its, Tensor)]
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -458,7 +458,7 @@ def test_state_of_tracked_weights_only(make: str, kinds: int) -> None:
     for step in range(4):
         train(session, 1, step)
         saved = session.memories[0].state
-        assert sum(values.numel() for its in saved.values() for values in its.values()) == kinds * budget(session)
+        assert sum(values.numel() for state in saved.values() for values in state.values()) == kinds * budget(session)
         assert held_bytes(session.optimizer) <= 4 * 8 * len(session.optimizer.state)
 
 
@@ -498,10 +498,10 @@ def test_momentum_goes_with_its_weight_and_begins_at_zero() -> None:
         momentum = {name: m * chosen[name] for name, m in momentum.items()}
         differ = sum(int((chosen[name] != mask).sum()) for name, mask in session.memories[0].masks.items())
         assert differ <= 2  # rounding
-        for name, its in session.memories[0].state.items():
+        for name, state in session.memories[0].state.items():
             mask = session.memories[0].masks[name]
             if torch.equal(mask, chosen[name]):
-                torch.testing.assert_close(its["momentum_buffer"], momentum[name][mask])
+                torch.testing.assert_close(state["momentum_buffer"], momentum[name][mask])
             else:
                 return
 
@@ -519,18 +519,18 @@ def test_the_budget_is_kept_through_cuts(make: str, options: dict[str, Any]) -> 
         for step in range(3):
             train(session, 1, 10 * epoch + step)
             assert 0 < count(changed(session)) <= k
-        kept, whole = changed(session), weights(session)
-        state = {names[p]: dict(its) for p, its in session.optimizer.state.items()}
+        kept, before = changed(session), weights(session)
+        state = {names[p]: dict(values_of) for p, values_of in session.optimizer.state.items()}
         masks = {name: mask.clone() for name, mask in session.memories[-1].masks.items()}
         packed = copy.deepcopy(session.memories[-1].state or {})
         plan = thinner(session.analysis, session.epoch)
         _, param_map = fxprune.rewrite(session.graph, session.analysis, plan)
         assert session.epoch_end().removed > 0
         for name, p in session.graph.named_parameters():
-            assert torch.equal(p, param_map.slice(name, whole[name]))
+            assert torch.equal(p, param_map.slice(name, before[name]))
             assert torch.equal(changed(session)[name], param_map.slice(name, kept[name]))
             for key, values in packed.get(name, {}).items():
-                dense = torch.zeros_like(whole[name]).masked_scatter_(masks[name], values)
+                dense = torch.zeros_like(before[name]).masked_scatter_(masks[name], values)
                 expected = param_map.slice(name, dense)[param_map.slice(name, masks[name])]
                 assert torch.equal(session.memories[-1].state[name][key], expected)
         assert session.memories[-1].settled is False
@@ -604,26 +604,26 @@ def test_prunetrain_beside_dropback() -> None:
 )
 def test_a_run_goes_on_bit_equal(make: str, options: dict[str, Any], tmp_path: Path) -> None:
     dropback = DropBack(0.2, **options)
-    whole = begin(dropback, EVERY_OPTIMIZER[make], Thin(interval=2))
-    train(whole, 4)
-    whole.epoch_end()
-    train(whole, 1, 4)
-    whole.epoch_end()
-    train(whole, 1, 5)
-    whole.save(tmp_path / "run.pt")
-    other = network(seed=8)  # its weights do not matter, and neither does its seed
+    uninterrupted = begin(dropback, EVERY_OPTIMIZER[make], Thin(interval=2))
+    train(uninterrupted, 4)
+    uninterrupted.epoch_end()
+    train(uninterrupted, 1, 4)
+    uninterrupted.epoch_end()
+    train(uninterrupted, 1, 5)
+    uninterrupted.save(tmp_path / "run.pt")
+    fresh = network(seed=8)  # its weights do not matter, and neither does its seed
     resumed = Session.load(
-        tmp_path / "run.pt", other, EXAMPLE, EVERY_OPTIMIZER[make](other.parameters()), progress=False
+        tmp_path / "run.pt", fresh, EXAMPLE, EVERY_OPTIMIZER[make](fresh.parameters()), progress=False
     )
-    assert_same_weights(resumed, whole)
-    assert resumed.passes == whole.passes
+    assert_same_weights(resumed, uninterrupted)
+    assert resumed.passes == uninterrupted.passes
     for first in (6, 10):
-        assert train(resumed, 4, first) == train(whole, 4, first)
-        assert_same_weights(resumed, whole)
-        assert resumed.epoch_end().removed == whole.epoch_end().removed
-    for each in (resumed, whole):
-        each.passes[-1].before_save(each, each.memories[-1])
-    assert_equal("memory", *(saved_values(session.memories[-1]) for session in (resumed, whole)))
+        assert train(resumed, 4, first) == train(uninterrupted, 4, first)
+        assert_same_weights(resumed, uninterrupted)
+        assert resumed.epoch_end().removed == uninterrupted.epoch_end().removed
+    for trained in (resumed, uninterrupted):
+        trained.passes[-1].before_save(trained, trained.memories[-1])
+    assert_equal("memory", *(saved_values(session.memories[-1]) for session in (resumed, uninterrupted)))
 
 
 def test_a_checkpoint_loads_into_a_model_that_was_not_initialised(tmp_path: Path) -> None:
@@ -689,11 +689,11 @@ def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
     wrapped = DistributedDataParallel(model) if distributed.count_ranks() > 1 else model
     passes = [Thin(2), DropBack(0.2, **options)]
     session = Session(wrapped, EXAMPLE.double(), plain(model.parameters()), passes, progress=False)
-    mine = slice(distributed.own_rank(), None, distributed.count_ranks())
+    part = slice(distributed.own_rank(), None, distributed.count_ranks())
     for number in range(4):
         x, y = batch(number)
         session.optimizer.zero_grad()
-        F.cross_entropy(session.model(x[mine].double()), y[mine]).backward()
+        F.cross_entropy(session.model(x[part].double()), y[part]).backward()
         session.optimizer.step()
         session.epoch_end()
     session.save(Path(folder) / "run.pt")
@@ -707,13 +707,13 @@ def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
 def test_ranks_choose_together(ranks: Ranks, options: dict[str, Any], tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-    found = ranks(2, tmp_path / "store", shared, str(tmp_path / "two"), options)
-    assert_equal("ranks", found[0], found[1])
+    results = ranks(2, tmp_path / "store", shared, str(tmp_path / "two"), options)
+    assert_equal("ranks", results[0], results[1])
     alone = shared(0, str(tmp_path / "one"), options)
     assert count(alone["changed"]) <= alone["budget"]
     for name, mask in alone["changed"].items():
-        assert torch.equal(mask, found[0]["changed"][name]), name
-        torch.testing.assert_close(found[0]["state"][name], alone["state"][name], rtol=1e-9, atol=1e-12)
+        assert torch.equal(mask, results[0]["changed"][name]), name
+        torch.testing.assert_close(results[0]["state"][name], alone["state"][name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

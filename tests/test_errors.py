@@ -63,9 +63,9 @@ def ready(name: str = "residual") -> tuple[TracedModule, Analysis, Any]:
 
 
 def test_one_base_for_all() -> None:
-    found = [value for value in vars(errors).values() if isinstance(value, type) and value is not FxpruneError]
-    assert found
-    assert all(issubclass(error, FxpruneError) for error in found)
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and value is not FxpruneError]
+    assert classes
+    assert all(issubclass(error, FxpruneError) for error in classes)
 
 
 # --------------------------------------------------------------------------------------- models
@@ -211,23 +211,23 @@ def test_arguments_of_another_kind() -> None:
     graph, analysis, inputs = ready()
     plan = passes.Random().plan(analysis, HALF)
     compact, param_map = fxprune.rewrite(graph, analysis, plan)
-    anything: Any = 0.5
+    number: Any = 0.5
     for error, message, call in (
-        (BudgetError, "budget must be a Budget, but it is 0.5", lambda: passes.Random().plan(analysis, anything)),
-        (PlanError, "analysis must be a Analysis", lambda: passes.Random().plan(anything, HALF)),
-        (PlanError, "seed must be a int", lambda: passes.Random(anything)),
+        (BudgetError, "budget must be a Budget, but it is 0.5", lambda: passes.Random().plan(analysis, number)),
+        (PlanError, "analysis must be a Analysis", lambda: passes.Random().plan(number, HALF)),
+        (PlanError, "seed must be a int", lambda: passes.Random(number)),
         (PlanError, "p='2' must be a positive number", lambda: passes.Magnitude(p="2")),  # type: ignore[arg-type]
-        (PlanError, "can't plan: give an instance", lambda: fxprune.prune(graph, inputs, anything, budget=HALF)),
-        (RewriteError, "plan must be a Plan", lambda: fxprune.rewrite(graph, analysis, anything)),
-        (RewriteError, "graph must be a TracedModule", lambda: fxprune.rewrite(anything, analysis, plan)),
-        (VerificationError, "param_map must be", lambda: fxprune.verify(graph, compact, anything, inputs)),
+        (PlanError, "can't plan: give an instance", lambda: fxprune.prune(graph, inputs, number, budget=HALF)),
+        (RewriteError, "plan must be a Plan", lambda: fxprune.rewrite(graph, analysis, number)),
+        (RewriteError, "graph must be a TracedModule", lambda: fxprune.rewrite(number, analysis, plan)),
+        (VerificationError, "param_map must be", lambda: fxprune.verify(graph, compact, number, inputs)),
         (VerificationError, "does not lead from", lambda: fxprune.verify(compact, graph, param_map, inputs)),
         (VerificationError, "does not run on", lambda: fxprune.verify(graph, compact, param_map, torch.ones(1))),
-        (MigrationError, "optimizer must be a Optimizer", lambda: param_map.migrate(anything)),
-        (AnalysisError, "name must be a str", lambda: analysis.explain(anything)),
-        (FileError, "path must be a str or Path", lambda: fxprune.save(compact, anything)),
-        (FileError, "path must be a str or Path", lambda: fxprune.load(anything, graph)),
-        (ExportError, "model must be a Module", lambda: fxprune.export_onnx(anything, inputs, "x.onnx")),
+        (MigrationError, "optimizer must be a Optimizer", lambda: param_map.migrate(number)),
+        (AnalysisError, "name must be a str", lambda: analysis.explain(number)),
+        (FileError, "path must be a str or Path", lambda: fxprune.save(compact, number)),
+        (FileError, "path must be a str or Path", lambda: fxprune.load(number, graph)),
+        (ExportError, "model must be a Module", lambda: fxprune.export_onnx(number, inputs, "x.onnx")),
         (ExportError, "it is a folder", lambda: fxprune.export_onnx(compact, inputs, ".")),
     ):
         with pytest.raises(error, match=message):
@@ -252,20 +252,20 @@ def test_pruning_without_gradients_is_verified_with_them() -> None:
 
 def test_a_plan_for_another_model() -> None:
     graph, analysis, _ = ready()
-    _, other, _ = ready("densenet")
+    _, stranger, _ = ready("densenet")
     with unchanged(graph), pytest.raises(PlanError, match="this plan was made for another model: group '"):
-        fxprune.rewrite(graph, analysis, random_plan(other, 0))
+        fxprune.rewrite(graph, analysis, random_plan(stranger, 0))
 
 
 def test_a_graph_that_was_not_analysed() -> None:
     graph, analysis, _ = ready("chain")
-    other, _, _ = ready("residual")
+    stranger, _, _ = ready("residual")
     plan = random_plan(analysis, 0)
     with (
-        unchanged(other),
+        unchanged(stranger),
         pytest.raises(RewriteError, match=r"not the model that was analysed: \S+ has shape .*, the ana"),
     ):
-        fxprune.rewrite(other, analysis, plan)
+        fxprune.rewrite(stranger, analysis, plan)
     compact, _ = fxprune.rewrite(graph, analysis, passes.Random().plan(analysis, HALF))
     with pytest.raises(RewriteError, match=r"\S+ has shape \(\d+.*\), the analysis says \(\d+"):
         fxprune.rewrite(compact, analysis, plan)
@@ -330,8 +330,8 @@ def test_what_a_network_makes_of_rounding_is_no_difference() -> None:
     with torch.no_grad():  # the last bit: some processors round both models alike
         weight = compact.get_parameter("0.weight")
         weight.mul_(1 + torch.finfo(weight.dtype).eps * torch.randn_like(weight).sign())
-    found = fxprune.verify(analysis.graph, compact, param_map, x, gradients=False)
-    assert 1e-10 < found.outputs < 1e-7
+    result = fxprune.verify(analysis.graph, compact, param_map, x, gradients=False)
+    assert 1e-10 < result.outputs < 1e-7
     with pytest.raises(VerificationError, match=r"in train mode gradient 0\.weight .* differs"):
         fxprune.verify(analysis.graph, compact, param_map, x)  # by more than can be put down to rounding
     with torch.no_grad():

@@ -66,9 +66,9 @@ def test_an_example(
 
 
 def test_all_are_run_and_short() -> None:
-    here = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert here.keys() - {"shared"} == LEAVES.keys()
-    assert {name: lines for name, lines in here.items() if name in LEAVES and lines >= 100} == {}
+    lengths = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert lengths.keys() - {"shared"} == LEAVES.keys()
+    assert {name: lines for name, lines in lengths.items() if name in LEAVES and lines >= 100} == {}
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_before_training_meets_its_budgets(
     run("before_training", tmp_path, monkeypatch)
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     flops = [int(row[1].replace(",", "")) for row in rows]
-    assert [round(each / flops[0], 2) for each in flops] == [1, 0.5, 0.5, 0.25, 0.25, 0.1, 0.1]
+    assert [round(amount / flops[0], 2) for amount in flops] == [1, 0.5, 0.5, 0.25, 0.25, 0.1, 0.1]
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_a_mismatch_raises_and_leaves_what_was_there(
     ):
         fxprune.export_onnx(compact, inputs, path)
     assert path.read_text() == "the last good one"
-    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_a_mismatch_of_what_python_steers_names_equal_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ class Outputs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("results", "message"),
     [
         (lambda x: x + 1, None),
         (lambda x: x / 0, None),
@@ -193,15 +193,15 @@ class Outputs(nn.Module):
         (lambda x: (x, x), r"shapes \[\(2, 3\)\], PyTorch \[\(2, 3\), \(2, 3\)\]"),
     ],
 )
-def test_the_comparison_sees(tmp_path: Path, other: Any, message: str | None) -> None:
+def test_the_comparison_sees(tmp_path: Path, results: Any, message: str | None) -> None:
     inputs = (torch.randn(2, 3).abs(),), {}
     path = tmp_path / "model.onnx"
     fxprune.export_onnx(Outputs(lambda x: 2 * x), inputs, path)
     if message is None:
-        assert not export.compare_onnx(Outputs(other), [inputs, inputs], path)[0] <= 0.01
+        assert not export.compare_onnx(Outputs(results), [inputs, inputs], path)[0] <= 0.01
     else:
         with pytest.raises(ExportError, match=message):
-            export.compare_onnx(Outputs(other), [inputs], path)
+            export.compare_onnx(Outputs(results), [inputs], path)
 
 
 def test_what_torch_can_not_export(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ def outputs(model: nn.Module, inputs: Any) -> Any:
 def assert_loads(compact: TracedModule, path: Path, fresh: nn.Module, inputs: Any) -> TracedModule:
     loaded = fxprune.load(path, fresh)
     torch.testing.assert_close(outputs(loaded, inputs), outputs(compact, inputs), rtol=0, atol=0)
-    found, expected = loaded.state_dict(), compact.state_dict()
-    assert list(found) == list(expected)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    state, expected = loaded.state_dict(), compact.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     return loaded
 
 
@@ -172,7 +172,7 @@ def test_a_file_with_other_tensors(tmp_path: Path) -> None:
     state = safetensors.torch.load_file(path)
     name, tensor = next((name, tensor) for name, tensor in state.items() if tensor.ndim == 4)
 
-    safetensors.torch.save_file({key: each for key, each in state.items() if key != name}, path, metadata)
+    safetensors.torch.save_file({key: value for key, value in state.items() if key != name}, path, metadata)
     with pytest.raises(FileError, match=f"{name} is only in the model"):
         fxprune.load(path, model)
     safetensors.torch.save_file(state | {"extra": tensor.clone()}, path, metadata)

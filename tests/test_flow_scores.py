@@ -68,14 +68,14 @@ def test_synflow_is_what_flows_through_a_channel() -> None:
     def flow() -> float:
         return model.eval()(torch.ones_like(X)).sum().item()
 
-    whole = flow()
+    total = flow()
     for group, reader in READERS.items():
         weight = model.get_parameter(reader)
         for channel, score in enumerate(scores[group]):
             kept = weight.detach().clone()
             with torch.no_grad():
                 weight[:, channel] = 0
-            assert score == pytest.approx(whole - flow(), rel=1e-10)
+            assert score == pytest.approx(total - flow(), rel=1e-10)
             with torch.no_grad():
                 weight.copy_(kept)
 
@@ -100,8 +100,8 @@ def test_combined_is_the_sum_of_scores_over_their_means(shares: tuple[float, flo
     for share, part in zip(shares, parts, strict=True):
         flat = np.concatenate(list(part.score(analysis).values()))
         expected += share * flat / np.abs(flat).mean()
-    found = passes.Combined((X, Y), F.cross_entropy, shares=shares).score(analysis)
-    np.testing.assert_allclose(np.concatenate(list(found.values())), expected)
+    combined = passes.Combined((X, Y), F.cross_entropy, shares=shares).score(analysis)
+    np.testing.assert_allclose(np.concatenate(list(combined.values())), expected)
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (1, -1, 1), 1, ("1", 1, 1)])

@@ -74,31 +74,31 @@ def test_it_is_the_model_with_the_other_slices_at_zero(name: str) -> None:
     state = masked.state_dict()
     with torch.no_grad():
         for key, axes in kept.items():
-            for axis, its in enumerate(axes):
-                if its is not None and "running" not in key:
-                    gone = sorted(set(range(state[key].shape[axis])) - set(its))
+            for axis, positions in enumerate(axes):
+                if positions is not None and "running" not in key:
+                    gone = sorted(set(range(state[key].shape[axis])) - set(positions))
                     assert gone or axis == 1 or len(axes) == 1
                     state[key].index_fill_(axis, torch.tensor(gone, dtype=torch.int64), 0.0)
 
     def slice_of(key: str, tensor: Tensor) -> Tensor:
-        for axis, its in enumerate(kept.get(key, ())):
-            tensor = tensor if its is None else tensor.index_select(axis, torch.tensor(its))
+        for axis, positions in enumerate(kept.get(key, ())):
+            tensor = tensor if positions is None else tensor.index_select(axis, torch.tensor(positions))
         return tensor
 
     assert list(compact.state_dict()) == list(graph.state_dict())
     for mode in (False, True):
-        found, expected = compact.train(mode)(inputs), masked.train(mode)(inputs)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-        for model, output in ((compact, found), (masked, expected)):
+        actual, expected = compact.train(mode)(inputs), masked.train(mode)(inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        for model, output in ((compact, actual), (masked, expected)):
             model.zero_grad()
             output.square().sum().backward()
         largest = max(p.grad.abs().max().item() for p in masked.parameters())
         for key, parameter in masked.named_parameters():
-            mine = compact.get_parameter(key)
+            small = compact.get_parameter(key)
             torch.testing.assert_close(
-                mine.grad, slice_of(key, parameter.grad), rtol=1e-9, atol=1e-10 * largest, msg=key
+                small.grad, slice_of(key, parameter.grad), rtol=1e-9, atol=1e-10 * largest, msg=key
             )
-            assert torch.equal(mine, slice_of(key, parameter)), key
+            assert torch.equal(small, slice_of(key, parameter)), key
         for key, buffer in masked.named_buffers():
             torch.testing.assert_close(compact.get_buffer(key), slice_of(key, buffer), rtol=1e-9, atol=1e-9, msg=key)
     assert "index_select" in compact.code
@@ -210,8 +210,8 @@ def test_it_copies_and_moves(tmp_path: Path) -> None:
     compact.eval()
     again = copy.deepcopy(compact)
     torch.save(compact, tmp_path / "gated.pt")
-    for each in (again, torch.load(tmp_path / "gated.pt", weights_only=False)):
-        assert torch.equal(each(inputs), compact(inputs))
+    for copied in (again, torch.load(tmp_path / "gated.pt", weights_only=False)):
+        assert torch.equal(copied(inputs), compact(inputs))
     assert {b.device.type for b in compact.to("meta").buffers()} == {"meta"}
 
 

@@ -52,25 +52,25 @@ def test_every_rate_follows_the_batch(rule: str, power: float) -> None:
 
 def test_the_memory_that_is_free_is_used_and_no_more() -> None:
     session, inputs = growing()
-    fixed, each = session.memory()
+    fixed, per_sample = session.memory()
     cap = session.memories[1].memory
-    assert cap == fixed + 64 * each, "the momentum counts"
+    assert cap == fixed + 64 * per_sample, "the momentum counts"
     for _ in range(3):
         session.epoch_end()
         train(session, inputs)
-        fixed, each = session.memory()
-        assert fixed + each * session.batch_size <= cap
-        assert fixed + each * (session.batch_size + 8) > cap
+        fixed, per_sample = session.memory()
+        assert fixed + per_sample * session.batch_size <= cap
+        assert fixed + per_sample * (session.batch_size + 8) > cap
         assert session.memories[1].memory == cap
 
 
 def test_the_memory_can_be_given() -> None:
     session, _ = growing()
-    fixed, each = session.memory()
-    session, _ = growing(memory=fixed + each * 1000)
+    fixed, per_sample = session.memory()
+    session, _ = growing(memory=fixed + per_sample * 1000)
     session.epoch_end()
     after, less = session.memory()
-    assert session.batch_size == int((fixed + each * 1000 - after) / less) // 8 * 8 > 1000
+    assert session.batch_size == int((fixed + per_sample * 1000 - after) / less) // 8 * 8 > 1000
     session, _ = growing(memory=fixed)
     session.epoch_end()
     assert session.batch_size == 64, "a batch does not shrink"
@@ -162,13 +162,13 @@ def test_a_plateau_has_a_lowest_rate() -> None:
 
 def test_optimizers_of_this_model_and_no_others() -> None:
     session, _ = growing()
-    mine = SGD([session.graph.get_parameter("1.conv1.0.weight")], lr=0.5)
-    others = SGD(nn.Linear(2, 2).parameters(), lr=0.5)
-    theirs = lr_scheduler.StepLR(others, 2)
-    session.register(mine=mine, others=others, theirs=theirs)
+    inner = SGD([session.graph.get_parameter("1.conv1.0.weight")], lr=0.5)
+    foreign = SGD(nn.Linear(2, 2).parameters(), lr=0.5)
+    schedule = lr_scheduler.StepLR(foreign, 2)
+    session.register(mine=inner, others=foreign, theirs=schedule)
     session.epoch_end()
-    assert mine.param_groups[0]["lr"] == pytest.approx(0.5 * session.batch_size / 64)
-    assert (others.param_groups[0]["lr"], theirs.base_lrs) == (0.5, [0.5])
+    assert inner.param_groups[0]["lr"] == pytest.approx(0.5 * session.batch_size / 64)
+    assert (foreign.param_groups[0]["lr"], schedule.base_lrs) == (0.5, [0.5])
 
 
 def test_a_rate_that_is_a_tensor_stays_that_tensor() -> None:

@@ -54,19 +54,19 @@ def reference(seed: int, name: str, kind: str, scale: float, count: int) -> np.n
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [0, 7, -3, 2**80])
 def test_values_are_those_of_the_definition(kind: str, seed: int) -> None:
-    found = one(kind, seed).values("w").flatten()[:200].numpy()
-    np.testing.assert_array_equal(found, reference(seed, "w", kind, 0.3, 200))
+    values = one(kind, seed).values("w").flatten()[:200].numpy()
+    np.testing.assert_array_equal(values, reference(seed, "w", kind, 0.3, 200))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_subset_in_any_order_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = one(kind).values("w")
-    order = torch.randperm(whole.numel())
-    assert torch.equal(one(kind).at("w", order), whole.flatten()[order])
-    assert torch.equal(one(kind).at("w", order[:77].reshape(7, 11)), whole.flatten()[order[:77]].reshape(7, 11))
+    values = one(kind).values("w")
+    order = torch.randperm(values.numel())
+    assert torch.equal(one(kind).at("w", order), values.flatten()[order])
+    assert torch.equal(one(kind).at("w", order[:77].reshape(7, 11)), values.flatten()[order[:77]].reshape(7, 11))
     for chunk in (17, 4096):
         monkeypatch.setattr(start, "CHUNK", chunk)
-        assert torch.equal(one(kind).values("w"), whole)
+        assert torch.equal(one(kind).values("w"), values)
 
 
 def test_another_process_and_other_threads_give_the_same() -> None:
@@ -76,20 +76,20 @@ def test_another_process_and_other_threads_give_the_same() -> None:
         "sys.stdout.buffer.write(b''.join(s.values(kind).numpy().tobytes() for kind in KINDS))"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, "3"]
-    found = subprocess.run(command, capture_output=True, check=True).stdout
-    here = Start(5, {kind: Origin(kind, 0.3, (40, 30, 3, 3)) for kind in start.KINDS})
-    assert found == b"".join(here.values(kind).numpy().tobytes() for kind in start.KINDS)
+    printed = subprocess.run(command, capture_output=True, check=True).stdout
+    starts = Start(5, {kind: Origin(kind, 0.3, (40, 30, 3, 3)) for kind in start.KINDS})
+    assert printed == b"".join(starts.values(kind).numpy().tobytes() for kind in start.KINDS)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_gives_the_same(kind: str) -> None:
-    found = one(kind).values("w", "cuda")
-    assert found.is_cuda
-    assert torch.equal(found.cpu(), one(kind).values("w"))
+    values = one(kind).values("w", "cuda")
+    assert values.is_cuda
+    assert torch.equal(values.cpu(), one(kind).values("w"))
     models = [fxprune.initialize(convnet().to(device), 3) for device in ("cpu", "cuda")]
-    for mine, its in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(mine, its.cpu())
+    for on_cpu, on_gpu in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(on_cpu, on_gpu.cpu())
 
 
 def test_seeds_names_and_parameters_have_streams_of_their_own() -> None:
@@ -107,9 +107,9 @@ def big(kind: str) -> Tensor:
     return Start(11, {"w": Origin(kind, 1.0, (1000, 1000))}).values("w").flatten().double()
 
 
-def near(found: float, expected: float, deviation: float, count: int) -> None:
+def near(actual: float, expected: float, deviation: float, count: int) -> None:
     """Within five standard errors."""
-    assert abs(found - expected) < 5 * deviation / math.sqrt(count), (found, expected)
+    assert abs(actual - expected) < 5 * deviation / math.sqrt(count), (actual, expected)
 
 
 def test_uniform_values_are_uniform() -> None:
@@ -162,11 +162,11 @@ FANS = {
 @pytest.mark.parametrize("shape", [(60, 50), (40, 30, 3, 3), (30, 20, 3, 3, 3)])
 @pytest.mark.parametrize("rule", FANS)
 def test_fan_rules_are_those_of_torch(rule: str, shape: tuple[int, ...]) -> None:
-    theirs = FANS[rule](torch.empty(shape))
-    mine = Start(0, {"w": by_fans(rule, "w", shape)}).values("w")
-    assert mine.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+    torch_values = FANS[rule](torch.empty(shape))
+    values = Start(0, {"w": by_fans(rule, "w", shape)}).values("w")
+    assert values.std().item() == pytest.approx(torch_values.std().item(), rel=0.05)
     if "uniform" in rule:
-        assert mine.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.01)
+        assert values.abs().max().item() == pytest.approx(torch_values.abs().max().item(), rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------- models
@@ -188,25 +188,25 @@ def test_layers_start_as_layers_do() -> None:
     nn.init.normal_(model["trained"].weight)
     assert fxprune.initialize(model, 3) is model
     origins = start_of(model).origins
-    found = {name: (origin.kind, round(origin.scale, 4)) for name, origin in origins.items()}
-    assert found["conv.weight"] == ("normal", round(math.sqrt(2 / 36), 4))
-    assert found["conv.bias"] == ("uniform", round(1 / 6, 4))
-    assert found["zero.weight"] == ("constant", 0)
-    assert found["norm.weight"] == found["trained.weight"] == ("constant", 1)
-    assert found["norm.bias"] == ("constant", 0)
-    assert found["embedding.weight"] == ("normal", 1)
-    assert found["attention.in_proj_weight"] == ("uniform", round(math.sqrt(6 / 32), 4))
-    assert found["token"] == ("normal", 0.02)
+    drawn = {name: (origin.kind, round(origin.scale, 4)) for name, origin in origins.items()}
+    assert drawn["conv.weight"] == ("normal", round(math.sqrt(2 / 36), 4))
+    assert drawn["conv.bias"] == ("uniform", round(1 / 6, 4))
+    assert drawn["zero.weight"] == ("constant", 0)
+    assert drawn["norm.weight"] == drawn["trained.weight"] == ("constant", 1)
+    assert drawn["norm.bias"] == ("constant", 0)
+    assert drawn["embedding.weight"] == ("normal", 1)
+    assert drawn["attention.in_proj_weight"] == ("uniform", round(math.sqrt(6 / 32), 4))
+    assert drawn["token"] == ("normal", 0.02)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, start_of(model).values(name))
 
 
 def test_a_layer_with_one_output_starts_by_the_seed_alone() -> None:
-    one, other = (fxprune.initialize(nn.Sequential(nn.Linear(4, 1), nn.PReLU()), 3) for _ in range(2))
-    for name, parameter in one.named_parameters():
-        assert torch.equal(parameter, other.get_parameter(name)), name
-    assert one.get_parameter("0.bias") != 0
-    assert one.get_parameter("1.weight") == 0.25  # a value that is no draw stays
+    first, second = (fxprune.initialize(nn.Sequential(nn.Linear(4, 1), nn.PReLU()), 3) for _ in range(2))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+    assert first.get_parameter("0.bias") != 0
+    assert first.get_parameter("1.weight") == 0.25  # a value that is no draw stays
 
 
 def test_rules_go_before_the_layers_own() -> None:
@@ -221,10 +221,10 @@ def test_rules_go_before_the_layers_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_rounded_from_float32(dtype: torch.dtype) -> None:
-    model, whole = fxprune.initialize(convnet().to(dtype), 1), fxprune.initialize(convnet(), 1)
-    for mine, its in zip(model.parameters(), whole.parameters(), strict=True):
-        assert mine.dtype == dtype
-        assert torch.equal(mine, its.to(dtype))
+    model, reference = fxprune.initialize(convnet().to(dtype), 1), fxprune.initialize(convnet(), 1)
+    for narrow, wide in zip(model.parameters(), reference.parameters(), strict=True):
+        assert narrow.dtype == dtype
+        assert torch.equal(narrow, wide.to(dtype))
 
 
 def test_the_memory_format_does_not_matter() -> None:
@@ -240,8 +240,8 @@ def test_traces_copies_and_pickles_remember(tmp_path: Path) -> None:
     graph = fxprune.trace(copy.deepcopy(model), inputs)
     torch.save(copy.deepcopy(graph), tmp_path / "graph.pt")
     again = torch.load(tmp_path / "graph.pt", weights_only=False)
-    for each in (graph, again):
-        assert start_of(each).to_json() == start_of(model).to_json()
+    for copied in (graph, again):
+        assert start_of(copied).to_json() == start_of(model).to_json()
     assert start_of(prepare(MODELS["residual"])[0]) is None
 
 

@@ -58,8 +58,8 @@ def modes_of(name: str) -> tuple[bool, ...]:
 
 
 def code(graph: TracedModule) -> list[str]:
-    graphs = [each for region in regions_of(graph).values() for each in region.distinct_graphs().values()]
-    return [each.python_code("self").src for each in graphs]
+    graphs = [part for region in regions_of(graph).values() for part in region.distinct_graphs().values()]
+    return [part.python_code("self").src for part in graphs]
 
 
 # --------------------------------------------------------------------------------------------- laws
@@ -118,10 +118,10 @@ def test_a_cut_by_other_groups_is_refused() -> None:
 def test_models_can_be_pruned_step_by_step(name: str) -> None:
     size = 224 if name == "vit_b_16" else 64
     model, x = randomize(torchvision.models.get_model(name, weights=None), 0).eval(), torch.randn(1, 3, size, size)
-    whole = fxprune.cost.flops(model, x)
+    dense = fxprune.cost.flops(model, x)
     for step in range(1, 4):
         model = fxprune.prune(model, x, Magnitude(), budget=Budget(flops=0.7), verify=False)
-        assert 0.99**step * 0.7**step <= fxprune.cost.flops(model, x) / whole <= 0.7**step
+        assert 0.99**step * 0.7**step <= fxprune.cost.flops(model, x) / dense <= 0.7**step
 
 
 # Where one axis can be cut in several ways, the best way depends on sizes; the others' groups stay the same.
@@ -273,12 +273,12 @@ def test_dtypes_and_meta(name: str, kind: str) -> None:
             model = MODELS[name].make().eval()
         example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example)
     graph = fxprune.trace(model, example)
-    found = fxprune.analyze(graph, example)
-    assert str(found) == str(analysis)
-    plan = random_plan(found, 10)
-    compact, _ = fxprune.rewrite(graph, found, plan)
+    meta_analysis = fxprune.analyze(graph, example)
+    assert str(meta_analysis) == str(analysis)
+    plan = random_plan(meta_analysis, 10)
+    compact, _ = fxprune.rewrite(graph, meta_analysis, plan)
     expected = {key: axis.shape for key, axis in compact.state_dict().items()}
-    assert {key: torch.Size(shape) for key, shape in found.after(plan).shapes.items()} == expected
+    assert {key: torch.Size(shape) for key, shape in meta_analysis.after(plan).shapes.items()} == expected
     assert {t.dtype for t in compact.parameters()} == {t.dtype for t in model.parameters()}
     assert {t.device for t in compact.parameters()} == {t.device for t in model.parameters()}
 
@@ -301,11 +301,11 @@ def run(model: nn.Module, example: Any, mode: bool) -> Any:
             buffer.data.copy_(buffers[name])
 
 
-def assert_identical(found: Any, expected: Any) -> None:
-    leaves, structure = pytree.tree_flatten(found)
-    wanted, expected_structure = pytree.tree_flatten(expected)
+def assert_identical(actual: Any, expected: Any) -> None:
+    leaves, structure = pytree.tree_flatten(actual)
+    expected_leaves, expected_structure = pytree.tree_flatten(expected)
     assert structure == expected_structure
-    for leaf, want in zip(leaves, wanted, strict=True):
+    for leaf, want in zip(leaves, expected_leaves, strict=True):
         assert torch.equal(leaf, want) if isinstance(want, Tensor) else leaf == want
 
 
@@ -316,9 +316,9 @@ REFORMULATED = [name for name in MODELS if name.startswith("mha")]  # attention 
 def test_trace_is_the_model(name: str) -> None:
     model, example, graph, _ = analysed(name)
     assert_same_state(graph, model)
-    mine, theirs = dict(graph.named_parameters()), dict(model.named_parameters())
-    assert list(mine) == list(theirs)
-    assert all(mine[key] is theirs[key] for key in theirs)
+    parameters, originals = dict(graph.named_parameters()), dict(model.named_parameters())
+    assert list(parameters) == list(originals)
+    assert all(parameters[key] is originals[key] for key in originals)
     for mode in BOTH_MODES:
         expected = run(model, example, mode)
         if name in REFORMULATED:
@@ -348,22 +348,22 @@ def test_copies_of_a_trace_are_the_trace(name: str) -> None:
     copies = [copy.deepcopy(graph)]
     if name != "weight_norm":  # torch pickles no parametrizations
         copies.append(pickle.loads(pickle.dumps(graph)))
-    for other in copies:
-        assert is_traced(other)
-        assert code(other) == code(graph)
-        assert_same_state(other, graph)
-        assert not {id(p) for p in other.parameters()} & {id(p) for p in graph.parameters()}
+    for copied in copies:
+        assert is_traced(copied)
+        assert code(copied) == code(graph)
+        assert_same_state(copied, graph)
+        assert not {id(p) for p in copied.parameters()} & {id(p) for p in graph.parameters()}
         for mode in BOTH_MODES:
-            assert_identical(run(other, example, mode), run(graph, example, mode))
+            assert_identical(run(copied, example, mode), run(graph, example, mode))
 
 
 @pytest.mark.parametrize("name", ["auxiliary_head", "tied_parameter", "vit", "split_sizes"])
 def test_copies_of_a_compact_model_are_the_compact_model(name: str) -> None:
     _, example, graph, analysis = analysed(name)
     compact, param_map = fxprune.rewrite(graph, analysis, random_plan(analysis, 11))
-    for other in (copy.deepcopy(compact), pickle.loads(pickle.dumps(compact))):
-        assert_same_state(other, compact)
-        agree(graph, other, param_map, example)
+    for copied in (copy.deepcopy(compact), pickle.loads(pickle.dumps(compact))):
+        assert_same_state(copied, compact)
+        agree(graph, copied, param_map, example)
 
 
 # ---------------------------------------------------------------------------------- random networks

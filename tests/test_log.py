@@ -117,10 +117,10 @@ def paced(session: Any, step_time: float, steps: int) -> Epoch:
 @pytest.mark.parametrize("batch_size", [None, 8])
 def test_seconds_saved(batch_size: int | None) -> None:
     session, _ = begin(passes=[Thin(2)], steps=0, batch_size=batch_size)
-    found = [paced(session, step_time, 10).saved for step_time in (1.0, 3.0, 1.5, 0.5)]
+    saved = [paced(session, step_time, 10).saved for step_time in (1.0, 3.0, 1.5, 0.5)]
     # Before the first cut, at the end of the second epoch, a step took 2 s (the median).
     cut = session.log[1].cut_time  # which is paid for in the epoch after
-    assert found == [0, 0, pytest.approx(10 * (2 - 1.5) - cut), pytest.approx(5 - cut + 10 * (2 - 0.5))]
+    assert saved == [0, 0, pytest.approx(10 * (2 - 1.5) - cut), pytest.approx(5 - cut + 10 * (2 - 0.5))]
 
 
 def test_seconds_saved_count_samples_where_batches_grow() -> None:

@@ -134,7 +134,7 @@ def broadcast_is_free(patch: Patch) -> None:
     """Channels that meet a constant of the same size may be pruned."""
 
     def broken(names: Any, operands: list[Operand], ndim: int) -> Labels:
-        return settle_labels(names, [align_label(label, ndim) for each in operands for label in each.labels])
+        return settle_labels(names, [align_label(label, ndim) for operand in operands for label in operand.labels])
 
     patch.setattr(movement, "join_labels", broken)
     patch.setattr(pointwise, "join_labels", broken)

@@ -108,9 +108,9 @@ DAMAGED: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_state_is_refused(what: str) -> None:
-    data, message = DAMAGED[what]
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_state_is_refused(damage: str) -> None:
+    data, message = DAMAGED[damage]
     with pytest.raises(FileError, match=message):
         parse_progress(data, "here")
 

@@ -42,11 +42,11 @@ def describe(case: Case) -> str:
                 parts[-1][1] += 1
             else:
                 parts.append([letter, 1])
-        whole = {letter: len(its) for letter, its in axes.items()}
+        lengths = {letter: len(channels) for letter, channels in axes.items()}
         if len(parts) > 4:
             return "mixed " + "*".join(dict.fromkeys(letter for letter, _ in parts))
         return "+".join(
-            f"{letter}" if count == whole.get(letter, count) else f"{letter}:{count}" for letter, count in parts
+            f"{letter}" if count == lengths.get(letter, count) else f"{letter}:{count}" for letter, count in parts
         )
 
     shown = []
@@ -61,17 +61,17 @@ def describe(case: Case) -> str:
     roots = {letter: run.names.find(names) for letter, names in axes.items()}
     merged = []
     seen: set[str] = set()
-    for letter, its in roots.items():
-        same = [other for other, theirs in roots.items() if other not in seen and np.array_equal(theirs, its)]
+    for letter, channels in roots.items():
+        same = [twin for twin, labels in roots.items() if twin not in seen and np.array_equal(labels, channels)]
         if len(same) > 1 and letter not in seen:
             merged.append("=".join(same))
             seen.update(same)
-        classes = len(np.unique(its))
-        if classes < len(its):
+        classes = len(np.unique(channels))
+        if classes < len(channels):
             merged.append(f"{letter}!" if classes == 1 else f"{letter}/{classes}")
-    for i, (a, mine) in enumerate(roots.items()):
-        for b, theirs in list(roots.items())[i + 1 :]:
-            if np.intersect1d(mine, theirs).size and not np.array_equal(mine, theirs):
+    for i, (a, first_names) in enumerate(roots.items()):
+        for b, second_names in list(roots.items())[i + 1 :]:
+            if np.intersect1d(first_names, second_names).size and not np.array_equal(first_names, second_names):
                 merged.append(f"{a}~{b}")
     frozen = [letter for letter, names in axes.items() if run.names.frozen(names).all()]
     frozen += [
@@ -123,8 +123,8 @@ def on_meta(call: tuple[Any, ...]) -> tuple[Any, list[Any]]:
     sizes = SIZES | {"1": 1, "2": 2}
     return func, [
         torch.empty([sizes[letter] for letter in arg], device="meta") if isinstance(arg, str) else arg
-        for some in words
-        for arg in some
+        for part in words
+        for arg in part
     ]
 
 

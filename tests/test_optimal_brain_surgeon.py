@@ -72,8 +72,8 @@ def test_the_score_is_of_what_the_layer_reads() -> None:
     scores = remove_in_turn(
         5, [_Read(torch.linalg.inv(covariance), model[2].weight.detach(), torch.arange(5)[:, None])]
     )
-    (found,) = passes.OptimalBrainSurgeon([x[:10], x[10:20], x[20:]]).score(fxprune.analyze(model, x[:2])).values()
-    np.testing.assert_allclose(found / found.sum(), scores / scores.sum(), rtol=1e-10)
+    (measured,) = passes.OptimalBrainSurgeon([x[:10], x[10:20], x[20:]]).score(fxprune.analyze(model, x[:2])).values()
+    np.testing.assert_allclose(measured / measured.sum(), scores / scores.sum(), rtol=1e-10)
 
 
 def test_depthwise_readers_are_not_looked_at() -> None:

@@ -73,8 +73,8 @@ def test_packages_on_disk_are_the_packages_listed():
 def test_one_onnxruntime_on_every_machine(system: str, machine: str, runtime: str):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [Requirement(text) for text in project["dependencies"]]
-    there = {"sys_platform": system, "platform_machine": machine}
-    named = [each.name for each in needed if each.marker is None or each.marker.evaluate(there)]
+    machine_markers = {"sys_platform": system, "platform_machine": machine}
+    named = [need.name for need in needed if need.marker is None or need.marker.evaluate(machine_markers)]
     assert [name for name in named if name.startswith("onnxruntime")] == [runtime]
 
 
@@ -180,8 +180,8 @@ def edges() -> Iterator[tuple[str, str]]:
 
 
 def test_every_room_has_its_place():
-    found = {dotted(path)[1] for path in COMPILER + METHODS} - {"__init__", *DOORS}
-    assert found == set(ROOMS)
+    rooms = {dotted(path)[1] for path in COMPILER + METHODS} - {"__init__", *DOORS}
+    assert rooms == set(ROOMS)
 
 
 def test_imports_run_one_way():

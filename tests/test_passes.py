@@ -38,18 +38,18 @@ def by_hand(analysis: Analysis, of_slice: Callable[[str, Tensor], float], over: 
         for member in group.members:
             if member.parameter in tensors:
                 for position, channel in zip(member.index, member.channel, strict=True):
-                    each = tensors[member.parameter].detach().select(member.axis, int(position))
-                    result[name][channel] += of_slice(member.parameter, each)
+                    weights = tensors[member.parameter].detach().select(member.axis, int(position))
+                    result[name][channel] += of_slice(member.parameter, weights)
     return result
 
 
-def assert_shares(analysis: Analysis, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def assert_shares(analysis: Analysis, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Scores as shares of their group, times the number of weights that the group lives on."""
-    assert set(found) == set(expected)
-    for name, scores in found.items():
+    assert set(actual) == set(expected)
+    for name, scores in actual.items():
         layers = [m for m in analysis.groups[name].members if len(analysis.shapes[m.parameter]) > 1]
-        wanted = len(layers) * np.array(expected[name]) / np.sum(expected[name])
-        np.testing.assert_allclose(scores, wanted, rtol=1e-6, err_msg=name)
+        share = len(layers) * np.array(expected[name]) / np.sum(expected[name])
+        np.testing.assert_allclose(scores, share, rtol=1e-6, err_msg=name)
 
 
 # --------------------------------------------------------------------------------------------- magnitude
@@ -83,7 +83,7 @@ def test_magnitude_compares_what_is_lost_for_what_is_saved(limit: str) -> None:
     analysis, _ = analysed("vgg_flatten")
     budget = Budget(**{limit: 0.6}, tolerance=0.3)
     costs = fxprune.cost.marginal(analysis, limit)
-    priced = {name: its / costs[name] for name, its in passes.Magnitude().score(analysis).items()}
+    priced = {name: scores / costs[name] for name, scores in passes.Magnitude().score(analysis).items()}
     expected = solve_budget(analysis, priced, budget, Bounds(round_to=1))
     assert passes.Magnitude(round_to=1).plan(analysis, budget) == expected
 
@@ -91,9 +91,9 @@ def test_magnitude_compares_what_is_lost_for_what_is_saved(limit: str) -> None:
 @pytest.mark.parametrize("elements", [1, 40])
 def test_large_weights_are_summed_in_parts(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     analysis, _ = analysed("residual")
-    whole = passes.Magnitude().score(analysis)
+    at_once = passes.Magnitude().score(analysis)
     monkeypatch.setattr(Sums, "PART", elements)
-    assert_shares(analysis, passes.Magnitude().score(analysis), whole)
+    assert_shares(analysis, passes.Magnitude().score(analysis), at_once)
 
 
 def test_magnitude_takes_the_smallest_channels() -> None:
@@ -119,15 +119,15 @@ def test_batch_norm_scale_is_the_mean_absolute_scale() -> None:
         name: w for name, w in analysis.graph.named_parameters() if w.ndim == 1 and name in analysis.batch_norm_scales
     }
     sums = by_hand(analysis, lambda _, w: w.abs().item(), scales)
-    found = passes.BatchNormScale(relative=False).score(analysis)
+    absolute = passes.BatchNormScale(relative=False).score(analysis)
     relative = passes.BatchNormScale().score(analysis)
-    assert list(relative) == list(found)
-    for name, scores in found.items():
+    assert list(relative) == list(absolute)
+    for name, scores in absolute.items():
         np.testing.assert_allclose(relative[name], scores / scores.mean())
-    assert set(found) == set(analysis.groups)
+    assert set(absolute) == set(analysis.groups)
     for name, group in analysis.groups.items():
         count = sum(member.parameter in scales for member in group.members)
-        np.testing.assert_allclose(found[name], np.array(sums[name]) / count)
+        np.testing.assert_allclose(absolute[name], np.array(sums[name]) / count)
 
 
 def test_batch_norm_scale_leaves_groups_without_one_whole() -> None:
@@ -241,8 +241,8 @@ def test_geometric_median_is_the_sum_of_distances(name: str) -> None:
             if member.parameter in weights:
                 for position, channel in zip(member.index, member.channel, strict=True):
                     slices[channel].append(weights[member.parameter].select(member.axis, int(position)).flatten())
-        rows = [torch.cat(each) for each in slices]
-        expected[group.name] = [sum((mine - its).norm().item() for its in rows) for mine in rows]
+        rows = [torch.cat(parts) for parts in slices]
+        expected[group.name] = [sum((first - second).norm().item() for second in rows) for first in rows]
     assert_shares(analysis, passes.GeometricMedian().score(analysis), expected)
 
 
@@ -286,14 +286,14 @@ def test_activation_is_the_statistic_of_what_is_read(statistic: str, training: b
     data = [(torch.randn(size, 3, 8, 8, dtype=torch.float64), 0) for size in (2, 3)]
     seen: dict[str, list[Tensor]] = {"a": [], "c": []}
     with torch.no_grad():
-        for each, _ in data:
-            first, second, third = (value.transpose(0, 1).flatten(1) for value in copy.deepcopy(model).read(each))
+        for batch, _ in data:
+            first, second, third = (value.transpose(0, 1).flatten(1) for value in copy.deepcopy(model).read(batch))
             seen["a"] += [first, second]
             seen["c"] += [third]
-    values = {name: torch.cat(its, 1) for name, its in seen.items()}
+    values = {name: torch.cat(batches, 1) for name, batches in seen.items()}
     expected = {
-        name: (its.abs().mean(1) if statistic == "mean" else its.var(1, correction=0)).numpy()
-        for name, its in values.items()
+        name: (batches.abs().mean(1) if statistic == "mean" else batches.var(1, correction=0)).numpy()
+        for name, batches in values.items()
     }
     assert_shares(analysis, passes.Activation(data, statistic).score(analysis), expected)
 
@@ -338,9 +338,9 @@ def test_activation_says_what_is_wrong(make: Any, message: str) -> None:
 
 def test_random_is_a_function_of_the_seed() -> None:
     analysis, _ = analysed("residual")
-    same, again, other = (passes.Random(seed).plan(analysis, HALF) for seed in (1, 1, 2))
-    assert same == again
-    assert same != other
+    same, first, different = (passes.Random(seed).plan(analysis, HALF) for seed in (1, 1, 2))
+    assert same == first
+    assert same != different
     assert passes.Random(-1).plan(analysis, HALF) == passes.Random(-1).plan(analysis, HALF)
 
 

@@ -80,18 +80,19 @@ def test_equal_with_gradients(options: dict[str, Any], share: str, layout: torch
             assert small.get_submodule("0").kernel_size == (3, 3), "not with a stride"
             continue
         tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
-        found, expected = small(x), dense(x)
-        torch.testing.assert_close(found, expected, **tolerance)
+        actual, expected = small(x), dense(x)
+        torch.testing.assert_close(actual, expected, **tolerance)
         direction = torch.randn_like(expected)
-        mine = torch.autograd.grad(found, [x, *small.parameters()], direction)
-        its = torch.autograd.grad(expected, [x, *dense.parameters()], direction)
-        torch.testing.assert_close(mine[0], its[0], **tolerance)
-        torch.testing.assert_close(mine[2:], its[2:], **tolerance)
+        gradients = torch.autograd.grad(actual, [x, *small.parameters()], direction)
+        expected_gradients = torch.autograd.grad(expected, [x, *dense.parameters()], direction)
+        torch.testing.assert_close(gradients[0], expected_gradients[0], **tolerance)
+        torch.testing.assert_close(gradients[2:], expected_gradients[2:], **tolerance)
         weight = small.get_parameter("0.weight")
         assert weight.shape[2:] == (2, 2)
         # Of the kernels' gradients what the zeros do not have: their sum over the taps of each kernel.
-        kept = (its[1] * (conv.weight != 0)).sum((2, 3))
-        torch.testing.assert_close(mine[1].sum((2, 3)), kept, **{key: 100 * its for key, its in tolerance.items()})
+        kept = (expected_gradients[1] * (conv.weight != 0)).sum((2, 3))
+        loose = {key: 100 * limit for key, limit in tolerance.items()}
+        torch.testing.assert_close(gradients[1].sum((2, 3)), kept, **loose)
 
 
 @pytest.mark.parametrize("share", FORMS)
@@ -126,7 +127,7 @@ def test_channels_with_few_weights_fit_their_box() -> None:
 def patterned(share: str = "input_channel") -> tuple[nn.Module, Any]:
     """A residual network of which all but the first convolution are thin."""
     model, inputs = prepare(MODELS["residual_projection"])
-    for number, layer in enumerate(each for each in model.modules() if isinstance(each, nn.Conv2d)):
+    for number, layer in enumerate(module for module in model.modules() if isinstance(module, nn.Conv2d)):
         if layer.kernel_size == (3, 3) and number:
             thin(layer, share, seed=number)
     return model, inputs
@@ -242,7 +243,7 @@ def test_a_layer_is_rewritten_where_that_was_faster(monkeypatch: pytest.MonkeyPa
     pipeline = Pipeline([PatternConv("training")], x)
     small = pipeline(fxprune.trace(nn.Sequential(*layers), x)).graph_module
     assert [layer.kernel_size[0] for layer in small.children()] == [3, 2, 2, 3, 2]
-    assert [each[0] for each in asked] == [8, 8, 12, 8], "layers of one kind, on one size, are timed once"
+    assert [call[0] for call in asked] == [8, 8, 12, 8], "layers of one kind, on one size, are timed once"
     assert all(training for *_, training in asked)
     assert pipeline.steps[0].modified
 

@@ -40,15 +40,15 @@ def summarized(model: nn.Module | None = None, measure: bool = False) -> tuple[f
 
 
 def run_of(analysis: fxprune.Analysis) -> Log:
-    whole = dict(analysis.sizes)
-    cut = {name: size - 2 for name, size in whole.items()}
+    dense = dict(analysis.sizes)
+    cut = {name: size - 2 for name, size in dense.items()}
     common = {"steps": 3, "samples": 4, "params": 9, "memory": 9.0, "lr": 0.1}
     return Log(
         Epoch(
             epoch=at, step_time=0.1 / at, flops=1e6 / at, widths=widths, removed=removed, saved=100.0 * at,
             norms=dict.fromkeys(widths, 0.1**at), values={"top 1": 0.5 + at / 10}, **common,
         )
-        for at, widths, removed in ((1, whole, 4), (2, cut, 0), (3, cut, 0))
+        for at, widths, removed in ((1, dense, 4), (2, cut, 0), (3, cut, 0))
     )  # fmt: skip
 
 
@@ -58,13 +58,13 @@ def test_a_summary_counts() -> None:
     before, after = summary.totals["params"]
     assert before == fxprune.cost.params(model)
     assert summary.totals["flops"][0] == fxprune.cost.flops(model, X)
-    assert sum(each.flops[1] for each in summary.layers) == summary.totals["flops"][1]
-    assert [each.name for each in summary.layers] == ["0", "3", "4"]
+    assert sum(layer.flops[1] for layer in summary.layers) == summary.totals["flops"][1]
+    assert [layer.name for layer in summary.layers] == ["0", "3", "4"]
     first, second, third = summary.layers
     assert first.outputs == second.inputs == summary.groups["0"]
     assert second.outputs == third.inputs == summary.groups["3"]
     assert first.inputs == (3, 3)
-    assert sum(each.params[1] for each in summary.layers) == after - 2 * first.outputs[1], "but for the norm"
+    assert sum(layer.params[1] for layer in summary.layers) == after - 2 * first.outputs[1], "but for the norm"
     assert summary.paths() == {"0": ["0", "3"], "3": ["3", "4"]}
     assert "16 → " in str(summary)
     assert analysis.graph.training, "modes are as before"
@@ -80,10 +80,10 @@ class Own(nn.Conv2d):
 def test_functions_count_for_the_layer_that_calls_them() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Sequential(Own(16, 8, 3)), nn.Conv2d(8, 4, 1))
     _, summary = summarized(model)
-    assert [each.kind for each in summary.layers] == ["Conv2d", "Own", "Conv2d"]
-    assert all(each.flops[0] > each.flops[1] > 0 for each in summary.layers)
+    assert [layer.kind for layer in summary.layers] == ["Conv2d", "Own", "Conv2d"]
+    assert all(layer.flops[0] > layer.flops[1] > 0 for layer in summary.layers)
     for at in (0, 1):
-        assert sum(each.flops[at] for each in summary.layers) == summary.totals["flops"][at]
+        assert sum(layer.flops[at] for layer in summary.layers) == summary.totals["flops"][at]
 
 
 def test_a_branch_that_is_gone_is_zero() -> None:
@@ -97,9 +97,9 @@ def test_a_branch_that_is_gone_is_zero() -> None:
             compact, _ = fxprune.rewrite(analysis.graph, analysis, plan)
         except fxprune.FxpruneError:
             continue
-        found = fxprune.summarize(analysis, plan, compact)
-        assert found.groups[name][1] == 0
-        assert any(each.outputs[1] == each.params[1] == each.flops[1] == 0 for each in found.layers)
+        summary = fxprune.summarize(analysis, plan, compact)
+        assert summary.groups[name][1] == 0
+        assert any(layer.outputs[1] == layer.params[1] == layer.flops[1] == 0 for layer in summary.layers)
         return
     pytest.fail("no group of this model can go whole")
 
@@ -131,8 +131,8 @@ def test_the_page(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)), "no two pictures share a clip or a marker"
     words = re.findall("<text[^>]*>([^<]*)</text>", text)
     changes = [f"{before} → {after}" for before, after in summary.groups.values()]
-    wanted = {*summary.groups, *changes, "chosen", "top 1", "ms a step; 300 s saved", "dense", "half &lt;b&gt;"}
-    assert wanted - set(words) == set(), "text can be found and copied"
+    words_shown = {*summary.groups, *changes, "chosen", "top 1", "ms a step; 300 s saved", "dense", "half &lt;b&gt;"}
+    assert words_shown - set(words) == set(), "text can be found and copied"
     assert "report on net &amp; co" in text
     assert page.text.keys() >= {f"g{at}" for at in range(len(summary.groups))}, "the graph with its groups is there"
 
@@ -221,10 +221,10 @@ def test_a_run_by_epoch() -> None:
     log = run_of(fxprune.analyze(net(), X))
     panels = {axes.get_title(): axes for axes in pictures.draw_run(log, COLOURS).axes}
     assert {title: lines_of(axes) for title, axes in panels.items()} == {
-        "ms a step; 300 s saved": [[(each.epoch, 1e3 * each.step_time) for each in log]],
-        "FLOPs of a sample": [[(each.epoch, each.flops) for each in log]],
+        "ms a step; 300 s saved": [[(epoch.epoch, 1e3 * epoch.step_time) for epoch in log]],
+        "FLOPs of a sample": [[(epoch.epoch, epoch.flops) for epoch in log]],
         "channels of each group": [[(1, 16), (2, 14), (3, 14)], [(1, 8), (2, 6), (3, 6)]],
-        "median norm of the channels of each group": [[(each.epoch, 0.1**each.epoch) for each in log]] * 2,
+        "median norm of the channels of each group": [[(epoch.epoch, 0.1**epoch.epoch) for epoch in log]] * 2,
         "top 1": [[(1, 0.6), (2, 0.7), (3, 0.8)]],
     }
     for axes in panels.values():
@@ -264,9 +264,9 @@ def test_the_same_picture_is_the_same_text_and_no_setting_changes() -> None:
 
 def test_a_staircase() -> None:
     analysis = fxprune.analyze(net(), X)
-    found = fxprune.staircase(analysis, "0", seconds=0.0)
-    assert found.widths == tuple(range(2, 17, 2))
-    assert all(seconds > 0 for seconds in found.seconds)
+    stairs = fxprune.staircase(analysis, "0", seconds=0.0)
+    assert stairs.widths == tuple(range(2, 17, 2))
+    assert all(seconds > 0 for seconds in stairs.seconds)
     assert find_tallest(analysis) == "0"
     assert analysis.graph.training
 
@@ -275,8 +275,8 @@ def test_a_wider_group_takes_longer() -> None:
     analysis = fxprune.analyze(
         nn.Sequential(nn.Conv2d(3, 256, 3), nn.Conv2d(256, 64, 3)).eval(), torch.randn(4, 3, 16, 16)
     )
-    found = fxprune.staircase(analysis, "0", widths=(16, 256), seconds=0.1)
-    assert found.seconds[1] > 2 * found.seconds[0]
+    stairs = fxprune.staircase(analysis, "0", widths=(16, 256), seconds=0.1)
+    assert stairs.seconds[1] > 2 * stairs.seconds[0]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_the_log_has_the_norms_of_groups() -> None:
 
 
 def test_an_old_log_is_read() -> None:
-    old = [{**each, "notes": []} for each in run_of(fxprune.analyze(net(), X)).to_json()]
-    for each in old:
-        each.pop("norms")
+    old = [{**entry, "notes": []} for entry in run_of(fxprune.analyze(net(), X)).to_json()]
+    for entry in old:
+        entry.pop("norms")
     assert not Log.from_json(old)[0].norms

@@ -21,7 +21,7 @@ def traced(name: str = "residual") -> tuple[TracedModule, Any]:
 
 
 def code(graph: TracedModule) -> list[str]:
-    return [each.python_code("self").src for each in graph.distinct_graphs().values()]
+    return [part.python_code("self").src for part in graph.distinct_graphs().values()]
 
 
 def relus(graph: fx.GraphModule) -> list[fx.Node]:
@@ -158,8 +158,8 @@ def test_a_model_with_two_graphs(name: str, training: bool) -> None:
     assert len(graph.distinct_graphs()) == 2
     result = Pipeline([ReluTwice()], inputs)(graph).graph_module
     assert result.training == training
-    before = [each.count("relu") for each in code(graph)]
-    after = [each.count("relu") for each in code(result)]
+    before = [text.count("relu") for text in code(graph)]
+    after = [text.count("relu") for text in code(result)]
     assert all(a > b for a, b in zip(after, before, strict=True)), "both graphs are rewritten"
     result.eval(), graph.eval()
     torch.testing.assert_close(result(*inputs), graph(*inputs))

@@ -85,9 +85,9 @@ def test_a_plan_then_another() -> None:
 
 def test_a_plan_for_another_model() -> None:
     _, plan, _ = half("residual")
-    other, _, _ = half("densenet")
+    stranger, _, _ = half("densenet")
     with pytest.raises(PlanError, match=r"made for another model: group '.+' is in one but not in the other"):
-        fxprune.rewrite(other.graph, other, plan)
+        fxprune.rewrite(stranger.graph, stranger, plan)
     with pytest.raises(PlanError, match="group 'conv' has 5 channels, the plan expects 4"):
         Plan({}, SIZES).check({"conv": 5, "fc": 8})
 
@@ -98,13 +98,13 @@ def test_replay_on_a_fresh_model(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
 
     again, _, _ = half()
-    found, _ = fxprune.rewrite(again.graph, again, Plan.load(tmp_path / "plan.json"))
-    assert torch.equal(found(*inputs), expected(*inputs))
+    replayed, _ = fxprune.rewrite(again.graph, again, Plan.load(tmp_path / "plan.json"))
+    assert torch.equal(replayed(*inputs), expected(*inputs))
 
     # Other weights of the same architecture need no analysis of their own.
-    other = fxprune.trace(prepare(MODELS["residual"], seed=5)[0], inputs)
-    compact, param_map = fxprune.rewrite(other, analysis, plan)
-    fxprune.verify(other, compact, param_map, inputs)
+    stranger = fxprune.trace(prepare(MODELS["residual"], seed=5)[0], inputs)
+    compact, param_map = fxprune.rewrite(stranger, analysis, plan)
+    fxprune.verify(stranger, compact, param_map, inputs)
 
 
 DAMAGED = [

@@ -118,7 +118,7 @@ def norms(weight: Tensor, axis: int, of: Callable[[int], Any] = lambda position:
     squares: dict[Any, Tensor] = {}
     for position in range(weight.shape[axis]):
         squares[of(position)] = squares.get(of(position), 0) + weight.select(axis, position).square().sum()
-    return torch.stack([(each + 1e-8).sqrt() for each in squares.values()]).sum()
+    return torch.stack([(square + 1e-8).sqrt() for square in squares.values()]).sum()
 
 
 def of_flatten(m: Any) -> Tensor:
@@ -195,12 +195,12 @@ def test_the_penalty_and_its_gradient_are_the_formula(name: str) -> None:
     assert unscaled(session) == pytest.approx(expected.item(), rel=1e-12)
     assert penalty.item() == pytest.approx(0.2 / 0.8 * 2.0, rel=1e-10)
     penalty.backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
+    actual = {name: p.grad for name, p in model.named_parameters()}
     gradients = torch.autograd.grad(expected * coefficient, list(model.parameters()), allow_unused=True)
-    for key, gradient in zip(found, gradients, strict=True):
-        assert (found[key] is None) == (gradient is None), key
+    for key, gradient in zip(actual, gradients, strict=True):
+        assert (actual[key] is None) == (gradient is None), key
         if gradient is not None:
-            torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-14, msg=key)
+            torch.testing.assert_close(actual[key], gradient, rtol=1e-10, atol=1e-14, msg=key)
 
 
 def test_depthwise_weights_biases_and_norms_do_not_count() -> None:
@@ -230,8 +230,8 @@ def test_the_gradient_in_double_precision(shape: tuple[int, ...]) -> None:
         model[1].weight[2].fill_(1e-6)
 
     def of(*tensors: Tensor) -> Tensor:
-        given: dict[Tensor, list[Slices]] = dict(zip(tensors, weights.values(), strict=True))
-        return fast_lasso(given)  # type: ignore[arg-type]
+        slices: dict[Tensor, list[Slices]] = dict(zip(tensors, weights.values(), strict=True))
+        return fast_lasso(slices)  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(of, tuple(weights), eps=1e-8, atol=1e-3, rtol=1e-3, nondet_tol=0.0)
     with torch.no_grad():
@@ -293,8 +293,8 @@ def test_lambda_is_set_once(ratio: float, tmp_path: Path) -> None:
     one_step(session, inputs)
     assert session.memories[0].lambda_ == coefficient
     session.save(tmp_path / "run.pt")
-    another = small(resnet20)[0]
-    loaded = Session.load(tmp_path / "run.pt", another, inputs, SGD(another.parameters(), lr=1e-4, momentum=0.9))
+    fresh = small(resnet20)[0]
+    loaded = Session.load(tmp_path / "run.pt", fresh, inputs, SGD(fresh.parameters(), lr=1e-4, momentum=0.9))
     assert loaded.memories[0].lambda_ == coefficient
     assert loaded.passes == session.passes
     assert unscaled(loaded) == unscaled(session)
@@ -448,14 +448,14 @@ def test_cutting_is_zeroing_what_is_below_the_threshold() -> None:
 def test_a_step_after_the_cut_is_the_dense_step() -> None:
     model, inputs = thinned()
     session, twin = (session_of(copy.deepcopy(model), inputs) for _ in range(2))
-    for each in (session, twin):
-        one_step(each, inputs)
+    for trained in (session, twin):
+        one_step(trained, inputs)
     plan = plan_of(session)
     with torch.no_grad():  # what the cut will take is zero in both; its momentum is not
-        for each in (session, twin):
-            param_map = fxprune.rewrite(each.graph, each.analysis, plan)[1]
+        for trained in (session, twin):
+            param_map = fxprune.rewrite(trained.graph, trained.analysis, plan)[1]
             for parameter, zeroed in zip(
-                each.graph.parameters(), masked(each.graph, param_map).parameters(), strict=True
+                trained.graph.parameters(), masked(trained.graph, param_map).parameters(), strict=True
             ):
                 parameter.copy_(zeroed)
     param_map = session.reconfigure(plan)
@@ -465,7 +465,7 @@ def test_a_step_after_the_cut_is_the_dense_step() -> None:
     for name, parameter in session.graph.named_parameters():
         dense = twin.graph.get_parameter(name)
         torch.testing.assert_close(parameter, param_map.slice(name, dense), rtol=1e-10, atol=1e-12, msg=name)
-        buffers = [each.optimizer.state[p]["momentum_buffer"] for each, p in ((session, parameter), (twin, dense))]
+        buffers = [run.optimizer.state[p]["momentum_buffer"] for run, p in ((session, parameter), (twin, dense))]
         torch.testing.assert_close(buffers[0], param_map.slice(name, buffers[1]), rtol=1e-10, atol=1e-12, msg=name)
     assert plan.keep
 
@@ -587,7 +587,7 @@ def test_the_toy_network_loses_a_fifth_of_its_channels() -> None:
             session.optimizer.zero_grad()
             session.epoch_end()
     torch.set_flush_denormal(False)
-    channels = [sum(each.widths.values()) for each in session.log] + [sum(session.analysis.sizes.values())]
+    channels = [sum(epoch.widths.values()) for epoch in session.log] + [sum(session.analysis.sizes.values())]
     assert channels[0] == 208
     assert channels[5] == channels[0], "nothing goes before the rate falls"
     assert channels[-1] <= 0.8 * 208
@@ -792,8 +792,8 @@ def test_a_run_that_has_nothing_left_goes_on(tmp_path: Path) -> None:
     assert session.penalty(torch.tensor(1.0)).item() == 0.0
     assert session.epoch_end().removed == 0
     session.save(tmp_path / "run.pt")
-    another = small(Plus)[0]
-    loaded = Session.load(tmp_path / "run.pt", another, inputs, SGD(another.parameters(), lr=1e-4, momentum=0.9))
+    fresh = small(Plus)[0]
+    loaded = Session.load(tmp_path / "run.pt", fresh, inputs, SGD(fresh.parameters(), lr=1e-4, momentum=0.9))
     assert loaded.memories[0] == session.memories[0]
 
 
@@ -927,12 +927,12 @@ def test_a_run_with_a_budget_goes_on_from_its_file(tmp_path: Path) -> None:
     model, inputs = small(Vgg)
     session = go(session_of(model, inputs, pruner, OPTIMIZERS["SGD"](model), epochs=4), 2)
     session.save(tmp_path / "run.pt")
-    whole = go(session, 2)
+    uninterrupted = go(session, 2)
     again, _ = small(Vgg)
     resumed = go(Session.load(tmp_path / "run.pt", again, inputs, OPTIMIZERS["SGD"](again), progress=False), 2)
     assert resumed.passes == (pruner,)
-    assert resumed.analysis.sizes == whole.analysis.sizes
-    for name, value in whole.graph.state_dict().items():
+    assert resumed.analysis.sizes == uninterrupted.analysis.sizes
+    for name, value in uninterrupted.graph.state_dict().items():
         assert torch.equal(value, resumed.graph.state_dict()[name]), name
 
 

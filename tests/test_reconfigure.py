@@ -107,8 +107,8 @@ def test_muon_beside_adamw_goes_on() -> None:
     session = Session(model, inputs, adamw, progress=False)
     session.register(muon=muon)
     for seed in range(2):
-        for each in (model, twin):
-            outcome(each, inputs, True, {}, seed)
+        for network in (model, twin):
+            outcome(network, inputs, True, {}, seed)
         for optimizer in (muon, adamw, its_muon, its_adamw):
             optimizer.step()
     model.zero_grad()
@@ -117,21 +117,21 @@ def test_muon_beside_adamw_goes_on() -> None:
     for name, parameter in twin.named_parameters():
         if parameter in its_muon.state:
             its_muon.state[parameter]["momentum_buffer"][kept.removed(name, parameter)] = 0
-    for each in (model, twin):
-        outcome(each, inputs, True, {}, 3)
+    for network in (model, twin):
+        outcome(network, inputs, True, {}, 3)
     for optimizer in (adamw, its_adamw, muon, its_muon):
         optimizer.step()
     names = [name for name, p in model.named_parameters() if p.ndim == 2]
-    found, expected = dict(model.named_parameters()), dict(twin.named_parameters())
+    actual, expected = dict(model.named_parameters()), dict(twin.named_parameters())
     for name in names:
-        mine = muon.state[found[name]]["momentum_buffer"]
-        theirs = its_muon.state[expected[name]]["momentum_buffer"]
-        assert_all_close("momentum", {name: mine}, sliced(kept, {name: theirs}))
-    others = [name for name in found if name not in names]
+        momentum = muon.state[actual[name]]["momentum_buffer"]
+        expected_momentum = its_muon.state[expected[name]]["momentum_buffer"]
+        assert_all_close("momentum", {name: momentum}, sliced(kept, {name: expected_momentum}))
+    remaining = [name for name in actual if name not in names]
     assert_all_close(
         "parameter",
-        detached({name: found[name] for name in others}),
-        sliced(kept, detached({name: expected[name] for name in others})),
+        detached({name: actual[name] for name in remaining}),
+        sliced(kept, detached({name: expected[name] for name in remaining})),
     )
     outcome(model, inputs, True, {}, 4)
     muon.step()
@@ -150,7 +150,7 @@ def test_the_law_can_fail(mutation: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def rolled(self: Any, *args: Any, **kwargs: Any) -> Any:
         states = sliced_state(self, *args, **kwargs)
-        return {p: {key: value.roll(1, 0) for key, value in its.items()} for p, its in states.items()}
+        return {p: {key: value.roll(1, 0) for key, value in values.items()} for p, values in states.items()}
 
     def roll(kind: str) -> Callable[[Any, Any], None]:
         def broken(model: Any, compact: Any) -> None:
@@ -238,9 +238,9 @@ def test_a_registered_optimizer_is_held_to_the_same() -> None:
 def test_the_map_of_a_cut_in_place_moves_no_optimizer() -> None:
     session, _ = begin()
     kept = session.reconfigure(thinner(session.analysis, 0))
-    other = SGD(session.graph.parameters(), lr=1.0)
+    late = SGD(session.graph.parameters(), lr=1.0)
     with pytest.raises(MigrationError, match=r"session\.register\(name=optimizer\) before the cut"):
-        kept.migrate(other)
+        kept.migrate(late)
 
 
 # ---------------------------------------------------------------------------------------- same objects
@@ -273,8 +273,8 @@ def test_hooks_go_on_firing() -> None:
     session, inputs = begin()
     fired: dict[str, list[Any]] = {}
 
-    def note(what: str) -> Callable[..., None]:
-        return lambda *values: fired.setdefault(what, []).append(shapes_in(values[-1]))
+    def note(event: str) -> Callable[..., None]:
+        return lambda *values: fired.setdefault(event, []).append(shapes_in(values[-1]))
 
     conv = session.graph.get_submodule("1.conv1.0")
     weight = conv.get_parameter("weight")
@@ -288,7 +288,7 @@ def test_hooks_go_on_firing() -> None:
     train(session, inputs)
     kept = session.reconfigure(thinner(session.analysis, 0))
     train(session, inputs)
-    assert {what: len(calls) for what, calls in fired.items()} == dict.fromkeys(
+    assert {event: len(calls) for event, calls in fired.items()} == dict.fromkeys(
         ("forward", "pre", "backward", "backward pre", "gradient", "accumulated", "model"), 2
     )
     rows, columns, *_ = kept["1.conv1.0.weight"]
@@ -416,17 +416,17 @@ def test_copies_are_cut_along(use_buffers: bool) -> None:
     train(session, inputs, 2)
     ema.update_parameters(session.model)
     members = {"ema": ema.module, "teacher": teacher}
-    before = {who: {k: t.clone() for k, t in each.state_dict().items()} for who, each in members.items()}
+    before = {role: {k: t.clone() for k, t in member.state_dict().items()} for role, member in members.items()}
     tensors = [*ema.parameters(), *ema.buffers()]
     kept = session.reconfigure(thinner(session.analysis, 0))
-    for who, each in members.items():
-        state = each.state_dict()
-        assert list(state) == list(before[who])
-        assert all(torch.equal(tensor, kept.slice(name, before[who][name])) for name, tensor in state.items())
+    for role, member in members.items():
+        state = member.state_dict()
+        assert list(state) == list(before[role])
+        assert all(torch.equal(tensor, kept.slice(name, before[role][name])) for name, tensor in state.items())
         assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in state.values() if t.ndim)
     assert all(a is b for a, b in zip(tensors, (*ema.parameters(), *ema.buffers()), strict=True))
-    mine = {id(t) for t in session.graph.state_dict(keep_vars=True).values()}
-    assert not mine & {id(t) for t in tensors}
+    tensors_of_model = {id(t) for t in session.graph.state_dict(keep_vars=True).values()}
+    assert not tensors_of_model & {id(t) for t in tensors}
     train(session, inputs)
     ema.update_parameters(session.model)
     assert ema(*inputs).shape == teacher(*inputs).shape == session.model(*inputs).shape
@@ -503,8 +503,8 @@ def test_a_pass_that_fails_changes_nothing(hook: str) -> None:
     twin.register(ema=copy.deepcopy(twin.model))
     session, _ = begin(passes=[Thin(), Unlucky(hook)])
     session.register(ema=copy.deepcopy(session.model))
-    for each in (session, twin):
-        each.optimizer.zero_grad(set_to_none=False)
+    for trained in (session, twin):
+        trained.optimizer.zero_grad(set_to_none=False)
     for _ in range(2):
         with nothing_changes(session), pytest.raises(RuntimeError, match=f"{hook} failed"):
             session.epoch_end()
@@ -517,10 +517,10 @@ def no_state(session: Session) -> None:
 
 
 def cut_copy(session: Session) -> None:
-    other = copy.deepcopy(session.graph)
-    session.register(ema=other)
-    with Session(other, session.example_inputs, SGD(other.parameters(), lr=1.0), progress=False) as its:
-        its.reconfigure(thinner(its.analysis, 9))
+    copied = copy.deepcopy(session.graph)
+    session.register(ema=copied)
+    with Session(copied, session.example_inputs, SGD(copied.parameters(), lr=1.0), progress=False) as second:
+        second.reconfigure(thinner(second.analysis, 9))
 
 
 FAILURES: dict[str, tuple[Callable[[Session], None], type[Exception], str]] = {
@@ -596,16 +596,16 @@ def test_memory_that_runs_out_anywhere_changes_nothing(module: str, at: int, mon
 def test_plans_of_other_models_are_refused(plan: str) -> None:
     session, _ = begin()
     stale = thinner(session.analysis, 0)
-    other, _ = begin("inception", steps=0)
+    stranger, _ = begin("inception", steps=0)
     session.reconfigure(stale)
     plans: dict[str, tuple[Any, type[FxpruneError], str]] = {
-        "another model": (thinner(other.analysis, 0), PlanError, r"group '[\w.]+' is in one but not in the other"),
+        "another model": (thinner(stranger.analysis, 0), PlanError, r"group '[\w.]+' is in one but not in the other"),
         "stale": (stale, PlanError, r"group '[\w.]+' has 6 channels, the plan expects 8"),
         "no plan": ({"0.0": [1]}, SessionError, r"plan must be a Plan, but it is \{'0\.0': \[1\]\} \(dict\)"),
     }
-    given, error, message = plans[plan]
+    chosen, error, message = plans[plan]
     with nothing_changes(session), pytest.raises(error, match=message):
-        session.reconfigure(given)
+        session.reconfigure(chosen)
 
 
 def test_lion_and_other_optimizers_keep_what_is_no_tensor() -> None:
@@ -622,16 +622,16 @@ def test_lion_and_other_optimizers_keep_what_is_no_tensor() -> None:
 def test_three_cuts_are_one() -> None:
     """Cut thrice with no step between is the composed plan, as ParamMaps compose."""
     session, _ = begin("inception", Adam)
-    whole = copy.deepcopy(session.graph)
-    its = copy.deepcopy(session.optimizer)
-    its.param_groups[0]["params"] = list(whole.parameters())
-    its.state.clear()
-    for p, q in zip(session.graph.parameters(), whole.parameters(), strict=True):
-        its.state[q] = copy.deepcopy(session.optimizer.state[p])
+    twin = copy.deepcopy(session.graph)
+    twin_optimizer = copy.deepcopy(session.optimizer)
+    twin_optimizer.param_groups[0]["params"] = list(twin.parameters())
+    twin_optimizer.state.clear()
+    for p, q in zip(session.graph.parameters(), twin.parameters(), strict=True):
+        twin_optimizer.state[q] = copy.deepcopy(session.optimizer.state[p])
     kept = session.reconfigure(thinner(session.analysis, 0))
     for seed in (1, 2):
         kept = kept.then(session.reconfigure(thinner(session.analysis, seed)))
-    assert_same_training(session.graph, session.optimizer, whole, its, kept)
+    assert_same_training(session.graph, session.optimizer, twin, twin_optimizer, kept)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

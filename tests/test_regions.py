@@ -107,8 +107,8 @@ def test_a_part_that_is_called_in_two_ways_is_no_graph() -> None:
 )
 def test_what_plain_python_freezes(name: str, parameter: str, reason: str) -> None:
     *_, analysis = analysed(name)
-    found = reasons(analysis, parameter)
-    assert any(re.match(reason, each) for each in found), found
+    texts = reasons(analysis, parameter)
+    assert any(re.match(reason, text) for text in texts), texts
 
 
 def test_channels_that_python_adds_stay() -> None:
@@ -188,8 +188,8 @@ def test_prune_save_and_load(tmp_path: Path) -> None:
     fxprune.save(compact, tmp_path / "compact.safetensors")
     loaded = fxprune.load(tmp_path / "compact.safetensors", copy.deepcopy(model))
     assert_same_state(loaded, compact)
-    for found, expected in zip(loaded.eval()(*example), compact.eval()(*example), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(loaded.eval()(*example), compact.eval()(*example), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_export(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def test_a_detector_trains_in_a_session_while_it_is_cut() -> None:
             plan = passes.Magnitude().plan(session.analysis, fxprune.Budget(flops=0.7))
             optimizer.zero_grad()
             session.reconfigure(plan)
-    found = session.model.eval()(images)
-    assert [set(each) for each in found] == [{"boxes", "scores", "labels"}] * 2
+    detections = session.model.eval()(images)
+    assert [set(detection) for detection in detections] == [{"boxes", "scores", "labels"}] * 2
 
 
 class Detects(nn.Module):
@@ -321,9 +321,9 @@ class Detects(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.stem(x)
-        found = found[found.sum((1, 2, 3)) > 1e9]
-        return self.head(found) if len(found) < 9 else found
+        features = self.stem(x)
+        features = features[features.sum((1, 2, 3)) > 1e9]
+        return self.head(features) if len(features) < 9 else features
 
 
 def test_a_norm_that_is_given_nothing_goes_with_its_layer() -> None:

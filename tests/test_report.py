@@ -45,13 +45,13 @@ class Page(HTMLParser):
         assert self.open == [], "every element is closed"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.attributes.append((tag, found))
+        values = dict(attrs)
+        self.attributes.append((tag, values))
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "details" and found["class"] in ("row", "entry"):
-            self.rows += found["class"] == "row"
-            self.current = found.get("id") or f"row {self.rows}"
+        if tag == "details" and values["class"] in ("row", "entry"):
+            self.rows += values["class"] == "row"
+            self.current = values.get("id") or f"row {self.rows}"
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("li", "path"):
@@ -65,7 +65,7 @@ class Page(HTMLParser):
             self.text[self.current] = self.text.get(self.current, "") + data
 
     def all(self, attribute: str) -> list[str]:
-        return [value for _, found in self.attributes if (value := found.get(attribute)) is not None]
+        return [value for _, values in self.attributes if (value := values.get(attribute)) is not None]
 
 
 class Steered(nn.Module):
@@ -109,19 +109,19 @@ def page_of(analysis: fxprune.Analysis, folder: Path) -> tuple[str, Page]:
 def check(analysis: fxprune.Analysis, folder: Path) -> Page:
     """The page has every group, reason and parameter, and links only within itself."""
     text, page = page_of(analysis, folder)
-    entries = {of: its for of, its in page.text.items() if not of.startswith("row")}
+    entries = {of: entry_text for of, entry_text in page.text.items() if not of.startswith("row")}
     for number, group in enumerate(analysis.groups.values()):
         entry = entries.pop(f"g{number}")
         assert entry.startswith(group.name)
         assert all(f"{member.parameter}[{member.axis}]" in entry for member in group.members)
         assert ("normalization" in entry) == group.inexact
     for frozen in analysis.frozen:
-        entry = next(its for its in entries.values() if its.startswith(frozen.reason.text))
+        entry = next(entry_text for entry_text in entries.values() if entry_text.startswith(frozen.reason.text))
         assert (
             f"{frozen.parameter}[{frozen.axis}]: {len(frozen.index)} frozen: {analysis.place(frozen.reason)}" in entry
         )
     assert set(entries) == {f"f{number}" for number in range(len({frozen.reason.text for frozen in analysis.frozen}))}
-    rows = "".join(its for of, its in page.text.items() if of.startswith("row"))
+    rows = "".join(entry_text for of, entry_text in page.text.items() if of.startswith("row"))
     for name, first in analysis.aliases.items():
         same = f" (the same tensor as {first})" if name != first else ""
         for axis in range(len(analysis.shapes[name])):
@@ -170,7 +170,7 @@ def test_regions_and_what_stands_between_them(tmp_path: Path) -> None:
     assert "plain Python steers them" in text
     assert "<h2>body</h2>" in text
     assert text.index("In no graph") < text.index('">head</span>')
-    assert any(its.startswith("the modelSteered") for its in page.text.values())
+    assert any(entry.startswith("the modelSteered") for entry in page.text.values())
 
 
 @pytest.mark.parametrize(("names", "steered"), [(ATTACKS, False), ((QUOTED, *ATTACKS), True)])
@@ -179,7 +179,7 @@ def test_names_are_text(names: tuple[str, ...], steered: bool, tmp_path: Path) -
     page = check(analysis, tmp_path)
     assert [tag for tag, _ in page.attributes].count("script") == 1
     assert "img" not in [tag for tag, _ in page.attributes]
-    assert not [name for _, found in page.attributes for name in found if name.startswith("on")]
+    assert not [name for _, attributes in page.attributes for name in attributes if name.startswith("on")]
 
 
 def test_a_page_that_can_not_be_written(tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ def test_a_page_that_can_not_be_written(tmp_path: Path) -> None:
 
 def test_a_residual_branch_gets_a_lane_of_its_own() -> None:
     lanes = lay_out([[], [0], [1], [0, 2], [3]])
-    assert [its.at for its in lanes] == [0, 1, 1, 0, 0]
-    assert [its.past for its in lanes] == [[], [0], [0], [], []]
-    assert {its.width for its in lanes} == {2}
+    assert [lane.at for lane in lanes] == [0, 1, 1, 0, 0]
+    assert [lane.past for lane in lanes] == [[], [0], [0], [], []]
+    assert {lane.width for lane in lanes} == {2}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -204,12 +204,12 @@ def test_values_that_are_alive_at_once_have_different_lanes(seed: int) -> None:
     draw = random.Random(seed)
     reads = [sorted(set(draw.choices(range(at), k=draw.randrange(4)))) if at else [] for at in range(30)]
     lanes = lay_out(reads)
-    for at, its in enumerate(lanes):
+    for at, lane in enumerate(lanes):
         alive = [source for source in range(at) if any(source in reads[later] for later in range(at + 1, 30))]
-        assert its.past == sorted({lanes[source].at for source in alive})
-        assert len(its.past) == len(alive), "no two share a lane"
-        assert its.at not in its.past
-        assert its.reads == sorted({lanes[source].at for source in reads[at]})
+        assert lane.past == sorted({lanes[source].at for source in alive})
+        assert len(lane.past) == len(alive), "no two share a lane"
+        assert lane.at not in lane.past
+        assert lane.reads == sorted({lanes[source].at for source in reads[at]})
 
 
 DRIVE = """
@@ -243,10 +243,10 @@ def test_in_a_browser(tmp_path: Path) -> None:
 
     hostile = tmp_path / "hostile.html"
     fxprune.analyze(Named(ATTACKS), torch.zeros(1, 3, 4, 4)).to_html(hostile)
-    found = opened(hostile, "#g0")
-    assert 'data-ready="5"' in found, "the page's own script ran, and saw every row"
-    assert 'id="attacked"' not in found
-    assert found.count('class="row hit"') == 2, "g0 is picked: its two layers"
+    html = opened(hostile, "#g0")
+    assert 'data-ready="5"' in html, "the page's own script ran, and saw every row"
+    assert 'id="attacked"' not in html
+    assert html.count('class="row hit"') == 2, "g0 is picked: its two layers"
 
     page = tmp_path / "page.html"
     fxprune.analyze(Named(("0", "1", "2")), torch.zeros(1, 3, 4, 4)).to_html(page)

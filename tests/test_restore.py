@@ -32,8 +32,8 @@ def cut(model: nn.Module, example: Any, group: str = "first", keep: tuple[int, .
 def gap(graph: nn.Module, compact: nn.Module, x: Any) -> float:
     """The largest difference of what two models give, relative to the largest value."""
     with torch.no_grad():
-        expected, found = graph(x), compact(x)
-    return float((expected - found).abs().max() / expected.abs().max())
+        expected, actual = graph(x), compact(x)
+    return float((expected - actual).abs().max() / expected.abs().max())
 
 
 def doubles(model: nn.Module) -> nn.Module:

@@ -56,24 +56,24 @@ def outputs(model: nn.Module, inputs: Any, mode: bool) -> list[Tensor]:
     model = copy.deepcopy(model).train(mode)
     torch.manual_seed(3)
     with torch.no_grad():
-        found = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
-    return [each for each in found if isinstance(each, Tensor)]
+        leaves = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def assert_same(found: nn.Module, expected: nn.Module, inputs: Any, modes: Any = BOTH) -> None:
+def assert_same(actual: nn.Module, expected: nn.Module, inputs: Any, modes: Any = BOTH) -> None:
     """The same outputs, without the help of the Pipeline."""
     for mode in modes:
-        pairs = zip(outputs(found, inputs, mode), outputs(expected, inputs, mode), strict=True)
-        for mine, its in pairs:
-            assert mine.shape == its.shape
-            assert (mine - its).abs().max() <= 1e-10 * max(1.0, its.abs().max().item())
+        pairs = zip(outputs(actual, inputs, mode), outputs(expected, inputs, mode), strict=True)
+        for output, expected_output in pairs:
+            assert output.shape == expected_output.shape
+            assert (output - expected_output).abs().max() <= 1e-10 * max(1.0, expected_output.abs().max().item())
 
 
-def rewritten(each: Any, model: nn.Module, inputs: Any, modes: Any = BOTH, changes: bool = True) -> TracedModule:
+def rewritten(rewrite: Any, model: nn.Module, inputs: Any, modes: Any = BOTH, changes: bool = True) -> TracedModule:
     """What a pass makes of a model, in a Pipeline and alone: the same, exact, and the model is untouched."""
     graph = fxprune.trace(model, inputs)
     before = copy.deepcopy(graph)
-    result = Pipeline([each], inputs)(graph)
+    result = Pipeline([rewrite], inputs)(graph)
     compact: TracedModule = result.graph_module
     assert result.modified == changes
     assert "example_inputs" not in compact.meta
@@ -109,8 +109,8 @@ def test_what_is_called_constant_does_not_move(name: str) -> None:
         for seed in (1, 2):
             args, kwargs = bind_inputs(inputs)
             draw = torch.Generator().manual_seed(seed)
-            others = [a + torch.randn(a.shape, generator=draw) if a.is_floating_point() else a.flip(0) for a in args]
-            again = Constants(graph, mode, (tuple(others), kwargs))
+            changed = [a + torch.randn(a.shape, generator=draw) if a.is_floating_point() else a.flip(0) for a in args]
+            again = Constants(graph, mode, (tuple(changed), kwargs))
             for node, value in again.env.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     still = run.varies[next(n for n in run.varies if n.name == node.name)] == 0
@@ -257,7 +257,7 @@ def test_a_layer_without_a_bias_uses_the_norm_behind_it_or_gets_one(tmp_path: Pa
 def test_a_hook_may_do_anything() -> None:
     model, inputs = net(nn.Conv2d(6, 4, 1), 0.7, activation=nn.ReLU())
     loud = [1.0]
-    model.activation.register_forward_hook(lambda module, given, output: output * loud[0])
+    model.activation.register_forward_hook(lambda module, args, output: output * loud[0])
     rewritten(FoldConstants(), model, inputs, changes=False)
 
 
@@ -308,7 +308,7 @@ def test_constants_that_something_else_reads_are_named(reader: Callable[[], nn.M
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compact = rewritten(FoldConstants(), model, inputs, changes=isinstance(model.readers[1], nn.ConvTranspose2d))
-    said = [str(each.message) for each in caught if "FoldConstants" in str(each.message)]
+    said = [str(warning.message) for warning in caught if "FoldConstants" in str(warning.message)]
     if "transposed" in why:
         grouped = isinstance(model.readers[1], nn.Conv2d)  # of two groups: both lose a channel, or none does
         assert compact.get_parameter("conv.weight").shape[0] == (6 if grouped else 5)
@@ -411,8 +411,8 @@ def test_branches_that_add_a_constant_go(name: str, how: str, tmp_path: Path) ->
     assert any("conv1" in key for key in gone)
     assert not any(key.startswith(("fc", "head")) for key in gone)
     inner = copy.deepcopy(compact).train()
-    for each in inner(*inputs) if isinstance(inner(*inputs), tuple) else [inner(*inputs)]:
-        each.sum().backward()  # it trains
+    for output in inner(*inputs) if isinstance(inner(*inputs), tuple) else [inner(*inputs)]:
+        output.sum().backward()  # it trains
     exported(compact, inputs, tmp_path)
 
 
@@ -486,18 +486,18 @@ def test_what_is_left_trains_in_a_session() -> None:
 def test_norms_go_into_the_layers_before_them(name: str) -> None:
     model, inputs = made(name)
     graph = fxprune.trace(model, inputs)
-    had = [path for path, module in graph.named_modules() if type(module) in BATCH_NORMS]
+    norms = [path for path, module in graph.named_modules() if type(module) in BATCH_NORMS]
     pairs = foldable(graph)
     compact = rewritten(FoldBatchNorm(), graph, inputs, [False], changes=bool(pairs))
     left = [path for path, module in compact.named_modules() if type(module) in BATCH_NORMS]
-    assert sorted(set(had) - set(left)) == sorted(pairs)
+    assert sorted(set(norms) - set(left)) == sorted(pairs)
     kept_names(compact, graph, new=".bias")
 
 
 def foldable(graph: TracedModule) -> list[str]:
     """Norms that alone, and once in each graph, follow a convolution or linear layer that is called there once."""
-    found = []
-    nodes = [node for each in graph.distinct_graphs().values() for node in each.nodes]
+    paths = []
+    nodes = [node for part in graph.distinct_graphs().values() for node in part.nodes]
     count = len(graph.distinct_graphs())
     for path, module in graph.named_modules():
         calls = [node for node in nodes if node.target == path and node.op == "call_module"]
@@ -515,8 +515,8 @@ def foldable(graph: TracedModule) -> list[str]:
         )
         once = sum(node.target == source.target for node in nodes) == count
         if plain and once and len(source.users) == 1 and "weight" in before._parameters:
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def test_folded_norms_by_hand(tmp_path: Path) -> None:
@@ -580,9 +580,9 @@ def test_widths_grow_to_multiples(name: str, tmp_path: Path) -> None:
     assert result.modified == (after != before)
     assert list(compact.state_dict()) == list(graph.state_dict())
     for key, tensor in graph.state_dict().items():  # the old values, then nothing
-        mine = compact.state_dict()[key]
-        assert mine.double().abs().sum() - tensor.double().abs().sum() == pytest.approx(
-            (mine.numel() - tensor.numel()) * key.endswith("running_var"), abs=1e-6
+        wide = compact.state_dict()[key]
+        assert wide.double().abs().sum() - tensor.double().abs().sum() == pytest.approx(
+            (wide.numel() - tensor.numel()) * key.endswith("running_var"), abs=1e-6
         )
     if name in ("resnet18", "residual_projection", "depthwise_separable", "densenet", "vgg_flatten"):
         assert all(size % 5 == 0 for size in after.values())
@@ -593,11 +593,11 @@ def test_new_channels_stay_nothing_in_training() -> None:
     model, inputs = prepare(MODELS["residual"])
     compact = Pipeline([Align(16)], inputs)(fxprune.trace(model, inputs)).graph_module.train()
     twin = copy.deepcopy(model).train()
-    optimizers = [SGD(each.parameters(), 1e-2, momentum=0.9, weight_decay=1e-2) for each in (compact, twin)]
+    optimizers = [SGD(trained.parameters(), 1e-2, momentum=0.9, weight_decay=1e-2) for trained in (compact, twin)]
     for _ in range(3):
         losses = []
-        for each, optimizer in zip((compact, twin), optimizers, strict=True):
-            loss = each(*inputs).square().mean()
+        for trained, optimizer in zip((compact, twin), optimizers, strict=True):
+            loss = trained(*inputs).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -625,7 +625,7 @@ def test_all_of_them_in_a_row(tmp_path: Path) -> None:
     passes = [RemoveBranches(), FoldConstants(), FoldConstants(inference_only=True), Align(8), FoldBatchNorm()]
     pipeline = Pipeline(passes, inputs)
     compact = pipeline(graph).graph_module
-    assert [step.name for step in pipeline.steps] == [type(each).__name__ for each in passes]
+    assert [step.name for step in pipeline.steps] == [type(step_pass).__name__ for step_pass in passes]
     assert all(step.difference <= 1e-12 for step in pipeline.steps)
     assert_same(compact, graph, inputs, [False])
     assert fxprune.cost.flops(compact, inputs) < fxprune.cost.flops(graph.eval(), inputs)
@@ -651,15 +651,15 @@ def test_weights_that_are_computed_are_rounded_to_the_model_s_precision() -> Non
         Pipeline([Wrong()], inputs)(fxprune.trace(model, inputs))
 
 
-@pytest.mark.parametrize("each", [FoldConstants, RemoveBranches, Align])
-def test_example_inputs_are_needed(each: Any) -> None:
+@pytest.mark.parametrize("kind", [FoldConstants, RemoveBranches, Align])
+def test_example_inputs_are_needed(kind: Any) -> None:
     model, inputs = prepare(MODELS["chain"])
     graph = fxprune.trace(model, inputs)
     with pytest.raises(PassError, match="needs example inputs"):
-        each()(graph)
-    with pytest.raises(PassError, match=rf"pass {each.__name__} \(the first\) failed: PassError: this"):
-        Pipeline([each()])(graph)
-    each(example_inputs=inputs)(graph)
+        kind()(graph)
+    with pytest.raises(PassError, match=rf"pass {kind.__name__} \(the first\) failed: PassError: this"):
+        Pipeline([kind()])(graph)
+    kind(example_inputs=inputs)(graph)
 
 
 @pytest.mark.parametrize(

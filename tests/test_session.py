@@ -68,8 +68,8 @@ def test_a_cut_of_no_channels_leaves_every_loss_as_it_is(name: str, make: Callab
                 session.reconfigure(none_of(session))
     assert losses == expected
     assert len(losses) == 12
-    for mine, theirs in zip(session.graph.state_dict().values(), dense.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs)
+    for tensor, original in zip(session.graph.state_dict().values(), dense.state_dict().values(), strict=True):
+        assert torch.equal(tensor, original)
 
 
 # ----------------------------------------------------------------------------------------- schedulers
@@ -102,8 +102,8 @@ def test_schedulers_go_on(kind: str) -> None:
             scheduler.step(*[metric] if kind == "plateau" else [])
             seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
         rates.append(seen)
-        assert sum(bool(each.removed) for each in session.log) == (4 if cuts else 0)
-        assert [each.lr for each in session.log][1:] == [lr for lr, _ in seen][:-1]
+        assert sum(bool(epoch.removed) for epoch in session.log) == (4 if cuts else 0)
+        assert [epoch.lr for epoch in session.log][1:] == [lr for lr, _ in seen][:-1]
     assert rates[0] == rates[1]
     assert len({lr for lr, _ in rates[0]}) > 2
 
@@ -174,16 +174,16 @@ def half(session: Session, inputs: Any) -> None:
 def test_the_cut_waits_for_the_step() -> None:
     session, inputs = begin(passes=[Thin()])
     twin, _ = begin()
-    for each in (session, twin):
-        half(each, inputs)
+    for trained in (session, twin):
+        half(trained, inputs)
     sizes = session.analysis.sizes
     record = session.epoch_end()
     assert record.notes == ("gradients wait for a step: the cut follows it",)
     assert (record.removed, session.analysis.sizes, session.epoch) == (0, sizes, 1)
-    for each in (session, twin):
-        half(each, inputs)
-        each.optimizer.step()
-        each.optimizer.zero_grad()
+    for trained in (session, twin):
+        half(trained, inputs)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
     assert session.analysis.sizes != sizes
     assert session.log[-1].removed == sum(sizes.values()) - sum(session.analysis.sizes.values())
     assert session.log[-1].cut_time > 0
@@ -243,8 +243,8 @@ def test_a_plan_that_waits_is_not_lost_and_not_made_twice(tmp_path: Any) -> None
 def test_a_cut_that_waited_and_is_refused_changes_nothing() -> None:
     session, inputs = begin(passes=[Thin()])
     twin, _ = begin()
-    for each in (session, twin):
-        half(each, inputs)
+    for trained in (session, twin):
+        half(trained, inputs)
     session.epoch_end()
     weight = session.graph.get_parameter("1.conv1.0.weight")
     session.optimizer.state[weight]["factors"] = torch.zeros(3)
@@ -359,8 +359,8 @@ def test_penalties_add_up() -> None:
     task = session.model(*inputs).square().mean()
     assert session.penalty(task).item() == pytest.approx(4 * task.item())
     session, inputs = begin()
-    nothing = session.penalty(session.model(*inputs).sum())
-    assert (nothing.item(), nothing.shape, nothing.requires_grad) == (0.0, (), False)
+    zero = session.penalty(session.model(*inputs).sum())
+    assert (zero.item(), zero.shape, zero.requires_grad) == (0.0, (), False)
 
 
 def test_plans_of_several_passes_are_one() -> None:
@@ -400,8 +400,8 @@ def test_somebody_decides_when_to_cut() -> None:
 
     session, inputs = begin(passes=[Thin()], when=when, steps=3)
     assert [session.epoch_end().removed > 0 for _ in range(2)] == [False, True]
-    assert [each.notes[0] for each in session.log] == ["asked 1 times", "asked 2 times"]
-    assert [each.predicted for each in session.log] == [None, 0.5]
+    assert [epoch.notes[0] for epoch in session.log] == ["asked 1 times", "asked 2 times"]
+    assert [epoch.predicted for epoch in session.log] == [None, 0.5]
     assert asked[0][0].sizes == asked[1][0].sizes != session.analysis.sizes
     assert (asked[0][1] > 0, asked[0][2]) == (True, 3)
     train(session, inputs)
@@ -427,11 +427,11 @@ def test_an_optimizer_has_one_session_at_a_time() -> None:
     with nothing_changes(session), pytest.raises(SessionError, match=r"another session has this optimizer: close\(\)"):
         Session(session.model, inputs, session.optimizer, [Thin()])
     session.close()
-    other = Session(session.model, inputs, session.optimizer, [Thin()], progress=False)
+    second = Session(session.model, inputs, session.optimizer, [Thin()], progress=False)
     session.close()  # a second time, which leaves the other one alone
     with pytest.raises(SessionError, match="another session"):
         Session(session.model, inputs, session.optimizer)
-    assert other.epoch_end().removed > 0
+    assert second.epoch_end().removed > 0
 
 
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -566,9 +566,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[FxpruneError], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_session_refuses(what: str) -> None:
-    call, error, message = REFUSED[what]
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_session_refuses(case: str) -> None:
+    call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
 
@@ -605,7 +605,7 @@ def test_prunetrain_cuts_in_a_loop() -> None:
                 (task + session.penalty(task)).backward()
                 session.optimizer.step()
             session.epoch_end()
-    removed = [each.removed for each in session.log]
+    removed = [epoch.removed for epoch in session.log]
     assert (removed[0], removed[2]) == (0, 0)
     assert removed[1] > 0
-    assert len({each.values["lambda"] for each in session.log}) == 1
+    assert len({epoch.values["lambda"] for epoch in session.log}) == 1

@@ -97,18 +97,18 @@ def test_marginal_costs_are_brute_force(name: str, kind: str) -> None:
     model, inputs = prepare(MODELS[name])
     graph = fxprune.trace(model, inputs).eval()
     analysis = fxprune.analyze(graph, inputs)
-    found = cost.marginal(analysis, kind)
+    costs = cost.marginal(analysis, kind)
 
     def count(model: nn.Module) -> float:
         return cost.flops(model, inputs) if kind == "flops" else cost.params(model)
 
     for group in analysis.groups.values():
         for channel in (0, group.size - 1):
-            keep = {group.name: [each for each in range(group.size) if each != channel]}
+            keep = {group.name: [position for position in range(group.size) if position != channel]}
             if not keep[group.name]:
                 continue
             compact, _ = fxprune.rewrite(graph, analysis, Plan(keep, analysis.sizes, analysis.options))
-            assert found[group.name][channel] == count(graph) - count(compact.eval()), group.name
+            assert costs[group.name][channel] == count(graph) - count(compact.eval()), group.name
 
 
 def test_compute_awareness_spares_cheap_channels() -> None:
@@ -128,11 +128,11 @@ def test_without_the_cost_the_resolution_does_not_matter() -> None:
     data = torch.randn(4, 3, 32, 32), torch.randint(0, 5, (4,))
     small, large = (fxprune.analyze(model, torch.randn(1, 3, size, size)) for size in (32, 96))
     blind, again = (
-        passes.SingleShot(data, F.cross_entropy, compute_aware=False).score(each) for each in (small, large)
+        passes.SingleShot(data, F.cross_entropy, compute_aware=False).score(analysis) for analysis in (small, large)
     )
     assert all(np.array_equal(blind[name], again[name]) for name in blind)
-    aware, other = (passes.SingleShot(data, F.cross_entropy).score(each) for each in (small, large))
-    assert not any(np.allclose(aware[name], other[name]) for name in aware)
+    aware, plain = (passes.SingleShot(data, F.cross_entropy).score(analysis) for analysis in (small, large))
+    assert not any(np.allclose(aware[name], plain[name]) for name in aware)
 
 
 def test_what_is_left_is_the_network_without_the_activations() -> None:
@@ -264,13 +264,13 @@ def test_keep_keeps_and_reinit_draws_for_the_new_widths() -> None:
         torch.manual_seed(seed)
         criterion = passes.SingleShot((X, torch.tensor([0, 1])), F.cross_entropy, weights="reinit", round_to=1)
         torch.manual_seed(seed)
-        found = fxprune.prune(model, X, criterion, budget=Budget(channels=0.5))
+        smaller = fxprune.prune(model, X, criterion, budget=Budget(channels=0.5))
         torch.set_rng_state(state)
-        return found
+        return smaller
 
     model = Wired()
-    one, same, other = drawn(1), drawn(1), drawn(2)
-    weights = [dict(each.named_parameters()) for each in (one, same, other)]
+    first, again, different = drawn(1), drawn(1), drawn(2)
+    weights = [dict(network.named_parameters()) for network in (first, again, different)]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name])
         assert torch.equal(weights[0][name], weights[2][name]) == name.startswith("norm."), name
@@ -282,8 +282,8 @@ def test_prune_changes_the_weights_after_the_proof() -> None:
     """Which compares the cut with the masked original: the model is that of the stages."""
     model = Wired()
     plain, rescaled = (
-        fxprune.prune(model, X, passes.Uniform(weights=each, round_to=1), budget=Budget(channels=0.5))
-        for each in ("keep", "rescale")
+        fxprune.prune(model, X, passes.Uniform(weights=weights, round_to=1), budget=Budget(channels=0.5))
+        for weights in ("keep", "rescale")
     )
     ratio = rescaled.fc.weight / plain.fc.weight
     assert (ratio > 1.2).all()

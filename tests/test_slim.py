@@ -43,9 +43,9 @@ def outcome(model: nn.Module, mode: Mode, x: Tensor) -> list[Tensor]:
 def assert_same(model: nn.Module, compact: nn.Module, x: Tensor) -> None:
     """Both give the same in both modes, with the same gradients."""
     for mode in Mode:
-        own, theirs = outcome(model, mode, x), outcome(compact, mode, x)
-        assert len(own) == len(theirs) > 1
-        assert max(map(relative_difference, own, theirs)) < EXACT
+        outputs, expected = outcome(model, mode, x), outcome(compact, mode, x)
+        assert len(outputs) == len(expected) > 1
+        assert max(map(relative_difference, outputs, expected)) < EXACT
 
 
 class Attention(nn.Module):
@@ -139,8 +139,8 @@ def test_tensors_are_those_of_the_graph() -> None:
     compact, param_map = fxprune.rewrite(graph, analysis, passes.Uniform().plan(analysis, HALF))
     param_map.migrate(optimizer)
     small = fxprune.slim(model, compact, x)
-    own, theirs = dict(small.named_parameters()), dict(compact.named_parameters())
-    assert all(own[name] is theirs[name] for name in theirs)
+    parameters, expected = dict(small.named_parameters()), dict(compact.named_parameters())
+    assert all(parameters[name] is expected[name] for name in expected)
     before = small(x)
     before.square().sum().backward()
     optimizer.step()
@@ -421,7 +421,7 @@ def test_transformers(name: str, tmp_path: Any) -> None:
     assert torch.equal(again(**example[1]).logits, compact.eval()(**example[1]).logits)
     if name != "Bert":
         tokens = [
-            each.generate(**example[1], max_new_tokens=4, do_sample=False, use_cache=True) for each in (small, again)
+            net.generate(**example[1], max_new_tokens=4, do_sample=False, use_cache=True) for net in (small, again)
         ]
         assert torch.equal(*tokens)
         assert tokens[0].shape == (2, 16)

@@ -43,12 +43,12 @@ def change(model: nn.Module, k: int, seed: int = 0) -> None:
             buffer.add_(1)
 
 
-def assert_same_bits(found: nn.Module, expected: nn.Module) -> None:
-    mine, theirs = found.state_dict(), expected.state_dict()
-    assert list(mine) == list(theirs)
-    for name, tensor in theirs.items():
-        assert mine[name].dtype == tensor.dtype
-        assert torch.equal(bits_of(mine[name]), bits_of(tensor)), name
+def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
+    state, expected_state = actual.state_dict(), expected.state_dict()
+    assert list(state) == list(expected_state)
+    for name, tensor in expected_state.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(bits_of(state[name]), bits_of(tensor)), name
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
@@ -246,8 +246,8 @@ def test_files_with_positions_can_be_read(tmp_path: Path) -> None:
     path, model = written(tmp_path), nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     expected = fxprune.load(path, copy.deepcopy(model)).state_dict()
     damage(path, lambda tensors, record: tensors.update(to_positions(tensors)))
-    found = fxprune.load(path, model).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    state = fxprune.load(path, model).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("where", [[], [0], [254], [255], [0, 1, 256, 1000], [509, 510, 1276]])

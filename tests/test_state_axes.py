@@ -82,7 +82,7 @@ class RowsAndColumns(Own):
 
     def update(self, state: dict[str, Any], gradient: Tensor, parameter: Tensor) -> None:
         axes = range(gradient.ndim)
-        means = [gradient.square().mean([other for other in axes if other != axis] or []) for axis in axes]
+        means = [gradient.square().mean([reduced for reduced in axes if reduced != axis] or []) for axis in axes]
         state["means"] = [0.9 * old + new for old, new in zip(state.get("means", [0] * len(means)), means, strict=True)]
         state["count"] = state.get("count", 0) + 1
 
@@ -150,17 +150,17 @@ def test_state_goes_along_with_the_right_axes(kind: Any) -> None:
     param_map.migrate(optimizer)
     assert torch.equal(torch.get_rng_state(), random_numbers)
     for name, parameter in compact.named_parameters():
-        found, old = optimizer.state[parameter], before[name]
+        actual, old = optimizer.state[parameter], before[name]
         changed = parameter.shape != model.get_parameter(name).shape
         expected = kind.expected(old, param_map[name]) if changed else old
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     outcome(compact, traced("residual_projection")[1], True, {})
     optimizer.step()
 
 
 def test_means_over_axes_go_along() -> None:
     """Where an axis has as many as another, too: a square weight's rows and columns."""
-    kind = lambda parameters: RowsAndColumns([each for each in parameters if each.ndim > 1])  # noqa: E731
+    kind = lambda parameters: RowsAndColumns([matrix for matrix in parameters if matrix.ndim > 1])  # noqa: E731
     model, optimizer, (compact, param_map) = stepped(kind, "residual")
     before = {name: copy.deepcopy(optimizer.state.get(p)) for name, p in model.named_parameters()}
     squares = 0
@@ -181,7 +181,7 @@ def test_adafactor_goes_on() -> None:
     factors = 0
     for name, parameter in session.graph.named_parameters():
         for key, value in session.optimizer.state[parameter].items():
-            index = [None if size == 1 else it for size, it in zip(value.shape, kept[name], strict=False)]
+            index = [None if size == 1 else axis for size, axis in zip(value.shape, kept[name], strict=False)]
             assert torch.equal(value, cut(state[name][key], *index)), (name, key)
             factors += key in ("row_var", "col_var") and value.shape != state[name][key].shape
     assert factors >= 2
@@ -362,7 +362,7 @@ def check_refusal(optimizer: Optimizer, model: nn.Module, message: str) -> None:
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_state_that_mixes_what_goes_with_what_stays(kind: Any) -> None:
-    model, optimizer, _ = stepped(lambda p: kind([each for each in p if each.ndim > 1]))
+    model, optimizer, _ = stepped(lambda p: kind([parameter for parameter in p if parameter.ndim > 1]))
     check_refusal(optimizer, model, REFUSED[kind])
 
 
@@ -433,9 +433,9 @@ def test_what_is_registered_is_not_tried(register: Any) -> None:
     register(Late)
     param_map.migrate(optimizer)
     moved = {id(p): state for p, state in optimizer.state.items()}
-    found = [state["late"] for state in moved.values()]
-    assert [t.shape for t in found] == [param_map.slice(name, t).shape for name, t in before.items()]
-    assert all(map(torch.equal, found, (param_map.slice(name, tensor) for name, tensor in before.items())))
+    states = [state["late"] for state in moved.values()]
+    assert [t.shape for t in states] == [param_map.slice(name, t).shape for name, t in before.items()]
+    assert all(map(torch.equal, states, (param_map.slice(name, tensor) for name, tensor in before.items())))
 
 
 def test_axes_that_are_registered(register: Any) -> None:
@@ -451,8 +451,8 @@ def test_axes_that_are_registered(register: Any) -> None:
     rows = {name: optimizer.state[p]["of"]["rows"] for name, p in model.named_parameters()}
     expected = [cut(rows[name], param_map[name][0]) for name in rows]
     param_map.migrate(optimizer)
-    found = [state["of"]["rows"] for state in optimizer.state.values()]
-    assert all(map(torch.equal, found, expected))
+    states = [state["of"]["rows"] for state in optimizer.state.values()]
+    assert all(map(torch.equal, states, expected))
 
 
 # ------------------------------------------------------------------------------------------------- Muon
@@ -506,9 +506,9 @@ def test_muon_differs_from_the_law_by_bfloat16(
         if parameter.ndim == 2:
             (rows, columns), (old_rows, old_columns) = parameter.shape, twin.get_parameter(name).shape
             rate = (max(1, rows / columns) / max(1, old_rows / old_columns)) ** 0.5
-            found = parameter.detach() - before[name]
+            update = parameter.detach() - before[name]
             expected = rate * (param_map.slice(name, twin.get_parameter(name)) - before[name])
-            differences.append(float((found - expected).norm() / expected.norm()))
+            differences.append(float((update - expected).norm() / expected.norm()))
     assert least <= max(differences) <= most
 
 
