@@ -131,43 +131,21 @@ def train(
 
 def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
     """Test what a user has in the end, and write the table."""
-    rows: list[list[str]] = []
-    runs: dict[str, Any] = {}
-    total = convolution_weights(cifar.build(options.model))[0]
-    for name in RUNS:
-        session = resumed(name, options)
-        if name != "PruneTrain" and session.epoch != options.epochs:
-            raise SystemExit(f"{name} has {session.epoch} epochs of {options.epochs}: train on")
-        network: nn.Module = session.graph
-        path = options.out / f"{name}.safetensors"
-        if name != "dense":
-            fxprune.save(network, path)
-            network = fxprune.load(path, cifar.build(options.model).to(memory_format=torch.channels_last))
-        lowered = fxprune.Pipeline([passes.PatternConv()], EXAMPLE)(fxprune.trace(network, EXAMPLE)).graph_module
-        runs[name] = {
-            "accuracy": cifar.test(network, test_set),
-            "lowered_accuracy": cifar.test(lowered, test_set),
-            "compression": total / convolution_weights(session.graph)[1],
-            "macs": fxprune.cost.flops(lowered, EXAMPLE[:1]) / 2,
-            "epochs": [epoch.values for epoch in session.log.epochs],
-            "cpu": spent(session),
-            "bytes": path.stat().st_size if name != "dense" else None,
-        }
+    runs = {name: measure_run(name, options, test_set) for name in RUNS}
     dense = runs["dense"]
-    for name, run in runs.items():
-        label = name if name in ("dense", "PruneTrain") else f"ClickTrain, share={name!r}"
-        rows.append(
-            [
-                label,
-                str(len(run["epochs"])),
-                f"{run['cpu'] / dense['cpu']:.2f}",
-                f"{run['accuracy']:.2%}",
-                f"{run['accuracy'] - dense['accuracy']:+.2%}" if run is not dense else "",
-                f"{run['compression']:.2f} ×",
-                f"{run['macs'] / 1e6:.1f}",
-                f"{run['bytes']:,}" if run["bytes"] else "",
-            ]
-        )
+    rows = [
+        [
+            name if name in ("dense", "PruneTrain") else f"ClickTrain, share={name!r}",
+            str(len(run["epochs"])),
+            f"{run['cpu'] / dense['cpu']:.2f}",
+            f"{run['accuracy']:.2%}",
+            f"{run['accuracy'] - dense['accuracy']:+.2%}" if run is not dense else "",
+            f"{run['compression']:.2f} ×",
+            f"{run['macs'] / 1e6:.1f}",
+            f"{run['bytes']:,}" if run["bytes"] else "",
+        ]
+        for name, run in runs.items()
+    ]
     machine_facts = machine("fxprune", "torch", "torchvision")
     select, hard = (getattr(pass_of("none", options)[0], at) for at in ("select", "hard"))
     text = "\n".join(
@@ -193,6 +171,28 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
     print(text)
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "results")}
     write(options.results, "clicktrain_cifar10", text, {"machine": machine_facts, "settings": settings, "runs": runs})
+
+
+def measure_run(name: str, options: argparse.Namespace, test_set: Data) -> dict[str, Any]:
+    """What a user has of one run in the end: saved and loaded, and lowered."""
+    session = resumed(name, options)
+    if name != "PruneTrain" and session.epoch != options.epochs:
+        raise SystemExit(f"{name} has {session.epoch} epochs of {options.epochs}: train on")
+    network: nn.Module = session.graph
+    path = options.out / f"{name}.safetensors"
+    if name != "dense":
+        fxprune.save(network, path)
+        network = fxprune.load(path, cifar.build(options.model).to(memory_format=torch.channels_last))
+    lowered = fxprune.Pipeline([passes.PatternConv()], EXAMPLE)(fxprune.trace(network, EXAMPLE)).graph_module
+    return {
+        "accuracy": cifar.test(network, test_set),
+        "lowered_accuracy": cifar.test(lowered, test_set),
+        "compression": convolution_weights(cifar.build(options.model))[0] / convolution_weights(session.graph)[1],
+        "macs": fxprune.cost.flops(lowered, EXAMPLE[:1]) / 2,
+        "epochs": [epoch.values for epoch in session.log.epochs],
+        "cpu": spent(session),
+        "bytes": path.stat().st_size if name != "dense" else None,
+    }
 
 
 def convolution_weights(model: nn.Module) -> tuple[int, int]:

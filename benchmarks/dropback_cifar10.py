@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import cifar10 as cifar
 import torch
@@ -105,45 +106,23 @@ def train(name: str, epoch: int, options: argparse.Namespace, train_set: Data, t
 
 
 def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
-    """Save each network as users do, load it into a new one, test that, and write the table."""
-    rows, runs = [], {}
-    for name in BUDGETS:
-        session = resumed(name, options)
-        if session.epoch != options.epochs:
-            raise SystemExit(f"{name} has {session.epoch} epochs of {options.epochs}: train on")
-        path = options.out / "sparse.safetensors"
-        fxprune.save(session.graph, path)
-        again = fxprune.load(path, cifar.build(options.model).to(memory_format=torch.channels_last))
-        weights = sum(p.numel() for p in again.parameters())
-        start = session.graph.meta["fxprune_start"]
-        tracked = sum(int((p.cpu() != start.values(key)).sum()) for key, p in session.graph.named_parameters())
-        buffers = sum(buffer.nbytes for buffer in again.buffers())
-        epochs = [record.values for record in session.log.epochs]
-        runs[name] = {
-            "weights": weights,
-            "tracked": tracked,
-            "accuracy": cifar.test(again, test_set),
-            "bytes": path.stat().st_size,
-            "buffers": buffers,
-            "cpu": sum(record["cpu"] for record in epochs),
-            "loss": epochs[-1]["loss"],
-            "epochs": epochs,
-        }
+    """Test what a user has in the end, and write the table."""
+    runs = {name: measure_run(name, options, test_set) for name in BUDGETS}
     dense = runs["dense"]
-    for name, run in runs.items():
-        rows.append(
-            [
-                name,
-                f"{run['tracked']:,}",
-                f"{run['accuracy']:.2%}",
-                f"{run['accuracy'] - dense['accuracy']:+.2%}" if run is not dense else "",
-                f"{run['loss']:.3f}",
-                f"{run['bytes']:,}",
-                f"{dense['bytes'] / run['bytes']:.1f} ×",
-                f"{(run['bytes'] - run['buffers']) / run['tracked']:.1f}",
-                f"{run['cpu'] / dense['cpu']:.2f}",
-            ]
-        )
+    rows = [
+        [
+            name,
+            f"{run['tracked']:,}",
+            f"{run['accuracy']:.2%}",
+            f"{run['accuracy'] - dense['accuracy']:+.2%}" if run is not dense else "",
+            f"{run['loss']:.3f}",
+            f"{run['bytes']:,}",
+            f"{dense['bytes'] / run['bytes']:.1f} ×",
+            f"{(run['bytes'] - run['buffers']) / run['tracked']:.1f}",
+            f"{run['cpu'] / dense['cpu']:.2f}",
+        ]
+        for name, run in runs.items()
+    ]
     machine_facts = machine("fxprune", "torch", "torchvision")
     header = ["budget", "differ", "test accuracy", "to dense", "training loss", "file, bytes", "smaller", "bytes each"]
     text = "\n".join(
@@ -173,6 +152,28 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
         text,
         {"machine": machine_facts, "settings": settings, "images": images, "runs": runs},
     )
+
+
+def measure_run(name: str, options: argparse.Namespace, test_set: Data) -> dict[str, Any]:
+    """What a user has of one run in the end: its network, saved and loaded into a new one."""
+    session = resumed(name, options)
+    if session.epoch != options.epochs:
+        raise SystemExit(f"{name} has {session.epoch} epochs of {options.epochs}: train on")
+    path = options.out / "sparse.safetensors"
+    fxprune.save(session.graph, path)
+    again = fxprune.load(path, cifar.build(options.model).to(memory_format=torch.channels_last))
+    start = session.graph.meta["fxprune_start"]
+    epochs = [record.values for record in session.log.epochs]
+    return {
+        "weights": sum(p.numel() for p in again.parameters()),
+        "tracked": sum(int((p.cpu() != start.values(key)).sum()) for key, p in session.graph.named_parameters()),
+        "accuracy": cifar.test(again, test_set),
+        "bytes": path.stat().st_size,
+        "buffers": sum(buffer.nbytes for buffer in again.buffers()),
+        "cpu": sum(record["cpu"] for record in epochs),
+        "loss": epochs[-1]["loss"],
+        "epochs": epochs,
+    }
 
 
 def milestones(options: argparse.Namespace) -> list[int]:
