@@ -54,7 +54,7 @@ def net(forward: Callable[..., Any]) -> Net:
     return randomize(Net(forward)).double().eval()
 
 
-def whole(model: nn.Module, example: Any = X) -> fxprune.TracedModule:
+def trace_graph(model: nn.Module, example: Any = X) -> fxprune.TracedModule:
     return trace_whole(model, bind_inputs(example))
 
 
@@ -124,7 +124,7 @@ def makes_constants(m: Net, x: Tensor) -> Tensor:
 )
 def test_python_that_just_works(forward: Callable[..., Any]) -> None:
     model = net(forward)
-    graph, large = whole(model), torch.cat([X, -X, X + 1])
+    graph, large = trace_graph(model), torch.cat([X, -X, X + 1])
     assert torch.equal(graph(large), model(large)), "another batch"
     assert pruned(model)(large).shape == model(large).shape
     frozen = [str(item.reason) for item in fxprune.analyze(graph, X).frozen if item.parameter == "a.bias"]
@@ -138,7 +138,7 @@ def test_python_that_just_works(forward: Callable[..., Any]) -> None:
 )
 def test_the_batch_is_followed_however_it_is_read(size: Callable[[Tensor], int]) -> None:
     model = net(lambda m, x: m.o(m.b(m.a(x)).reshape(size(x), 8, 2 * 4, -1)))
-    assert torch.equal(whole(model)(X[:1]), model(X[:1]))
+    assert torch.equal(trace_graph(model)(X[:1]), model(X[:1]))
 
 
 def test_python_that_loops_over_the_batch() -> None:
@@ -147,20 +147,20 @@ def test_python_that_loops_over_the_batch() -> None:
 
     message = rf"test_capture.py:{line_of('# one by one')}: .* is another for another batch size"
     with pytest.raises(TraceError, match=message):
-        whole(net(forward))
+        trace_graph(net(forward))
     model = net(forward)
     assert torch.equal(fxprune.trace(model, X)(X[:1]), model(X[:1])), "it stays plain Python"
 
 
 def test_a_node_names_the_line_of_the_model() -> None:
-    graph = whole(net(stars))
+    graph = trace_graph(net(stars))
     lines = {node.name: node.stack_trace for node in graph.graph.nodes if node.op.startswith("call")}
     assert all("test_capture.py" in (trace or "") for name, trace in lines.items() if "size" not in name), lines
 
 
 def test_a_graph_of_two_modes_can_be_traced_by_torch() -> None:
     model = net(lambda m, x: m.o(F.dropout(m.a(x), 0.5, m.training)))
-    graph = whole(model)
+    graph = trace_graph(model)
     assert len(graph.distinct_graphs()) == 2
     assert torch.equal(torch.fx.symbolic_trace(graph.eval())(X), model(X))
 
@@ -213,12 +213,12 @@ def test_autocast_begins_and_ends() -> None:
 
     model = randomize(Net(forward)).float().eval()
     x = X.float()
-    for graph in (whole(model, x), pickle.loads(pickle.dumps(whole(model, x)))):
+    for graph in (trace_graph(model, x), pickle.loads(pickle.dumps(trace_graph(model, x)))):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(graph(x), model(x))
             assert graph(x).dtype == torch.float32
             assert torch.is_autocast_enabled("cpu")
-    inner = whole(randomize(Net(lambda m, x: inside_autocast(m, x))).float(), x)
+    inner = trace_graph(randomize(Net(lambda m, x: inside_autocast(m, x))).float(), x)
     assert inner(x).dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
 
@@ -234,7 +234,7 @@ def test_contexts_end_where_a_graph_fails() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             return m.o(m.a(x))
 
-    graph = whole(net(forward))
+    graph = trace_graph(net(forward))
     with pytest.raises(RuntimeError, match="expected input"):
         graph(X[:, :2])
     assert torch.is_grad_enabled()
@@ -256,7 +256,7 @@ class Round(torch.autograd.Function):
 )
 def test_a_function_keeps_its_backward(copied: Callable[..., Any]) -> None:
     model = net(lambda m, x: m.o(Round.apply(m.b(m.a(x)))))
-    for graph in (whole(model), copied(whole(model)), pruned(model)):
+    for graph in (trace_graph(model), copied(trace_graph(model)), pruned(model)):
         graph.train()(X).sum().backward()
         assert float(graph.get_submodule("a").weight.grad.abs().sum()) > 0
 
@@ -270,7 +270,7 @@ def test_a_function_keeps_its_backward(copied: Callable[..., Any]) -> None:
     ],
 )
 def test_noise_is_drawn_anew(forward: Callable[..., Any]) -> None:
-    graph = whole(net(forward))
+    graph = trace_graph(net(forward))
     for copied in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
         assert len({float(copied(X).detach().sum()) for _ in range(10)}) > 5
 
@@ -296,7 +296,7 @@ def counts_in_place(m: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [counts, counts_anew, counts_in_place])
 def test_buffers_are_written(forward: Callable[..., Any]) -> None:
     model = net(forward)
-    graph = whole(model)
+    graph = trace_graph(model)
     assert float(model.count) == 0, "tracing writes nothing"
     graph(X), graph(X)
     assert float(graph.get_buffer("count")) == 2
@@ -310,7 +310,7 @@ def test_hooks_of_root_containers_and_layers() -> None:
     model.register_forward_hook(lambda module, args, result: {"logits": result})
     calls: list[int] = []
     model[1].register_forward_hook(lambda *_: calls.append(1))
-    graph = whole(model)
+    graph = trace_graph(model)
     calls.clear()
     assert torch.equal(graph(X)["logits"], model(X)["logits"])
     assert len(calls) == 2, "those of a layer stay on it"
@@ -330,8 +330,8 @@ def writes_a_cache(m: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [writes_sizes, writes_a_cache])
 def test_what_is_written_anew_in_each_run_is_no_effect(forward: Callable[..., Any]) -> None:
     model = net(forward)
-    assert torch.equal(whole(model)(X[:1]), model(X[:1]))
-    assert not {"grid", "ramp"} & vars(whole(net(forward))).keys()
+    assert torch.equal(trace_graph(model)(X[:1]), model(X[:1]))
+    assert not {"grid", "ramp"} & vars(trace_graph(net(forward))).keys()
 
 
 def look(*_: Any) -> None:
@@ -350,7 +350,7 @@ def test_hooks_that_a_graph_would_lose(hang: Callable[[nn.Sequential], Any], mes
     model = nn.Sequential(conv_bn(3, 8), nn.Conv2d(8, 4, 1)).double().eval()
     hang(model)
     with pytest.raises(TraceError, match=message):
-        whole(model)
+        trace_graph(model)
     assert any(
         kind
         for part in model.modules()
@@ -389,7 +389,7 @@ MASK = torch.ones(2, 4)
 )
 def test_arguments_are_those_of_the_example(example: Any, same: list[Any], refused: list[Any]) -> None:
     model = Arguments()
-    graph = whole(model, example)
+    graph = trace_graph(model, example)
     for args, kwargs in same:
         assert torch.equal(graph(*args, **kwargs), model(*args, **kwargs))
     for args, kwargs in refused:
@@ -410,12 +410,12 @@ def test_keywords_behind_a_decorator() -> None:
         forward = returns(Arguments.forward)
 
     model = Decorated()
-    assert torch.equal(whole(model, ((), {"x": V, "extra": MASK}))(x=V, extra=2 * MASK), model(V, extra=2 * MASK))
+    assert torch.equal(trace_graph(model, ((), {"x": V, "extra": MASK}))(x=V, extra=2 * MASK), model(V, extra=2 * MASK))
 
 
 def test_an_argument_that_no_graph_can_take() -> None:
     with pytest.raises(TraceError, match="argument 'mask' is a Generator, which no graph can take"):
-        whole(Arguments(), (V, torch.Generator()))
+        trace_graph(Arguments(), (V, torch.Generator()))
 
 
 @dataclasses.dataclass
@@ -450,16 +450,16 @@ class Pair(NamedTuple):
 def test_results_keep_their_class(wrap: Callable[..., Any], get: Callable[..., Any]) -> None:
     model = net(lambda m, x: wrap(m.o(m.b(m.a(x)))))
     expected = model(X)
-    for graph in (whole(model), pruned(model), pickle.loads(pickle.dumps(whole(model)))):
+    for graph in (trace_graph(model), pruned(model), pickle.loads(pickle.dumps(trace_graph(model)))):
         result = graph(X)
         assert type(result) is type(expected)
         assert get(result).shape == get(expected).shape
-    assert torch.equal(get(whole(model)(X)), get(expected))
+    assert torch.equal(get(trace_graph(model)(X)), get(expected))
 
 
 def test_a_result_that_no_graph_can_make() -> None:
     with pytest.raises(TraceError, match="the model returns a set, which no graph can make"):
-        whole(net(lambda m, x: {m.a(x)}))
+        trace_graph(net(lambda m, x: {m.a(x)}))
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -630,7 +630,7 @@ def test_what_a_graph_can_not_hold(forward: Callable[..., Any], mark: str, messa
     python, numpy = random.getstate(), np.random.get_state(legacy=True)[1].tolist()
     place = rf"test_capture.py:{line_of('  ' + mark)}.*" if mark else ""
     with pytest.raises(TraceError, match=f"(?s){place}{message}"):
-        whole(net(forward))
+        trace_graph(net(forward))
     assert random.getstate() == python
     assert np.random.get_state(legacy=True)[1].tolist() == numpy
 
@@ -693,7 +693,7 @@ def test_a_graph_that_is_not_the_model(
     monkeypatch.setattr(capture, "OPERATORS", capture.OPERATORS | wrong)
     model = net(forward)
     with pytest.raises(TraceError, match=message):
-        whole(model)
+        trace_graph(model)
     assert isinstance(trace_whole(model, bind_inputs(X), check=False), fxprune.TracedModule)
 
 
@@ -725,7 +725,7 @@ def test_the_backward_pass_is_compared(
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     monkeypatch.setattr(capture, "OPERATORS", capture.OPERATORS | {"mul": wrong})
     with pytest.raises(TraceError, match=f"in eval mode {message}"):
-        whole(net(lambda m, x: m.o(m.a(x) * m.b(m.a(x)))), x)
+        trace_graph(net(lambda m, x: m.o(m.a(x) * m.b(m.a(x)))), x)
 
 
 def test_two_samples_of_a_batch_are_compared() -> None:
@@ -736,7 +736,7 @@ def test_two_samples_of_a_batch_are_compared() -> None:
             sizes.add(len(x))
         return m.o(m.a(x))
 
-    whole(net(forward), torch.cat([X] * 4))
+    trace_graph(net(forward), torch.cat([X] * 4))
     assert sizes == {2}
 
 
@@ -771,7 +771,7 @@ def test_nothing_is_left_behind_and_threads_do_not_meet() -> None:
         try:
             for _ in range(5):
                 model = net(lambda m, x: m.o(Round.apply(m.b(m.a(x)))))
-                assert any(node.target == Apply(Round) for node in whole(model).graph.nodes)
+                assert any(node.target == Apply(Round) for node in trace_graph(model).graph.nodes)
         except BaseException as error:
             errors.append(error)
 
@@ -802,7 +802,7 @@ def test_nothing_is_left_behind_and_threads_do_not_meet() -> None:
 def test_torchs_transformers_lose_heads(make: Callable[[], nn.Module]) -> None:
     model = randomize(nn.Sequential(nn.Linear(8, 16), make(), nn.Linear(16, 4))).double().eval()
     x = torch.randn(3, 5, 8, dtype=torch.float64)
-    analysis = fxprune.analyze(whole(model, x), x)
+    analysis = fxprune.analyze(trace_graph(model, x), x)
     assert any("in_proj" in member.parameter for group in analysis.groups.values() for member in group.members)
     pruned(model, x)
 

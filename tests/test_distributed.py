@@ -116,7 +116,7 @@ def assert_alike(session: Session) -> None:
     assert len(set(distributed.gather_values(digest(session)))) == 1
 
 
-def whole(session: Session) -> dict[str, Any]:
+def summarize_run(session: Session) -> dict[str, Any]:
     """What a run came to."""
     return {
         "state": copy.deepcopy(dict(session.graph.state_dict())),
@@ -152,7 +152,7 @@ def whole_run(rank: int, proximal: bool = True, epochs: int = 4) -> dict[str, An
         session.epoch_end()
         assert_alike(session)
         assert session.model is model
-    return whole(session)
+    return summarize_run(session)
 
 
 @pytest.mark.parametrize(("world", "proximal"), [(2, True), (2, False), pytest.param(4, True, marks=pytest.mark.slow)])
@@ -630,7 +630,7 @@ def keeps_hooks(rank: int) -> dict[str, Any]:
         session.epoch_end()
     assert len({tuple(epoch.widths.items()) for epoch in session.log}) >= 3
     assert_alike(session)
-    return whole(session)["state"]
+    return summarize_run(session)["state"]
 
 
 def test_the_wrapper_keeps_its_hooks(ranks: Ranks, tmp_path: Path) -> None:
@@ -718,7 +718,7 @@ def saving(rank: int, path: Path) -> dict[str, Any]:
     train(session)
     session.epoch_end()
     assert session.log[-1].removed
-    return whole(session)
+    return summarize_run(session)
 
 
 def resuming(rank: int, path: Path) -> dict[str, Any]:
@@ -733,7 +733,7 @@ def resuming(rank: int, path: Path) -> dict[str, Any]:
     train(session)
     session.epoch_end()
     assert_alike(session)
-    return whole(session)
+    return summarize_run(session)
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
@@ -790,7 +790,7 @@ def compiled_run(rank: int, how: str | None = None) -> dict[str, Any]:
         session.epoch_end()
         assert session.model is model
         assert_alike(session)
-    return whole(session)
+    return summarize_run(session)
 
 
 @pytest.mark.parametrize("how", [None, *WRAPPED])

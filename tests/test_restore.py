@@ -227,12 +227,12 @@ def some_batches(inputs: tuple[Any, ...], count: int = 3) -> list[Any]:
     """Batches like ``inputs``, with other numbers."""
     generator = torch.Generator().manual_seed(1)
 
-    def other(tensor: Tensor) -> Tensor:
+    def drawn(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
-    return [map_tensors(other, inputs) for _ in range(count)]
+    return [map_tensors(drawn, inputs) for _ in range(count)]
 
 
 def halved(analysis: Analysis) -> Plan:

@@ -126,7 +126,7 @@ class Steered:
             for name, value in (("input", (*args, *kwargs.values())), ("output", result)):
                 tensor = next(iter(tensors_within(value)), None)
                 if tensor is not None:
-                    self.values[self.run.mode].setdefault(path, {}).setdefault(name, what_is_known(tensor))
+                    self.values[self.run.mode].setdefault(path, {}).setdefault(name, describe_known(tensor))
             return map_tensors(as_plain, result)
 
         return call
@@ -208,7 +208,7 @@ class Steering:
         self.locate()
         if func in self.reads:
             return self.reads[func](*args, **kwargs)
-        before, count = map_tensors(what_is_known, (args, kwargs)), len(self.run.names)
+        before, count = map_tensors(describe_known, (args, kwargs)), len(self.run.names)
         self.inside = True
         try:
             result = carry_out(func, args, kwargs)
@@ -253,7 +253,7 @@ class Steering:
         free = roots[~names.frozen(roots)].tolist()
         if not free:
             return
-        results = [what_is_known(tensor) for tensor in tensors_within(result)]
+        results = [describe_known(tensor) for tensor in tensors_within(result)]
         if hides_a_size(func, arguments) or not all(call_fits(names, func, arguments, results, name) for name in free):
             called = getattr(func, "__name__", str(func))
             for value in (*known_in(arguments), *results):
@@ -303,7 +303,7 @@ class Known(Value):
     order: tuple[int, ...] = ()
 
 
-def what_is_known(tensor: Tensor) -> Known:
+def describe_known(tensor: Tensor) -> Known:
     """What is known of a tensor at this moment."""
     data = tensor.data_ if isinstance(tensor, ChannelTensor) else tensor
     labels = tensor.labels if isinstance(tensor, ChannelTensor) else ()

@@ -140,12 +140,12 @@ class Sample:
 def zero_of(func: OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> bool:
     """Whether a pointwise operator gives zeros, whatever its operands are that are not."""
 
-    def given(value: Any) -> Any:
+    def values_of(value: Any) -> Any:
         return value.values() if isinstance(value, Sample) else value
 
     try:
         with torch.random.fork_rng(devices=[]):
-            out = func(*map(given, args), **{name: given(value) for name, value in kwargs})
+            out = func(*map(values_of, args), **{name: values_of(value) for name, value in kwargs})
     except (RuntimeError, NotImplementedError):  # it wants other shapes, or more than one number
         return False
     return isinstance(out, Tensor) and not out.any()

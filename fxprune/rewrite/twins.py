@@ -29,17 +29,17 @@ class Twins:
 
     Attributes:
         pairs: their nodes, one by one, but for those that compute sizes.
-        given: what each node of the compact graph gives: a number, or the shape of a tensor.
+        results: what each node of the compact graph gives: a number, or the shape of a tensor.
         checks: nodes for what the model's Python found to be equal.
     """
 
     pairs: Mapping[fx.Node, fx.Node]
-    given: Mapping[fx.Node, Any]
+    results: Mapping[fx.Node, Any]
     checks: tuple[fx.Node, ...]
 
     def size_of(self, node: fx.Node, axis: int) -> int:
         """A size, in the compact model, of what a node of the model gives."""
-        size: int = self.given[self.pairs[node]][axis]
+        size: int = self.results[self.pairs[node]][axis]
         return size
 
     def equations(self) -> Iterator[Equation]:
@@ -59,7 +59,7 @@ class Twins:
             yield from self.compare_parts(node, twin)
             return
         args, twin_args = ({**dict(enumerate(call.args)), **call.kwargs} for call in (node, twin))
-        shape = self.given[twin] if name_of_target(node) in ("view", "reshape") else ()
+        shape = self.results[twin] if name_of_target(node) in ("view", "reshape") else ()
         for key in args | twin_args:
             pairs = zip_longest(leaves_of(args.get(key)), leaves_of(twin_args.get(key)))
             for at, (left, right) in enumerate(pairs, key - 1 if isinstance(key, int) else 0):
@@ -71,7 +71,7 @@ class Twins:
     def compare_parts(self, node: fx.Node, twin: fx.Node) -> Iterator[tuple[Any, Any]]:
         """Sizes of parts, which a call may give one by one, or all at once, or by their number."""
         axis = self.number_of(find_argument(twin, 2, "dim", 0))
-        sizes = [part[axis] for part in self.given[twin]]
+        sizes = [part[axis] for part in self.results[twin]]
         asked = find_argument(node, 1, next((name for name in node.kwargs if name != "dim"), ""))
         if isinstance(asked, (tuple, list)):
             yield from zip_longest(asked, sizes)
@@ -83,7 +83,7 @@ class Twins:
 
     def number_of(self, value: Any) -> Any:
         """A number of the compact graph; tensors stay nodes."""
-        number = self.given.get(value) if isinstance(value, fx.Node) else None
+        number = self.results.get(value) if isinstance(value, fx.Node) else None
         return number if is_number(number) else value
 
 
@@ -92,12 +92,12 @@ class ShapeRun(GraphInterpreter):
 
     def __init__(self, compact: TracedModule, mode: Mode) -> None:
         super().__init__(compact, graph=compact.graphs[mode])
-        self.given: dict[fx.Node, Any] = {}
+        self.results: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
         result = super().run_node(n)
-        self.given[n] = map_tensors(lambda tensor: tuple(tensor.shape), result)
+        self.results[n] = map_tensors(lambda tensor: tuple(tensor.shape), result)
         return result
 
 
@@ -125,7 +125,7 @@ def record_twins(
     with in_mode(compact, mode), tensors_kept(compact), torch.random.fork_rng(), torch.no_grad():
         run.run(*bind_placeholders(compact.graphs[mode], inputs), enable_io_processing=False)
     return Twins(
-        pairs, run.given, tuple(node for node in recorded.nodes if node.target is operator.eq and gives_number(node))
+        pairs, run.results, tuple(node for node in recorded.nodes if node.target is operator.eq and gives_number(node))
     )
 
 

@@ -76,7 +76,7 @@ class Activation(Criterion):
         }
 
 
-def what_is_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
+def find_values_read(analysis: Analysis, region: str) -> list[tuple[str, Label]]:
     """The nodes of a region that layers with weights of some group read, with the label of their channels."""
     graph = regions_of(analysis.graph)[region]
     values = analysis.values.get(Mode.of(graph), {}).get(region) or analysis.values[Mode.EVAL][region]
@@ -109,7 +109,7 @@ class _Watch:
             return
         for path, region in regions_of(model).items():
             graph = observed_values(
-                region.graph, {name: self.of(label) for name, label in what_is_read(self.analysis, path)}
+                region.graph, {name: self.of(label) for name, label in find_values_read(self.analysis, path)}
             )
             region.set_graphs(graph, graph)
         self.model = model

@@ -17,7 +17,7 @@ class Slices:
 
     def __init__(self, weight: nn.Parameter, member: Member, group: str, size: int, reads: bool = False) -> None:
         self.weight, self.axis, self.group, self.size, self.reads = weight, member.axis, group, size, reads
-        self.others = [axis for axis in range(weight.ndim) if axis != member.axis]
+        self.other_axes = [axis for axis in range(weight.ndim) if axis != member.axis]
         covers_axis = len(member.index) == weight.shape[member.axis]
         self.index = None if covers_axis else torch.from_numpy(member.index).to(weight.device)
         in_order = len(member.channel) == size and (member.channel == np.arange(size)).all()
@@ -43,7 +43,7 @@ class Slices:
     @torch.no_grad()
     def peak(self) -> Tensor:
         """float[channels]: the largest absolute weight of each."""
-        peaks = self.weight.detach().abs().amax(self.others)
+        peaks = self.weight.detach().abs().amax(self.other_axes)
         peaks = peaks if self.index is None else peaks[self.index]
         if self.channel is not None:
             peaks = peaks.new_zeros(self.size).scatter_reduce(0, self.channel, peaks, "amax")

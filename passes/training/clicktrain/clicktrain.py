@@ -41,7 +41,7 @@ class Kernels:
         pool: bool[patterns, 3, 3], once it is chosen.
         pattern: of each kernel of a layer, uint8[out, in], by place in the pool.
         removed: whether each kernel of a layer goes, bool[out, in].
-        found: the layers by the names of their weights.
+        convolutions: the layers by the names of their weights.
         masks: what goes from each layer; None before it is chosen.
         settled: whether the optimizer's state of what is gone is zero.
     """
@@ -52,7 +52,7 @@ class Kernels:
     pool: Tensor | None = None
     pattern: dict[str, Tensor] | None = None
     removed: dict[str, Tensor] | None = None
-    found: dict[str, KernelLayer] = derived_field(dict)
+    convolutions: dict[str, KernelLayer] = derived_field(dict)
     masks: list[Mask] | None = derived_field(lambda: None)
     settled: bool = derived_field(lambda: False)
 
@@ -136,7 +136,7 @@ class ClickTrain(TrainingPass[Kernels]):
 
     def prepare(self, run: Run, memory: Kernels) -> None:
         """Find the layers."""
-        memory.found = {layer.name: layer for layer in self._layers(run.graph)}
+        memory.convolutions = {layer.name: layer for layer in self._layers(run.graph)}
         self._mask(memory)
 
     def penalty(self, run: Run, memory: Kernels, task: Tensor) -> Tensor | None:
@@ -236,7 +236,7 @@ class ClickTrain(TrainingPass[Kernels]):
 
     def _look(self, memory: Kernels) -> None:
         """Add this batch's (W G)^2 to what is known; choose when that is enough."""
-        weights = {name: layer.weight for name, layer in memory.found.items()}
+        weights = {name: layer.weight for name, layer in memory.convolutions.items()}
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         if not gradients or not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             return  # mixed precision skips this step too
@@ -252,7 +252,7 @@ class ClickTrain(TrainingPass[Kernels]):
 
     def _choose(self, memory: Kernels, importance: Mapping[str, Tensor]) -> None:
         """Give kernels their patterns, and say which go."""
-        layers = {name: layer for name, layer in memory.found.items() if name in importance}
+        layers = {name: layer for name, layer in memory.convolutions.items() if name in importance}
         three = {name: importance[name] for name, layer in layers.items() if layer.three}
         pool = static_pool(self.pool) if self.pool != "dynamic" else dynamic_pool(list(three.values()), self.patterns)
         memory.pool = pool
@@ -267,9 +267,9 @@ class ClickTrain(TrainingPass[Kernels]):
         if memory.pool is None or memory.pattern is None or memory.removed is None:
             return
         memory.masks = [
-            Mask(memory.found[name], memory.pool, memory.pattern.get(name), removed)
+            Mask(memory.convolutions[name], memory.pool, memory.pattern.get(name), removed)
             for name, removed in memory.removed.items()
-            if name in memory.found
+            if name in memory.convolutions
         ]
 
 
