@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -39,6 +40,14 @@ def own_tables() -> Iterator[None]:
         table.clear()
         table.update(copy)
     tensor._resolved.clear()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Processes that train together, the same ones for all tests of a file."""
+    pool = Ranks()
+    yield pool
+    pool.stop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

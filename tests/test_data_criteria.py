@@ -2,7 +2,6 @@
 
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +90,6 @@ def test_float16_neither_loses_nor_overflows(name: str, factor: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- the ranks
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.stop()
 
 
 def scores_of(name: str, data: Any) -> Any:

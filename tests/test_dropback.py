@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -673,13 +673,6 @@ def test_a_cut_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # ------------------------------------------------------------------------------------------------ refused
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.stop()
 
 
 def shared(rank: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,13 @@ def compacted(name: str) -> tuple[nn.Module, TracedModule, Any]:
     return model, fxprune.prune(model, inputs, passes.Magnitude(), budget=HALF), inputs
 
 
+def save_and_read(compact: nn.Module, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of the file that ``save`` writes."""
+    fxprune.save(compact, path)
+    with safe_open(path, "pt") as file:
+        return file.metadata(), safetensors.torch.load_file(path)
+
+
 def outputs(model: nn.Module, inputs: Any) -> Any:
     args, kwargs = inputs if isinstance(inputs[0], tuple) else (inputs, {})
     return model(*args, **kwargs)
@@ -87,11 +94,8 @@ def test_a_loaded_model_goes_on(tmp_path: Path) -> None:
 
 def test_there_is_no_pickle_inside(tmp_path: Path) -> None:
     _, compact, _ = compacted("chain")
-    path = tmp_path / "model.safetensors"
-    fxprune.save(compact, path)
-    assert set(safetensors.torch.load_file(path)) == set(compact.state_dict())
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+    metadata, state = save_and_read(compact, tmp_path / "model.safetensors")
+    assert set(state) == set(compact.state_dict())
     assert json.loads(metadata["fxprune"])["plan"]["format"] == "fxprune plan 1"
 
 
@@ -166,10 +170,7 @@ def test_another_model(tmp_path: Path) -> None:
 def test_a_file_with_other_tensors(tmp_path: Path) -> None:
     model, compact, _ = compacted("chain")
     path = tmp_path / "model.safetensors"
-    fxprune.save(compact, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state = safetensors.torch.load_file(path)
+    metadata, state = save_and_read(compact, path)
     name, tensor = next((name, tensor) for name, tensor in state.items() if tensor.ndim == 4)
 
     safetensors.torch.save_file({key: value for key, value in state.items() if key != name}, path, metadata)
@@ -208,10 +209,7 @@ HOSTILE = [
 def test_a_hostile_file(tmp_path: Path, change: Any, message: str | None) -> None:
     model, compact, inputs = compacted("chain")
     path = tmp_path / "model.safetensors"
-    fxprune.save(compact, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state = safetensors.torch.load_file(path)
+    metadata, state = save_and_read(compact, path)
     description = change if isinstance(change, str) else json.dumps(json.loads(metadata["fxprune"]) | change)
     safetensors.torch.save_file(state, path, {"fxprune": description})
     if message is None:
@@ -254,10 +252,7 @@ def test_zeros_in_kernels_take_no_space_and_come_back(dtype: torch.dtype, tmp_pa
 def test_kernels_that_do_not_fit_their_patterns(damage: str, tmp_path: Path) -> None:
     model, compact, _ = thinned()
     path = tmp_path / "model.safetensors"
-    fxprune.save(compact, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    stored = safetensors.torch.load_file(path)
+    metadata, stored = save_and_read(compact, path)
     if damage == "pattern":
         stored["1.0.weight:pattern"] += 100
     elif damage == "pool":

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,16 +54,19 @@ def plain() -> Gated:
     return model.double()
 
 
+def scores_and_gates(before_norm: bool) -> Iterator[tuple[Any, Tensor]]:
+    """The scores of each convolution's channels, and the gradients of gates on one side of its norm."""
+    model, (x, y) = plain(), batch()
+    x = x.double()
+    scores = passes.SingleShot((x, y), F.cross_entropy, compute_aware=False).score(fxprune.analyze(model, x))
+    model.gates_before = before_norm
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), model.gates)
+    yield from zip((scores["conv1"], scores["conv2"]), gradients, strict=True)
+
+
 def test_gates_are_what_autograd_says_of_gates_behind_the_norm() -> None:
-    model = plain()
-    x, y = batch()
-    scores = passes.SingleShot((x.double(), y), F.cross_entropy, compute_aware=False).score(
-        fxprune.analyze(model, x.double())
-    )
-    model.gates_before = False
-    expected = torch.autograd.grad(F.cross_entropy(model(x.double()), y), model.gates)
-    for name, gradient in zip(("conv1", "conv2"), expected, strict=True):
-        np.testing.assert_allclose(scores[name], gradient.flatten().abs().numpy(), rtol=1e-8)
+    for scores, gradient in scores_and_gates(before_norm=False):
+        np.testing.assert_allclose(scores, gradient.flatten().abs().numpy(), rtol=1e-8)
 
 
 def test_the_caller_s_mode_changes_no_score() -> None:
@@ -78,15 +82,8 @@ def test_the_caller_s_mode_changes_no_score() -> None:
 
 
 def test_a_gate_before_the_norm_would_be_noise() -> None:
-    model = plain()
-    x, y = batch()
-    scores = passes.SingleShot((x.double(), y), F.cross_entropy, compute_aware=False).score(
-        fxprune.analyze(model, x.double())
-    )
-    model.gates_before = True
-    before = torch.autograd.grad(F.cross_entropy(model(x.double()), y), model.gates)
-    for name, gradient in zip(("conv1", "conv2"), before, strict=True):
-        assert np.median(scores[name]) > 1e3 * gradient.abs().median().item()
+    for scores, gradient in scores_and_gates(before_norm=True):
+        assert np.median(scores) > 1e3 * gradient.abs().median().item()
 
 
 @pytest.mark.parametrize(
