@@ -19,6 +19,7 @@ from fxprune.budget.solve import solve_budget
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
 from fxprune.errors import BudgetError, PlanError, require_type
+from fxprune.graph.inputs import Bound
 from fxprune.graph.layers import reads_axis
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
@@ -66,6 +67,20 @@ class Criterion(Bounds, ABC):
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
         """What a method does to ``compact`` after the cut from ``graph``: nothing, for most."""
+
+
+def run_forward(model: nn.Module, inputs: Bound) -> None:
+    """Run ``model`` without gradients.
+
+    Raises:
+        PlanError: it fails on this data.
+    """
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
 
 
 def weights_of(analysis: Analysis) -> dict[str, Tensor]:

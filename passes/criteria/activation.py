@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fxprune.budget.cost import Channels, Floats
@@ -17,7 +16,7 @@ from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.traced import Mode, observed_values, regions_of
 
 from .._data import Batch, mean_over, read_batches
-from ..base import Criterion, detach_weights, share_in_layers
+from ..base import Criterion, detach_weights, run_forward, share_in_layers
 
 STATISTICS = ("mean", "variance")
 
@@ -52,12 +51,7 @@ class Activation(Criterion):
 
         def sums(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             watch.put_on(model)
-            args, kwargs = bind_inputs(batch[0])
-            try:
-                with torch.no_grad():
-                    model(*args, **kwargs)
-            except Exception as error:
-                raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
+            run_forward(model, bind_inputs(batch[0]))
             return watch.sums
 
         totals = mean_over(analysis, read_batches(self.data, "Activation"), "Activation", sums)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group, Member
-from fxprune.errors import PlanError
 from fxprune.graph.inputs import Bound
 from fxprune.graph.traced import observed_values, regions_of
 from fxprune.progress import track_progress
@@ -19,7 +18,7 @@ from fxprune.rewrite.restore import read_arguments
 from fxprune.rewrite.rows import find_linear_layer
 
 from .._data import mean_over
-from ..base import Criterion, detach_weights, share_in_layers
+from ..base import Criterion, detach_weights, run_forward, share_in_layers
 
 RIDGE = 1e-3  # times the mean variance of what is read
 LARGE = 6000  # inputs: of a layer with more, no square matrix is made
@@ -145,12 +144,7 @@ def sum_products(analysis: Analysis, readers: Mapping[str, _Reader], data: Any) 
         if not observed:
             observe(model, {name: (reader, watch(reader)) for name, reader in readers.items()})
             observed.append(model)
-        args, kwargs = batch
-        try:
-            with torch.no_grad():
-                model(*args, **kwargs)
-        except Exception as error:
-            raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
+        run_forward(model, batch)
         return dict(sums)
 
     batches = track_progress(read_arguments(data, analysis.graph), "OptimalBrainSurgeon")

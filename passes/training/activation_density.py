@@ -175,12 +175,9 @@ class ActivationDensity(TrainingPass[Densities]):
         memory.planned = False
         if not channels:
             return None
-        now, before = {name: density for name, (density, _) in channels.items()}, memory.densities
-        moved = max((abs(density - before[name]) for name, density in now.items() if name in before), default=1.0)
-        memory.settled = memory.settled + 1 if moved < self.saturation else 0
-        memory.since += 1
-        memory.densities = now
-        over = min(now.values()) >= self.stop or (self.cuts is not None and memory.cuts >= self.cuts)
+        self._follow(memory, {name: density for name, (density, _) in channels.items()})
+        full = min(memory.densities.values()) >= self.stop
+        over = full or (self.cuts is not None and memory.cuts >= self.cuts)
         late, budget = False, self._budget(memory)
         if budget is not None:
             if is_met(measure_costs(run.analysis, budget), budget):
@@ -198,6 +195,14 @@ class ActivationDensity(TrainingPass[Densities]):
             return plan
         bounds = Bounds(keep=self.keep, round_to=self.round_to)
         return solve_near(run.analysis, {name: scores for name, (_, scores) in channels.items()}, budget, bounds)
+
+    def _follow(self, memory: Densities, densities: dict[str, float]) -> None:
+        """Remember the densities, and for how many epochs they have not moved."""
+        before = memory.densities
+        moved = max((abs(density - before[name]) for name, density in densities.items() if name in before), default=1.0)
+        memory.settled = memory.settled + 1 if moved < self.saturation else 0
+        memory.since += 1
+        memory.densities = densities
 
     def _budget(self, memory: Densities) -> Budget | None:
         """The budget in absolute numbers."""
