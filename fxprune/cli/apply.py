@@ -10,7 +10,7 @@ import typer
 import fxprune
 from fxprune.atomic import named_errors, replace_files
 from fxprune.cli import options
-from fxprune.cli.models import Source, build_model, check_model, make_example, open_model, usual_input
+from fxprune.cli.models import Source, build_model, make_example, open_model, usual_input
 from fxprune.cli.preprocessing import Asked
 from fxprune.cli.prune import UsageError
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
@@ -88,10 +88,10 @@ def stream_weights(plan: Plan, source: Source, weights: str | None, out: Path) -
     source = source if source.input else replace(source, input=usual_input(source.model))
     with torch.device("meta"):
         model, _ = build_model(source, None)
-        opened = check_model(model, make_example(source, model), source)
+        inputs = make_example(source, model)
     print_progress(f"analysing {source.model}")
-    graph = fxprune.trace(opened.model, opened.inputs)
-    analysis = fxprune.analyze(graph, opened.inputs, **plan.options)
+    graph = fxprune.trace(model.eval(), inputs)
+    analysis = fxprune.analyze(graph, inputs, **plan.options)
     print_progress("rewriting")
     compact, param_map = fxprune.rewrite(graph, analysis, replace(plan, source=source.to_plain()))
     with named_errors(out, "the results"):
