@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -23,6 +24,14 @@ def _defaults() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Processes that train together."""
+    pool = Ranks()
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -631,13 +630,6 @@ def test_a_plan_that_somebody_declines_comes_again() -> None:
         train(session, inputs, 1)
         removed.append(session.epoch_end().removed > 0)
     assert removed == [False, False, True]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.stop()
 
 
 def shared(rank: int, how: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -399,13 +398,6 @@ def test_a_run_goes_on_from_a_checkpoint(epochs: int, tmp_path: Path) -> None:
     one, other = snapshot(again), snapshot(session)
     assert_equal("state", one["state"], other["state"])
     assert_equal("momentum", one["optimizer"]["state"], other["optimizer"]["state"])
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.stop()
 
 
 def on_rank(rank: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,6 @@ from fxprune.training.wrappers import arguments_of
 SHRINK = PruneTrain(ratio=0.8, interval=1, threshold=0.02, proximal=True)
 STEPS, SAMPLES = 3, 8
 PARAMETERS = inspect.signature(DistributedDataParallel).parameters
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.stop()
 
 
 class Net(nn.Module):
