@@ -8,6 +8,7 @@ from fxprune.errors import FxpruneError
 from fxprune.files.export import export_onnx
 from fxprune.files.initialize import initialize
 from fxprune.files.model import load, save
+from fxprune.files.stream import cut_weights
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import TracedModule
 from fxprune.ops import register_operator
@@ -42,6 +43,7 @@ __all__ = [
     "analyze",
     "bench",
     "cost",
+    "cut_weights",
     "export_onnx",
     "initialize",
     "load",

@@ -29,7 +29,7 @@ class Plans(Protocol):
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    criterion: Plans,
+    criterion: Plans | None = None,
     *,
     budget: Budget,
     keep: Sequence[str] = (),
@@ -45,7 +45,8 @@ def prune(
     Args:
         model: a model that ``trace`` accepts.
         example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
-        criterion: says which channels matter, for example ``passes.Magnitude()``.
+        criterion: says which channels matter, for example ``passes.Magnitude()``; default, ``passes.BestOf(data)``,
+            which tries some.
         budget: what may remain.
         keep: patterns of layers whose channels all stay ("layer4.*", "conv1").
         verify: check in float64 that the compact model is the masked original, before it is restored.
@@ -56,6 +57,7 @@ def prune(
         FxpruneError: a subclass for each stage that can fail; see the stages.
     """
     require_type(budget, Budget, "budget", BudgetError)
+    criterion = default_criterion(data) if criterion is None else criterion
     if isinstance(criterion, type) or not hasattr(criterion, "plan"):
         raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
     graph = trace(model, example_inputs)
@@ -72,3 +74,14 @@ def prune(
     if finish := getattr(criterion, "finish", None):
         finish(graph, compact, param_map)
     return compact
+
+
+def default_criterion(data: Any) -> Plans:
+    """What chooses where the user names no criterion."""
+    from fxprune.passes import BestOf  # the passes stand on this package
+
+    if data is None:
+        raise PlanError(
+            "there is no criterion. Give one, such as passes.Magnitude(), or data=, on which several are tried"
+        )
+    return BestOf(data)

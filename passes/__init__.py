@@ -12,6 +12,7 @@ from .before_training.synflow import SynFlow
 from .before_training.uniform import Uniform
 from .criteria.activation import Activation
 from .criteria.batch_norm_scale import BatchNormScale
+from .criteria.best_of import BestOf
 from .criteria.fisher import Fisher
 from .criteria.geometric_median import GeometricMedian
 from .criteria.magnitude import Magnitude
@@ -37,6 +38,7 @@ __all__ = [
     "Allocator",
     "BatchNormScale",
     "BeforeTraining",
+    "BestOf",
     "ClickTrain",
     "Combined",
     "Criterion",

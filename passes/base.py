@@ -84,10 +84,10 @@ def run_forward(model: nn.Module, inputs: Bound) -> None:
 
 
 def weights_of(analysis: Analysis) -> dict[str, Tensor]:
-    """The parameters (not buffers) that some group lives on, by name, detached and in float32 at least."""
+    """The parameters (not buffers) that some group lives on, by name, detached."""
     parameters = dict(analysis.graph.named_parameters())
     members = dict.fromkeys(member.parameter for group in analysis.groups.values() for member in group.members)
-    weights = {name: detach_weights(parameters[name]) for name in members if name in parameters}
+    weights = {name: parameters[name].detach() for name in members if name in parameters}
     if any(parameter.is_meta for parameter in weights.values()):
         raise PlanError(
             "the weights are on the meta device and have no values to score. Use passes.Random, or load them."

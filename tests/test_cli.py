@@ -320,6 +320,20 @@ def test_apply_puts_a_plan_on_other_weights() -> None:
     assert torch.equal(compact.get_parameter("0.bias"), model.get_parameter("0.bias")[list(kept)])
 
 
+def test_apply_cuts_a_file_of_weights_as_it_cuts_a_model() -> None:
+    pruned()
+    torch.manual_seed(7)
+    save_file(tiny().state_dict(), "other.safetensors")
+    run("apply", "out/plan.json", "--weights", "other.safetensors", "--no-onnx", "--no-measure", "-o", "again")
+    result = run("apply", "out/plan.json", "--weights", "other.safetensors", "--stream", "-o", "streamed")
+    assert "written to streamed: model.safetensors, plan.json" in result.stderr
+    assert sorted(path.name for path in Path("streamed").iterdir()) == ["model.safetensors", "plan.json"]
+    assert Path("streamed/plan.json").read_bytes() == Path("again/plan.json").read_bytes()
+    whole, streamed = (fxprune.load(f"{folder}/model.safetensors", tiny()) for folder in ("again", "streamed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), streamed.parameters(), strict=True))
+    run("bench", "streamed/model.safetensors", "--backend", "eager")
+
+
 def test_a_compact_model_needs_no_more_arguments(folder: Path) -> None:
     pruned()
     result = run("export", "out/model.safetensors", "again.onnx")
@@ -562,6 +576,13 @@ WRONG: list[tuple[list[str], int, str]] = [
         2,
         "made for another model",
     ),
+    (["apply", PLAN, "--stream", "-o", "new"], 2, "--stream cuts a file of weights: give it with --weights"),
+    (
+        ["apply", PLAN, "--stream", "--weights", "five.pt", "--data", "many", "-o", "new"],
+        2,
+        "leave out --stream or --data",
+    ),
+    (["apply", PLAN, "--stream", "--weights", "five.pt", "-o", "new"], 2, "can't read weights from five.pt"),
     (["apply", "bare.json"], 2, "bare.json does not say which model it was made of; say so with --model"),
     (["apply", PLAN, "--weights", "five.pt", "-o", "new"], 2, "--classes"),
     (["diff", PLAN, "none.json"], 2, "can't read none.json"),
@@ -624,7 +645,7 @@ def test_wrong_use() -> None:
         said = bool(re.search(message, text)) and (len(lines) == 1 or "Usage:" in text)
         if not (said and result.exit_code == code and isinstance(result.exception, SystemExit) and files == before):
             wrong.append((args, code, message, result.exit_code, text, result.exception, set(files) ^ set(before)))
-    assert not wrong
+    assert not wrong, "\n".join(map(str, wrong))
 
 
 def test_a_file_names_no_code_to_run(folder: Path) -> None:

@@ -22,6 +22,7 @@ LEAVES = {
     "detection": ("", "loss after"),
     "custom_operator": ("", "scale has"),
     "custom_pass": ("", "with ReLU6"),
+    "fsdp": ("", "parameters on each process"),
     "ddp": ("run.pt", "1 processes"),
     "with_lightning": ("last.ckpt", "after"),
     "quantize": ("dense.onnx dense-int8.onnx pruned.onnx pruned-int8.onnx", "pruned-int8"),
@@ -83,12 +84,19 @@ def test_before_training_meets_its_budgets(
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ddp", r"2 processes; gradients sent in the last epoch: ([\d.]+) MB"),
+        ("fsdp", r"epoch 2: [\d.]+%, ([\d.]+) M parameters on each process"),
+    ],
+)
+def test_two_processes(name: str, words: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(EXAMPLES / "ddp.py"), "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [*command, str(EXAMPLES / f"{name}.py"), "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
-    assert done.returncode == 0, done.stderr
-    sent = re.search(r"2 processes; gradients sent in the last epoch: ([\d.]+) MB", done.stdout)
-    assert sent is not None
-    assert float(sent[1]) > 0
+    assert done.returncode == 0, done.stdout + done.stderr
+    number = re.search(words, done.stdout)
+    assert number is not None
+    assert float(number[1]) > 0

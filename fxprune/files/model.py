@@ -6,6 +6,7 @@ convolutions whose kernels have many zeros, only the weights that are not zero.
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +41,45 @@ def save(compact: nn.Module, path: str | Path) -> None:
 
     require_type(compact, nn.Module, "compact", FileError)
     compact = unwrap_model(compact)
-    record = getattr(compact, "meta", {}).get("fxprune", {})
     start = start_of(compact)
-    if not record and not (start and start.fits(compact)):
-        raise FileError(
-            f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite, fxprune.prune or "
-            "fxprune.initialize returned can be saved. Save the state_dict of others with safetensors."
-        )
+    record = {} if start and start.fits(compact) and not record_of(compact) else require_record(compact)
     state = {name: tensor.detach() for name, tensor in compact.state_dict().items()}
     state, aliases = without_aliases(state)
     state, sparse = pack_sparse(state, start)
     state, patterned = kernels.pack_kernels(state)
     state |= {f"{EXAMPLE}{number}": tensor for number, tensor in enumerate(record.get("example", ()))}
-    known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
     with replace_file(path, "a model") as partial:
         try:
-            description = {"format": FORMAT, "aliases": aliases, "start": sparse, "kernels": patterned, **known}
+            description = describe_model(record, aliases, sparse, patterned)
             contents = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(contents, partial, {"fxprune": json.dumps(description)})
         except (SafetensorError, TypeError) as error:
             raise FileError(f"can't write a model to {path}: {error}") from error
         partial.chmod(0o666 & ~current_umask())  # safetensors lets nobody else read it
+
+
+def record_of(compact: nn.Module) -> dict[str, Any]:
+    """What ``rewrite`` left on the compact model; nothing where it made none."""
+    record: dict[str, Any] = getattr(compact, "meta", {}).get("fxprune", {})
+    return record
+
+
+def require_record(compact: nn.Module) -> dict[str, Any]:
+    """The same. Raises FileError where there is none."""
+    if record := record_of(compact):
+        return record
+    raise FileError(
+        f"this {type(compact).__name__} has no plan: only models that fxprune.rewrite, fxprune.prune or "
+        "fxprune.initialize returned can be saved. Save the state_dict of others with safetensors."
+    )
+
+
+def describe_model(
+    record: Mapping[str, Any], aliases: Mapping[str, str], start: Any = None, patterned: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """What a file says of its model, beside the tensors: plain data."""
+    known = {key: record[key] for key in ("plan", "example_inputs") if key in record}
+    return {"format": FORMAT, "aliases": dict(aliases), "start": start, "kernels": [*patterned], **known}
 
 
 def current_umask() -> int:
@@ -75,7 +94,8 @@ def load(path: str | Path, model: nn.Module) -> Model:
 
     Args:
         path: of the file.
-        model: the dense model, built as it was before; its weights do not matter and it is not changed.
+        model: the dense model, built as it was before; its weights do not matter, they may be on the meta device. It is
+            not changed.
 
     Returns:
         Where the model was cut, the compact GraphModule: ``model`` is traced and the plan carried out on it. Otherwise
@@ -109,12 +129,25 @@ def load(path: str | Path, model: nn.Module) -> Model:
             forget_start(compact)
         state |= {name: state[first] for name, first in record["aliases"].items()}
         check_state(compact, state)
+        on_meta = any(parameter.is_meta for parameter in compact.parameters())
+        if on_meta:
+            require_values(compact, state)
     except (FxpruneError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FileError(f"{path} does not belong to this {type(model).__name__}: {error}") from error
     full_state = compact.state_dict()  # with the versions of the modules, which some look at when they load
     full_state.update(state)
-    compact.load_state_dict(full_state)
+    compact.load_state_dict(full_state, assign=on_meta)
     return compact
+
+
+def require_values(compact: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise FileError where a buffer on the meta device gets no values from a file."""
+    lacking = [name for name, buffer in compact.named_buffers() if buffer.is_meta and name not in state]
+    if lacking:
+        raise FileError(
+            f"the buffer {lacking[0]} is on the meta device, and in no file: build the model with its parameters on "
+            "meta only, such as within accelerate.init_empty_weights()"
+        )
 
 
 def number_of(name: str) -> int:

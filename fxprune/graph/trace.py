@@ -28,6 +28,9 @@ from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
 from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
+from fxprune.loaded import loaded_types
+
+SPREAD = "torch.distributed.tensor.DTensor"
 
 
 def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> Any:
@@ -225,6 +228,11 @@ def check_traceable(model: nn.Module) -> None:
     for parameter, tensor in named_tensors(model).items():
         if nn.parameter.is_lazy(tensor):
             raise TraceError(f"{parameter} of {name} has no shape yet: call the model once, as its lazy layers need")
+        if isinstance(tensor, loaded_types(SPREAD)):
+            raise TraceError(
+                f"{parameter} of {name} is spread over ranks (DTensor), and a rank has a part of it only. "
+                "fxprune.fsdp.prune_sharded cuts what fully_shard has split; of others give the whole model"
+            )
 
 
 def depth_of(model: nn.Module) -> int:

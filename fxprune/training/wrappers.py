@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.errors import SessionError
+from fxprune.graph.trace import SPREAD
 from fxprune.loaded import loaded_types
 
 # Classes of modules that are slow to import.
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 SHARDED = ("torch.distributed.fsdp.FSDPModule", "torch.distributed.fsdp.FullyShardedDataParallel")
-SPREAD = "torch.distributed.tensor.DTensor"
 POWER_SGD = "torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState"
 # Arguments that DistributedDataParallel keeps under their own names, in one version of torch or another.
 KEPT = set(
@@ -56,8 +56,8 @@ def check_whole(model: nn.Module) -> None:
         if isinstance(module, (nn.DataParallel, *loaded_types(*SHARDED))):
             raise SessionError(
                 f"{kind} splits the model in a way that can't be cut while it trains. Use DistributedDataParallel, or "
-                "give the model without the wrapper. A sharded run can be cut between two trainings: gather its "
-                "state_dict, fxprune.rewrite the whole model, and shard that."
+                "give the model without the wrapper. What fully_shard splits is cut between two epochs by "
+                "fxprune.fsdp.prune_sharded."
             )
         if any(isinstance(parameter, loaded_types(SPREAD)) for parameter in module.parameters(recurse=False)):
             raise SessionError(f"{kind} has parameters that are spread over ranks (DTensor), which can't be cut")

@@ -7,7 +7,7 @@ from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 
-from ..base import Criterion, normalize_scores, weights_of
+from ..base import Criterion, detach_weights, normalize_scores, weights_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,11 @@ class BatchNormScale(Criterion):
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group with a batch norm."""
-        scales = {name: w.abs() for name, w in weights_of(analysis).items() if name in analysis.batch_norm_scales}
+        scales = {
+            name: detach_weights(w).abs()
+            for name, w in weights_of(analysis).items()
+            if name in analysis.batch_norm_scales
+        }
         sums = Sums(analysis, scales)
         scores = {}
         for name, group in analysis.groups.items():

@@ -12,7 +12,7 @@ from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group, Member
 
-from ..base import Criterion, share_in_layers, weights_of
+from ..base import Criterion, detach_weights, share_in_layers, weights_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GeometricMedian(Criterion):
 def sum_distances(group: Group, weights: Mapping[str, Tensor]) -> Floats:
     """float64[channels]: the sum of the distances to all others."""
     members = [member for member in group.members if member.parameter in weights]
-    rows = [by_channel(member, weights[member.parameter], group.size) for member in members]
+    rows = [by_channel(member, detach_weights(weights[member.parameter]), group.size) for member in members]
     centred = [matrix - matrix.mean(0) for matrix in rows]  # distances stay, and are less lost in rounding
     products = torch.stack([matrix @ matrix.T for matrix in centred]).sum(0)  # of each pair of channels
     norms = products.diagonal()

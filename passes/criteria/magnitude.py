@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
+from torch import Tensor
+
 from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
 
-from ..base import Criterion, share_in_layers, weights_of
+from ..base import Criterion, detach_weights, share_in_layers, weights_of
 
 
 @dataclass(frozen=True)
@@ -38,5 +40,10 @@ class Magnitude(Criterion):
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group."""
         weights = {name: weight for name, weight in weights_of(analysis).items() if weight.ndim > 1}
-        sums = Sums(analysis, weights, lambda w: w.square() if self.p == 2 else w.abs().pow(self.p))
+        sums = Sums(analysis, weights, self.take_power)
         return {name: share_in_layers(analysis, group, sums(group)) for name, group in analysis.groups.items()}
+
+    def take_power(self, weights: Tensor) -> Tensor:
+        """|w|^p of each weight, in float32 at least."""
+        wide = detach_weights(weights)
+        return wide.square() if self.p == 2 else wide.abs().pow(self.p)
