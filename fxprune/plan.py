@@ -25,7 +25,8 @@ class Plan:
         sizes: the size of every group of the model that the plan was made for.
         options: the options of ``analyze`` under which these groups were found.
         dropped: the groups that keep none and whose branch takes its constant along.
-        source: what the command line knows of where the model is from. It changes nothing that the plan does.
+        source: where the plan is from: the budget and the scope that it was made for, and the model that the command
+            line was given. It changes nothing that the plan does.
     """
 
     keep: Mapping[str, Sequence[int]]

@@ -6,7 +6,7 @@ their options.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -62,7 +62,8 @@ class Criterion(Bounds, ABC):
         scores = self.score(analysis)
         if self.per_cost:
             scores = divide_by_cost(analysis, scores, budget)
-        return solve_budget(analysis, scores, budget, bounds)
+        plan = solve_budget(analysis, scores, budget, bounds)
+        return replace(plan, source={"budget": str(budget), "scope": self.scope})
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
         """What a method does to ``compact`` after the cut from ``graph``: nothing, for most."""
@@ -82,7 +83,7 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
 
 def divide_by_cost(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget) -> dict[str, Floats]:
     """Scores over what goes with each channel of what ``budget`` limits first; over FLOPs where it limits time."""
-    kind = next((kind for kind, _ in budget.limits()), "flops")
+    kind = next((kind for kind, _ in budget.limits()), "flops" if budget.latency is not None else "channels")
     costs = marginal(analysis, kind)
     return {name: its / np.maximum(costs[name], 1.0) for name, its in scores.items()}
 
