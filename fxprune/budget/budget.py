@@ -28,6 +28,8 @@ class Budget:
             ``{"layer4.*": 0.5, "*.attn": 0.75}``: the groups of a pattern keep this share of their channels together,
             and compete for it as ``scope`` says; all other limits are met by the groups that no pattern names.
         memory: bytes of weights and of all values that a forward pass computes.
+        layers: the number of residual branches: blocks of a residual network, attentions and MLPs of a transformer. The
+            others go whole, those of the lowest scores, before widths meet the other limits.
         latency: of a forward pass, measured; a fraction, seconds above 1, or a ``timedelta``.
         tolerance: how much of a limit may be left unused, as a fraction of it.
     """
@@ -37,6 +39,7 @@ class Budget:
     params: float | None = None
     channels: float | Mapping[str, float] | None = field(default=None, hash=False)
     memory: float | None = None
+    layers: float | None = None
     latency: float | timedelta | None = None
     tolerance: float = 0.01
 

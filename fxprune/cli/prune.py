@@ -66,6 +66,9 @@ def prune(
         ),
     ] = None,
     memory: Annotated[float | None, read_limit("Bytes of weights and of all values computed that may remain.")] = None,
+    layers: Annotated[
+        float | None, read_limit("Residual branches (blocks, attentions, MLPs) that may remain; others go whole.")
+    ] = None,
     latency: Annotated[
         float | None, read_limit("The fraction of the time of a forward pass that may remain; measured.")
     ] = None,
