@@ -25,7 +25,9 @@ class Plan:
         sizes: the size of every group of the model that the plan was made for.
         options: the options of ``analyze`` under which these groups were found.
         dropped: the groups that keep none and whose branch takes its constant along.
-        source: what the command line knows of where the model is from. It changes nothing that the plan does.
+        source: where the plan is from: the budget and the scope that it was made for, and the model that the command
+            line was given. It changes nothing that the plan does.
+        layers: residual branches that go whole, by their names in ``Analysis.layers``.
     """
 
     keep: Mapping[str, Sequence[int]]
@@ -33,6 +35,7 @@ class Plan:
     options: Mapping[str, str] = field(default_factory=dict)
     dropped: Sequence[str] = ()
     source: Mapping[str, str] = field(default_factory=dict, compare=False)
+    layers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         keep: dict[str, tuple[int, ...]] = {}
@@ -55,6 +58,7 @@ class Plan:
         object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "source", dict(self.source))
         object.__setattr__(self, "dropped", tuple(sorted(self.dropped)))
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         for name in self.dropped:
             if keep.get(name) != ():
                 raise PlanError(f"group {name!r} can't be dropped: the plan must keep none of its channels")
@@ -94,7 +98,9 @@ class Plan:
         for name, kept in other.keep.items():
             channels = self.keep.get(name, range(self.sizes[name]))
             keep[name] = tuple(channels[channel] for channel in kept)
-        return Plan(keep, self.sizes, self.options, (*self.dropped, *other.dropped), self.source)
+        return Plan(
+            keep, self.sizes, self.options, (*self.dropped, *other.dropped), self.source, (*self.layers, *other.layers)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data."""
@@ -105,6 +111,7 @@ class Plan:
             "sizes": dict(self.sizes),
             "options": {**self.options, **self.source},  # one object in the file
             "dropped": list(self.dropped),
+            "layers": list(self.layers),
         }
 
     @classmethod
@@ -112,14 +119,13 @@ class Plan:
         """The opposite of ``to_json``. Raises FileError on anything else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FileError(f"this is not a plan: expected a JSON object with format {FORMAT!r}")
-        parts: list[Any] = [data.get(key, []) for key in ("keep", "sizes", "options", "dropped")]
-        keep, sizes, options, dropped = parts
+        parts: list[Any] = [data.get(key, []) for key in ("keep", "sizes", "options", "dropped", "layers")]
+        keep, sizes, options, dropped, layers = parts
         sound = (
             isinstance(keep, dict)
             and isinstance(sizes, dict)
             and isinstance(options, dict)
-            and isinstance(dropped, list)
-            and all(isinstance(name, str) for name in dropped)
+            and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in parts[3:])
             and all(type(size) is int and 0 <= size <= LARGEST for size in sizes.values())
             and all(isinstance(option, str) for option in options.values())
             and all(isinstance(kept, list) and all(type(c) is int for c in kept) for kept in keep.values())
@@ -127,12 +133,12 @@ class Plan:
         if not sound:
             raise FileError(
                 "this plan is damaged: keep, sizes and options must be objects of integer lists, integers from 0 on "
-                "and text, and dropped a list of text"
+                "and text, and dropped and layers lists of text"
             )
         try:
             source = {name: value for name, value in options.items() if name not in OPTIONS}
             options = {name: value for name, value in options.items() if name in OPTIONS}
-            return cls(keep, sizes, options, dropped, source)
+            return cls(keep, sizes, options, dropped, source, layers)
         except PlanError as error:
             raise FileError(f"this plan is damaged: {error}") from error
 
@@ -155,4 +161,5 @@ class Plan:
         width = max((len(name) for name in self.sizes), default=0)
         widths = self.widths
         lines += [f"  {name:{width}}  {size:6} -> {widths.get(name, 0):6}" for name, size in self.sizes.items()]
+        lines += [f"  the branch of {name} goes whole" for name in self.layers]
         return "\n".join(lines)

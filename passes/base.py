@@ -6,7 +6,7 @@ their options.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.budget.budget import Bounds, Budget, patterns_of
 from fxprune.budget.cost import Floats, marginal
+from fxprune.budget.depth import LAYERS, budget_of_widths, choose_layers, costs_of_layers, group_layers
 from fxprune.budget.solve import solve_budget
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.groups import Group
@@ -23,6 +24,7 @@ from fxprune.graph.inputs import Bound
 from fxprune.graph.layers import reads_axis
 from fxprune.plan import Plan
 from fxprune.rewrite.param_map import ParamMap
+from fxprune.rewrite.rewrite import rewrite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,11 @@ class Criterion(Bounds, ABC):
 
     Attributes:
         per_cost: whether ``plan`` divides the score of a channel by what goes with it of what the budget limits.
+        scores_layers: whether ``score`` makes sense of a channel that is a whole layer, so that it can choose branches.
     """
 
     per_cost: ClassVar[bool] = False
+    scores_layers: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
@@ -60,10 +64,47 @@ class Criterion(Bounds, ABC):
             round_to=self.round_to,
             scope=self.scope,
         )
+        if budget.layers is None:
+            plan = self.plan_widths(analysis, budget, bounds)
+        else:
+            plan = self.plan_layers(analysis, budget, bounds)
+        return replace(plan, source={"budget": str(budget), "scope": self.scope})
+
+    def plan_widths(self, analysis: Analysis, budget: Budget, bounds: Bounds) -> Plan:
+        """The plan whose widths meet ``budget``."""
         scores = self.score(analysis)
         if self.per_cost:
             scores = divide_by_cost(analysis, scores, budget)
         return solve_budget(analysis, scores, budget, bounds)
+
+    def plan_layers(self, analysis: Analysis, budget: Budget, bounds: Bounds) -> Plan:
+        """The plan without the residual branches of the lowest scores, and with widths that meet the other limits."""
+        first = choose_layers(analysis, self.score_layers(analysis, budget), budget, patterns_of(bounds.keep))
+        compact, _ = rewrite(analysis.graph, analysis, first)
+        shallow = analysis.after(first, compact)
+        rest = budget_of_widths(analysis, shallow, budget)
+        return first if rest is None else first.then(self.plan_widths(shallow, rest, bounds))
+
+    def score_layers(self, analysis: Analysis, budget: Budget) -> dict[str, float]:
+        """The score of each residual branch; of what ``budget`` limits first, for what the branch costs.
+
+        Raises:
+            PlanError: this criterion can't say what a whole branch matters.
+        """
+        if not analysis.layers:
+            return {}
+        found = self.score(group_layers(analysis)).get(LAYERS) if self.scores_layers else None
+        if found is None:
+            raise PlanError(
+                f"layers={budget.layers}: {type(self).__name__} can't say what a whole branch of this model matters. Use "
+                "passes.Taylor, passes.Fisher or passes.Magnitude."
+            )
+        scores = dict(zip(analysis.layers, found.tolist(), strict=True))
+        limits = budget.limits()
+        if not limits:
+            return scores
+        costs = costs_of_layers(analysis, limits[0][0])
+        return {name: score / max(costs[name], 1.0) for name, score in scores.items()}
 
     def finish(self, graph: nn.Module, compact: nn.Module, param_map: ParamMap) -> None:
         """What a method does to ``compact`` after the cut from ``graph``: nothing, for most."""
@@ -97,7 +138,7 @@ def weights_of(analysis: Analysis) -> dict[str, Tensor]:
 
 def divide_by_cost(analysis: Analysis, scores: Mapping[str, Floats], budget: Budget) -> dict[str, Floats]:
     """Scores over what goes with each channel of what ``budget`` limits first; over FLOPs where it limits time."""
-    kind = next((kind for kind, _ in budget.limits()), "flops")
+    kind = next((kind for kind, _ in budget.limits()), "flops" if budget.latency is not None else "channels")
     costs = marginal(analysis, kind)
     return {name: numbers / np.maximum(costs[name], 1.0) for name, numbers in scores.items()}
 

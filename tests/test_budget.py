@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -259,6 +260,101 @@ def test_scores_that_are_not_numbers() -> None:
         passes.Magnitude().plan(fxprune.analyze(model, inputs), Budget(flops=0.5))
 
 
+# ------------------------------------------------------------------------------------------------ shares
+
+
+def widths_of(analysis: Analysis, names: str, plan: Plan) -> tuple[int, int]:
+    """The channels of the groups whose names match the expression ``names``: all of them, and those that stay."""
+    named = [name for name in analysis.sizes if re.fullmatch(names, name)]
+    return sum(analysis.sizes[name] for name in named), sum(plan.widths[name] for name in named)
+
+
+def test_groups_that_a_pattern_names_keep_their_share() -> None:
+    analysis = zoo("resnet18")
+    plan = passes.Magnitude().plan(analysis, Budget(channels={"layer4.*": 0.5, "layer3.0": 160}))
+    assert widths_of(analysis, r"layer4\..*", plan) == (1536, 768)
+    assert widths_of(analysis, r"layer3\.0\..*", plan) == (512, 160)
+    assert all(name.startswith(("layer4", "layer3.0")) for name in plan.keep)
+
+
+def test_each_group_keeps_a_share_of_its_own_where_scores_are_compared_within_it() -> None:
+    analysis = zoo("resnet18")
+    plan = passes.Magnitude(scope="local").plan(analysis, Budget(channels={"layer4.*": 0.5}))
+    assert {name: plan.widths[name] for name in plan.keep} == {
+        "layer4.0.conv1": 256,
+        "layer4.0.conv2": 256,
+        "layer4.1.conv1": 256,
+    }
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_limits_are_met_by_the_groups_that_no_pattern_names(share: float) -> None:
+    analysis = zoo("resnet18")
+    whole = counted(analysis, Plan({}, analysis.sizes), "flops")
+    plan = passes.Magnitude().plan(analysis, Budget(flops=0.5, channels={"layer4.*": share}))
+    assert 0.495 * whole <= counted(analysis, plan, "flops") <= 0.5 * whole
+    assert widths_of(analysis, r"layer4\..*", plan) == (1536, 1536 * share)
+
+
+def test_shares_may_save_more_than_a_limit_asks_for() -> None:
+    analysis = zoo("resnet18")
+    shares = {"layer4.*": 0.5}
+    criterion = passes.Magnitude(scope="local")
+    assert criterion.plan(analysis, Budget(channels=shares, flops=0.99)) == criterion.plan(
+        analysis, Budget(channels=shares)
+    )
+    with pytest.raises(BudgetError, match=r"3 have their share of channels=, and minimum="):
+        passes.Magnitude().plan(analysis, Budget(channels=shares, flops=0.0001))
+
+
+def test_heads_and_mlps_apart() -> None:
+    analysis = fxprune.analyze(vit(), X)
+    criterion = passes.Magnitude(scope="local")
+    plan = criterion.plan(analysis, Budget(channels={"*.self_attention": 0.75, "*.mlp": 0.25}))
+    assert {plan.widths[name] for name in plan.keep if "attention" in name} == {3}
+    assert {plan.widths[name] for name in plan.keep if "mlp" in name} == {16}
+    assert len(plan.keep) == 4
+
+
+def vit() -> nn.Module:
+    """Two layers of 4 heads and 64 channels in the MLP."""
+    return torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "options", "message"),
+    [
+        ({"layer5.*": 0.5}, {}, r"channels=\{'layer5\.\*': 0\.5\} names no group of this model"),
+        ({"layer1.0.conv2": 0.5}, {}, r"channels=\{'layer1\.0\.conv2': 0\.5\} names layers, .* in 'conv1' and"),
+        (
+            {"layer4": 0.5, "*.conv1": 0.25},
+            {},
+            r"channels= names group 'layer4\.0\.conv1' twice, by 'layer4' and by '\*\.conv1'",
+        ),
+        ({"layer4": 0.05}, {}, r"76\.8 of 1536 channels may stay, and the nearest is 156\..* 0 are .* minimum= holds"),
+        ({"layer4": 0.5}, {"keep": "layer4"}, r"nearest is 1536\. Of 3 groups 3 are kept whole"),
+        ({"layer4": 0.75}, {"maximum": 0.5}, r"1152 of 1536 channels may stay, and the nearest is 768.* maximum="),
+        ({"layer4": 5000}, {}, r"channels=\{'layer4': 5000\} asks for more .* 1536 channels"),
+        ({}, {}, r"channels=\{\} must name groups"),
+        ({4: 0.5}, {}, r"channels=\{4: 0\.5\} must name groups"),
+        ({"layer4": None}, {}, r"channels\['layer4'\]=None must be a number above 0"),
+        ({"layer4": 1.5}, {}, r"channels\['layer4'\]=1\.5 is neither a fraction nor a count"),
+    ],
+)
+def test_shares_that_make_no_sense(shares: Any, options: Any, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        passes.Magnitude(**options).plan(zoo("resnet18"), Budget(channels=shares))
+
+
+def test_a_plan_says_what_it_was_made_for(tmp_path: Any) -> None:
+    plan = passes.Random(scope="isomorphic").plan(tiny(), Budget(params=0.7, channels={"0.0": 0.5}, tolerance=0.1))
+    plan.save(tmp_path / "plan.json")
+    told = {"budget": "params=0.7, channels={'0.0': 0.5}, tolerance=0.1", "scope": "isomorphic"}
+    assert Plan.load(tmp_path / "plan.json").source == plan.source == told
+
+
 # ------------------------------------------------------------------------------------------------ bounds
 
 
@@ -270,6 +366,30 @@ def test_local_removes_the_same_share_everywhere() -> None:
     spread = passes.Magnitude(scope="global", round_to=1).plan(analysis, Budget(channels=0.5)).widths
     shares = [width / analysis.sizes[name] for name, width in spread.items()]
     assert max(shares) - min(shares) > 0.05
+
+
+def test_isomorphic_removes_the_same_share_of_each_kind_of_group_and_compares_within_it() -> None:
+    analysis = zoo("resnet18")
+    scores = {name: np.full(size, float(number)) for number, (name, size) in enumerate(analysis.sizes.items())}
+    plan = Given(scores, scope="isomorphic", minimum=0, round_to=1).plan(analysis, Budget(channels=0.5, tolerance=0.1))
+    inside = [name for name in analysis.sizes if re.fullmatch(r"layer.\..\.conv1", name)]
+    assert sum(plan.widths[name] for name in inside) == pytest.approx(sum(analysis.sizes[n] for n in inside) / 2, abs=8)
+    *first, last_but_one, last = [plan.widths[name] for name in inside]  # the earlier, the lower the score
+    assert set(first) == {1}
+    assert 430 < last_but_one < 460
+    assert last == 512
+    alone = ["conv1", "layer4.0.conv2"]  # the first and the last stage are like no other
+    assert [plan.widths[name] / analysis.sizes[name] for name in alone] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@dataclass(frozen=True)
+class Given(passes.Criterion):
+    """Scores that are given."""
+
+    scores: Any
+
+    def score(self, analysis: Analysis) -> Any:
+        return self.scores
 
 
 def test_minimum_and_maximum() -> None:

@@ -174,6 +174,29 @@ def test_budgets(options: list[str], kind: str, most: float) -> None:
     assert after <= (most * before if most <= 1 else most)
 
 
+def test_shares_by_pattern_and_the_scope() -> None:
+    report = pruned("--channels", "0=0.5", "--channels", "3*=75%", "--scope", "local")
+    assert list(report["groups"].values()) == [[16, 8], [16, 12]]
+    options = json.loads(Path("out/plan.json").read_text())["options"]
+    assert options["budget"] == "flops=0.5, channels={'0': 0.5, '3*': 0.75}, tolerance=0.3"
+    assert options["scope"] == "local"
+
+
+@pytest.mark.parametrize(
+    ("amounts", "message"),
+    [
+        (["0.5", "3=0.5"], "--channels 0.5 beside others"),
+        (["3=0.5", "3=0.6"], "--channels 3=0.6: '3' has a share already, 0.5"),
+        (["3=x"], "'x' is no amount"),
+        (["9=0.5"], "channels={'9': 0.5} names no group"),
+    ],
+)
+def test_shares_that_make_no_sense(amounts: list[str], message: str) -> None:
+    options = [word for amount in amounts for word in ("--channels", amount)]
+    result = run("prune", *TINY, *options, code=1 if "names no" in message else 2)
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_keep_and_rounding() -> None:
     report = pruned("--keep", "0", "--flops", "0.7")
     assert report["groups"]["0"] == [16, 16]

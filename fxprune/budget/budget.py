@@ -1,7 +1,7 @@
 """Budget and Bounds: what a compact model may cost, and what may be done to each group on the way there."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from numbers import Integral
 
@@ -24,8 +24,12 @@ class Budget:
         flops: FLOPs of a forward pass on the example inputs (a multiply and an add are 2).
         macs: multiply-accumulates, half the FLOPs.
         params: the number of parameters.
-        channels: the number of channels of all groups.
+        channels: the number of channels of all groups. Or a share for each of several patterns of groups, such as
+            ``{"layer4.*": 0.5, "*.attn": 0.75}``: the groups of a pattern keep this share of their channels together,
+            and compete for it as ``scope`` says; all other limits are met by the groups that no pattern names.
         memory: bytes of weights and of all values that a forward pass computes.
+        layers: the number of residual branches: blocks of a residual network, attentions and MLPs of a transformer. The
+            others go whole, those of the lowest scores, before widths meet the other limits.
         latency: of a forward pass, measured; a fraction, seconds above 1, or a ``timedelta``.
         tolerance: how much of a limit may be left unused, as a fraction of it.
     """
@@ -33,8 +37,9 @@ class Budget:
     flops: float | None = None
     macs: float | None = None
     params: float | None = None
-    channels: float | None = None
+    channels: float | Mapping[str, float] | None = field(default=None, hash=False)
     memory: float | None = None
+    layers: float | None = None
     latency: float | timedelta | None = None
     tolerance: float = 0.01
 
@@ -44,14 +49,36 @@ class Budget:
             raise BudgetError(f"an empty budget: give at least one of {', '.join(limits)}")
         if isinstance(self.latency, timedelta):
             limits["latency"] = self.latency.total_seconds()
+        if isinstance(self.channels, Mapping):
+            object.__setattr__(self, "channels", dict(self.channels))
+            check_shares(self.shares)
+            del limits["channels"]
         check_options(limits, BudgetError, **dict.fromkeys(limits, allow_number(above=0).or_none()))
         check_options(limits, BudgetError, **dict.fromkeys(limits.keys() - {"latency"}, FRACTION_OR_COUNT))
         check_options(self, BudgetError, tolerance=allow_number(above=0, below=1))
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The channels that the groups of each pattern keep."""
+        return dict(self.channels) if isinstance(self.channels, Mapping) else {}
+
     def limits(self) -> list[tuple[str, float]]:
-        """The limits that are counted, each with its cost."""
+        """The limits on the whole model that are counted, each with its cost."""
         limits = [(name, getattr(self, name)) for name in ("flops", "macs", "params", "channels", "memory")]
-        return [(name, value) for name, value in limits if value is not None]
+        return [(name, value) for name, value in limits if value is not None and not isinstance(value, Mapping)]
+
+    def __str__(self) -> str:
+        """The limits that are set."""
+        return ", ".join(f"{name}={value}" for name, value in vars(self).items() if value is not None)
+
+
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raise BudgetError unless each pattern of ``Budget.channels`` has a share or a count."""
+    if not shares or not all(isinstance(pattern, str) for pattern in shares):
+        raise BudgetError(f"channels={shares!r:.80} must name groups, such as {{'layer4.*': 0.5}}")
+    named = {f"channels[{pattern!r}]": share for pattern, share in shares.items()}
+    check_options(named, BudgetError, **dict.fromkeys(named, allow_number(above=0)))
+    check_options(named, BudgetError, **dict.fromkeys(named, FRACTION_OR_COUNT))
 
 
 def is_fraction(value: float) -> bool:
@@ -78,7 +105,10 @@ class Bounds:
             ("fc.weight[1]") the channels on that axis. A module stands for all that is in it.
         round_to: widths are multiples of this, but for a few groups that use up the rest of the budget; "auto" chooses
             from device and dtype, by a sixteenth of a group at most. A number holds but for a quarter of a group.
-        scope: "global" compares scores across groups, "local" removes the same fraction of each group.
+        scope: "global" compares scores across all groups, "local" removes the same fraction of each group.
+            "isomorphic" removes the same fraction of each kind of group, and compares scores across the groups of a
+            kind: those that go through the same kinds of layers in the same order. After Fang et al., "Isomorphic
+            Pruning for Vision Models" (2024).
     """
 
     minimum: float = 0.1
@@ -94,6 +124,6 @@ class Bounds:
             PlanError,
             minimum=allow_number(least=0, most=1),
             round_to=allow_count().or_auto(),
-            scope=allow_words("global", "local"),
+            scope=allow_words("global", "local", "isomorphic"),
         )
         check_options(self, PlanError, maximum=allow_number(least=self.minimum, most=1))

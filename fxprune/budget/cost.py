@@ -251,7 +251,8 @@ def stored_costs(
     analysis: Analysis, tensors: dict[str, Any], in_bytes: bool
 ) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The elements (or bytes) of parameters and buffers."""
-    for name, tensor in tensors.items():
+    for name in tensors.keys() & analysis.shapes.keys():  # a branch may be gone
+        tensor = tensors[name]
         axes = [analysis.axes.get((name, at)) for at in range(tensor.ndim)]
         named = tuple(axis.names for axis in axes if axis is not None)
         rest = math.prod(size for size, axis in zip(analysis.shapes[name], axes, strict=True) if axis is None)

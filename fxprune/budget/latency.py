@@ -72,7 +72,7 @@ class Search:
         times = seconds_of({"dense": solver.analysis.graph}, inputs, SECONDS)["dense"]
         self.dense = float(np.median(times))
         limit = in_seconds(budget.latency, self.dense)
-        if self.dense <= limit and not limits:
+        if self.dense <= limit and not limits and not solver.settled.any():
             raise BudgetError(f"the model already runs in {self.dense:.3g} s, within {limit:.3g} s: nothing to remove.")
         self.limit = limit / self.dense
         self.known = dict[bytes, list[float]]()  # widths -> times over those of the dense model in the same rounds
@@ -80,9 +80,9 @@ class Search:
         self.stairs = measure_staircases(solver, inputs)
 
     def within(self, limits: Sequence[tuple[str, float]], tolerance: float) -> Ints:
-        """The largest widths that meet the counted limits; those of the whole model where there are none."""
+        """The largest widths that meet the counted limits; the largest of all where there are none."""
         if not limits:
-            return self.solver.sizes
+            return self.solver.cap
         return meet_limits(self.solver, limits, tolerance)
 
     def widths(self) -> Ints:

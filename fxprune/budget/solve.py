@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from fxprune.budget.budget import Bounds, Budget
 from fxprune.budget.cost import Floats
 from fxprune.budget.latency import meet_latency
+from fxprune.budget.shares import settle_shares
 from fxprune.budget.solver import Solver, describe_rounding, meet_limits
 from fxprune.channels.analysis import Analysis
 from fxprune.plan import Plan
@@ -26,9 +27,11 @@ def solve_budget(analysis: Analysis, scores: Mapping[str, Floats], budget: Budge
         BudgetError: the budget is out of reach, or the model already meets it.
         PlanError: nothing can be pruned, or a pattern in ``keep`` matches nothing.
     """
-    solver = Solver(analysis, scores, bounds)
+    solver = settle_shares(Solver(analysis, scores, bounds), budget)
     logger.info("widths are %s", describe_rounding(analysis, bounds.round_to))
     limits = budget.limits()
     if budget.latency is not None:
         return solver.plan(meet_latency(solver, budget, limits))
+    if not limits:
+        return solver.plan(solver.cap)
     return solver.plan(meet_limits(solver, limits, budget.tolerance))

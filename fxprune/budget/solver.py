@@ -1,5 +1,6 @@
 """Solver: scores become widths, and widths that meet limits on counted costs are found by bisection."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -31,28 +32,36 @@ class Solver:
         self.sizes = np.array(list(analysis.sizes.values()))
         self.fixed = held_groups(analysis, bounds.keep)
         self.fixed |= np.array([name not in scores for name in analysis.groups])
-        starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        flat = np.full(int(self.sizes.sum()), np.inf)
-        for number, name in enumerate(analysis.groups):
-            if name in scores:
-                flat[starts[number] : starts[number] + self.sizes[number]] = scores[name]
+        self.settled = np.zeros(len(self.sizes), dtype=bool)  # their widths are decided, as a share says
+        flat = np.concatenate([scores.get(name, np.full(size, np.inf)) for name, size in analysis.sizes.items()])
         group = self.channels.group
         if (bad := np.isnan(flat)).any():
             raise PlanError(
                 f"the criterion's scores of group {self.channels.names[group[bad.argmax()]]!r} are not numbers (NaN); "
                 "are there NaNs or infinities in its weights or gradients?"
             )
-        order = np.lexsort((-flat, group))  # by group, best first; ties by position
-        self.rank = np.empty_like(order)
-        self.rank[order] = np.arange(len(order)) - starts[group[order]]
-        place = self.rank / self.sizes[group] if bounds.scope == "local" else -flat
+        self.rank = rank_within(group, flat)
+        place = -flat
+        if bounds.scope == "local":
+            place = self.rank / self.sizes[group]
+        if bounds.scope == "isomorphic":
+            kind = number_kinds(analysis)[group]
+            place = rank_within(kind, flat) / np.bincount(kind)[kind]
         removable = ~self.fixed[group]
         worst_first = np.lexsort((-self.rank, -place))
         self.worst_first = worst_first[removable[worst_first]]
         self.multiple = round_widths(analysis, bounds.round_to)
         self.floor = np.minimum(self.sizes, np.maximum(1, np.ceil(bounds.minimum * self.sizes - 1e-9)).astype(np.int64))
-        self.cap = np.maximum(self.floor, np.floor(bounds.maximum * self.sizes + 1e-9).astype(np.int64))
+        self.cap: Ints = np.maximum(self.floor, np.floor(bounds.maximum * self.sizes + 1e-9).astype(np.int64))
         self.floor[self.fixed] = self.cap[self.fixed] = self.sizes[self.fixed]
+
+    def settle(self, held: Bools, widths: Ints) -> "Solver":
+        """This solver, but that the groups ``held`` have the width that ``widths`` (int64[groups]) says."""
+        result = copy.copy(self)
+        result.floor, result.cap = np.where(held, widths, self.floor), np.where(held, widths, self.cap)
+        result.worst_first = self.worst_first[~held[self.channels.group[self.worst_first]]]
+        result.settled = self.settled | held
+        return result
 
     def widths(self, removed: int, multiple: Ints | None = None) -> Ints:
         """The widths when the ``removed`` worst channels go, as far as minimum, maximum and rounding let them."""
@@ -174,6 +183,8 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         rows = zip(costs, values, totals, strict=True)
         return " and ".join(f"{kind}={round(value)} ({value / now:.1%})" for (kind, _, _), value, now in rows)
 
+    if solver.settled.any() and used(solver.cap) <= 1:
+        return solver.cap
     if used(solver.sizes) <= 1:
         raise BudgetError(
             f"the model already meets the budget {amounts(allowed)}: it has {amounts(totals)}. Give a smaller one."
@@ -183,6 +194,8 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
     except UnreachableError as miss:
         kept = solver.kept(miss.widths)
         held = f"{int(solver.fixed.sum())} of {len(solver.sizes)} groups are kept whole"
+        if settled := int((solver.settled & ~solver.fixed).sum()):
+            held += f", {settled} have their share of channels="
         if miss.above:
             why = f"{held}, and minimum= holds the others; lower it, or keep fewer layers"
         elif (miss.widths == solver.cap).all():
@@ -196,6 +209,31 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         raise BudgetError(
             f"the budget {amounts(allowed)} can't be met; the nearest that can be reached is {nearest}: {why}."
         ) from None
+
+
+def rank_within(owner: Ints, scores: Floats) -> Ints:
+    """int64[channels]: how many channels of the same ``owner`` have a better score; ties by position."""
+    order = np.lexsort((-scores, owner))
+    starts = np.cumsum(np.bincount(owner)) - np.bincount(owner)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order)) - starts[owner[order]]
+    return rank
+
+
+def number_kinds(analysis: Analysis) -> Ints:
+    """int64[groups]: groups of one number live on the same axes of the same kinds of layers, in the same order."""
+    numbers: dict[tuple[tuple[str, str, int], ...], int] = {}
+    kinds = [
+        tuple((*kind_of_parameter(analysis, member.parameter), member.axis) for member in group.members)
+        for group in analysis.groups.values()
+    ]
+    return np.array([numbers.setdefault(kind, len(numbers)) for kind in kinds], dtype=np.int64)
+
+
+def kind_of_parameter(analysis: Analysis, parameter: str) -> tuple[str, str]:
+    """The class of the module that a parameter or buffer belongs to, and its name there."""
+    path, _, leaf = parameter.rpartition(".")
+    return type(analysis.graph.get_submodule(path)).__name__, leaf
 
 
 def held_groups(analysis: Analysis, patterns: Sequence[str]) -> Bools:

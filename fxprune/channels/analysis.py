@@ -6,12 +6,14 @@ every value in the graph (so that the rewrite knows each new shape), and what th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.channels.depth import Residual, find_residuals
 from fxprune.channels.groups import (
     Axis,
     Frozen,
@@ -28,7 +30,7 @@ from fxprune.channels.names import Bools, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import NameRun, Norm, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
-from fxprune.errors import AnalysisError, require_type
+from fxprune.errors import AnalysisError, PlanError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import trace
@@ -63,6 +65,19 @@ class Analysis:
     aliases: Mapping[str, str] = field(repr=False)  # every name of a parameter -> its first name
     origin: "tuple[Analysis, Plan] | None" = field(default=None, repr=False)  # what this is ``after`` of
 
+    @cached_property
+    def layers(self) -> Mapping[str, Mapping[Mode, Residual]]:
+        """The residual branches that may go whole in each mode's graph, by the path of their last layer."""
+        return find_residuals(self.graph, self.values)
+
+    def check_layers(self, plan: Plan) -> None:
+        """Raise PlanError where ``plan`` takes out what is no residual branch of this model."""
+        if missing := [name for name in plan.layers if name not in self.layers]:
+            raise PlanError(
+                f"the plan takes out the branch of {missing[0]!r}, which is no residual branch that may go; these "
+                f"are: {abridge_list(list(self.layers)) or 'none'}"
+            )
+
     def stays(self, plan: Plan) -> Bools:
         """bool[names]: whether each name stays under ``plan``."""
         removed = np.zeros(len(self.names), dtype=bool)
@@ -76,13 +91,27 @@ class Analysis:
     def values_after(self, plan: Plan) -> Values:
         """The ``values`` of the model that ``plan`` leads to."""
         plan.check(self.sizes)
+        self.check_layers(plan)
         if self.origin:  # from the start again: a label that was cut to one position does not know along which axis
             first, before = self.origin
             return first.values_after(before.then(plan))
         cut = Cutter(self.stays(plan))
+        gone = self.nodes_within(plan.layers)
         return {
-            mode: {region: map_values(cut.value, values) for region, values in regions.items()}
+            mode: {
+                region: map_values(cut.value, {name: tree for name, tree in nodes.items() if (mode, name) not in gone})
+                for region, nodes in regions.items()
+            }
             for mode, regions in self.values.items()
+        }
+
+    def nodes_within(self, layers: Sequence[str]) -> set[tuple[Mode, str]]:
+        """The nodes of residual branches, with the mode of their graph."""
+        return {
+            (mode, node.name)
+            for name in layers
+            for mode, residual in self.layers[name].items()
+            for node in residual.nodes
         }
 
     def places(self) -> list[Place]:
@@ -102,7 +131,9 @@ class Analysis:
         stays = self.stays(plan)
         cut = Cutter(stays)
         graph = graph or self.graph
+        gone = self.nodes_within(plan.layers)
         tensors = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}  # a branch may be gone
+        tensors -= {name for layer in plan.layers for name in self.layers[layer][Mode.EVAL].state}
         groups = {}
         for group in self.groups.values():
             kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
@@ -140,8 +171,14 @@ class Analysis:
             frozen=tuple(frozen),
             values=self.values_after(plan),
             shapes=shapes,
-            norms=tuple(replace(norm, label=cut(norm.label)) for norm in self.norms),
-            flops=tuple(replace(term, factors=tuple(map(cut, term.factors))) for term in self.flops),
+            norms=tuple(
+                replace(norm, label=cut(norm.label)) for norm in self.norms if (norm.mode, norm.node) not in gone
+            ),
+            flops=tuple(
+                replace(term, factors=tuple(map(cut, term.factors)))
+                for term in self.flops
+                if (Mode.EVAL, term.node) not in gone
+            ),
             axes=axes,
             origin=(self, plan),
         )

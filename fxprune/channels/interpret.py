@@ -220,7 +220,7 @@ class ChannelRunner(Runner):
         key = target, inputs, operator is None and self.mode  # what torch runs, it may refuse in the other mode
         if key in run.calls:
             _, result, norms, flops = run.calls[key]
-            run.flops += flops if run.mode is Mode.EVAL else []
+            run.flops += [replace(term, node=run.names.node) for term in flops if run.mode is Mode.EVAL]
             run.norms += [replace(norm, mode=run.mode, node=run.names.node) for norm in norms]
             return result
         norms, flops = len(run.norms), len(run.flops)

@@ -25,6 +25,7 @@ class Term:
 
     scale: int
     factors: Labels
+    node: str
 
 
 @dataclass(frozen=True)

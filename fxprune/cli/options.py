@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -30,6 +30,23 @@ def read_amount(text: str) -> float:
     if match[2]:
         return round(value * UNITS[match[2].upper()])
     return int(value) if match[1].isdigit() else value
+
+
+def read_shares(texts: Sequence[str]) -> float | dict[str, float] | None:
+    """What may remain of all channels, or of those that patterns name, each with "=" and an amount."""
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return read_amount(texts[0])
+    shares: dict[str, float] = {}
+    for text in texts:
+        pattern, sign, amount = text.rpartition("=")
+        if not sign:
+            raise typer.BadParameter(f"--channels {text} beside others: give each a pattern, such as 'layer4.*={text}'")
+        if pattern in shares:
+            raise typer.BadParameter(f"--channels {text}: {pattern!r} has a share already, {shares[pattern]:g}")
+        shares[pattern] = read_amount(amount)
+    return shares
 
 
 T = TypeVar("T")

@@ -57,8 +57,18 @@ def prune(
     flops: Annotated[float | None, read_limit("FLOPs that may remain: 0.5, 50% or 2G.")] = None,
     macs: Annotated[float | None, read_limit("Multiply-accumulates that may remain; half the FLOPs.")] = None,
     params: Annotated[float | None, read_limit("Parameters that may remain: 0.5 or 5M.")] = None,
-    channels: Annotated[float | None, read_limit("Channels that may remain, of all groups together.")] = None,
+    channels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help='Channels that may remain, of all groups together. Or of those that a pattern names: "layer4.*=0.5", '
+            "once for each pattern.",
+        ),
+    ] = None,
     memory: Annotated[float | None, read_limit("Bytes of weights and of all values computed that may remain.")] = None,
+    layers: Annotated[
+        float | None, read_limit("Residual branches (blocks, attentions, MLPs) that may remain; others go whole.")
+    ] = None,
     latency: Annotated[
         float | None, read_limit("The fraction of the time of a forward pass that may remain; measured.")
     ] = None,
@@ -80,6 +90,13 @@ def prune(
     tolerance: Annotated[
         float, typer.Option(help="How much of a limit may be left unused, as a fraction of it.")
     ] = 0.01,
+    scope: Annotated[
+        str,
+        typer.Option(
+            help="Where scores are compared: global, isomorphic (among groups of the same kinds of layers), or local "
+            "(within each group)."
+        ),
+    ] = "global",
     minimum: Annotated[float, typer.Option(help="The fraction of each group that stays at least.")] = 0.1,
     images: Annotated[
         str | None,
@@ -119,6 +136,7 @@ def prune(
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
     given_images = images_for(opened, images, samples, seed, weights, Asked(mean, std, size, resize))
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
+    bounds["scope"] = scope
     own = {"data": given_images and given_images.batches, "loss": data.compute_loss, "seed": seed}  # of some criteria
     bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
 
@@ -157,7 +175,8 @@ def read_budget(given: Mapping[str, Any]) -> Budget:
         raise UsageError(f"--latency {latency:g} is no fraction; say milliseconds with --latency-ms")
     try:
         time = latency if latency_ms is None else datetime.timedelta(milliseconds=latency_ms)
-        return options.read_fields(Budget, {**given, "latency": time})
+        channels = options.read_shares(given["channels"] or [])
+        return options.read_fields(Budget, {**given, "latency": time, "channels": channels})
     except BudgetError as error:
         raise UsageError(f"{error}. For example --flops 0.5") from error
 

@@ -47,7 +47,7 @@ def carry_out_plan(
 
     ``images``: to restore on, or None. ``about``: titles and words for the report.
     """
-    plan = replace(plan, source=opened.source.to_plain())
+    plan = replace(plan, source={**plan.source, **opened.source.to_plain()})
     about["model"] = opened.source.model
     print_progress("rewriting")
     compact, param_map = fxprune.rewrite(analysis.graph, analysis, plan)

@@ -89,7 +89,7 @@ def contract_letters(
     if call.run.mode is Mode.EVAL:
         named = {letter for side, label in factors for letter in side.varies(label)}
         constant = math.prod(sizes[letter] for letter in {*a.letters, *b.letters} - named)
-        call.run.flops.append(Term(2 * constant * extra, tuple(label for _, label in factors)))
+        call.run.flops.append(Term(2 * constant * extra, tuple(label for _, label in factors), call.names.node))
     results = [(side, label) for side, label in factors if side.varies(label) <= set(out)]
     for _, label in results:
         call.names.produce(label)

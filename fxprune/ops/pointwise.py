@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
+from fxprune.channels.depth import SUMS
 from fxprune.channels.labels import Labels, Operand, align_label, join_labels, varying_axes
 from fxprune.channels.tensor import Call, as_operand, freeze_unknown, rule
 from fxprune.graph.layers import ELEMENTWISE
 from fxprune.graph.lowering import Lowered, Tensors, lowering
 from fxprune.graph.shapes import Shape, plain_shape
 from fxprune.rewrite.attributes import attributes
-from fxprune.rewrite.branches import SUMS
 from fxprune.rewrite.kinds import GIVES_ZEROS, mark_kind
 
 aten = torch.ops.aten

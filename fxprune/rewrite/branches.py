@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.channels.analysis import Analysis
+from fxprune.channels.depth import find_residuals, is_sum, nodes_for
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
 from fxprune.graph.places import describe_place
+from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, regions_of
 from fxprune.plan import Plan
 from fxprune.rewrite.fit import name_of_target
 
-SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS: tuple[Any, ...] = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
 
 
@@ -83,11 +84,15 @@ class ConstantNorm(nn.modules.batchnorm._BatchNorm):
 
 @dataclass(frozen=True)
 class Branch:
-    """A branch whose last contraction has no input channels: from ``end`` over ``tail`` to the sum ``join``."""
+    """A branch from ``end`` over ``tail`` to the sum ``join``.
+
+    Its last contraction, ``end``, has no input channels; or it goes ``whole``, whatever it has.
+    """
 
     end: fx.Node
     tail: tuple[fx.Node, ...]
     join: fx.Node
+    whole: bool = False
 
     @property
     def other(self) -> fx.Node:
@@ -100,14 +105,7 @@ class Branch:
 
     def nodes(self) -> set[fx.Node]:
         """Everything that is computed for this branch alone."""
-        mine = {self.end, *self.tail}
-        waiting = [source for node in mine for source in node.all_input_nodes]
-        while waiting:
-            node = waiting.pop()
-            if node not in mine and node.op != "placeholder" and set(node.users) <= mine:
-                mine.add(node)
-                waiting.extend(node.all_input_nodes)
-        return mine
+        return nodes_for({self.end, *self.tail})
 
 
 def dead_branches(model: nn.Module, graph: fx.Graph, values: Mapping[str, Any]) -> list[Branch]:
@@ -180,17 +178,6 @@ def is_empty(value: Any) -> bool:
     return isinstance(value, Value) and 0 in value.shape
 
 
-def is_sum(node: fx.Node) -> bool:
-    """Whether a node adds two values."""
-    return (
-        node.op in ("call_function", "call_method")
-        and node.target in SUMS
-        and len(node.args) == 2
-        and all(isinstance(operand, fx.Node) for operand in node.args)
-        and node.args[0] is not node.args[1]
-    )
-
-
 def why_not_empty(node: fx.Node) -> str:
     """Why a group can't be emptied."""
     return (
@@ -215,6 +202,20 @@ def remove_branches(compact: Model, values: Values, dropped: frozenset[str]) -> 
             raise PlanError(f"the plan keeps no channel at {layer}, which is not inside a residual branch; keep one")
 
 
+def remove_layers(compact: Model, values: Values, layers: Sequence[str]) -> None:
+    """Take residual branches out of ``compact`` whole, by their names. ``values``: the predicted shapes."""
+    residuals = find_residuals(compact, values)
+    branches = {
+        mode: [Branch(residual.end, (), residual.join, whole=True) for residual in (residuals[n][mode] for n in layers)]
+        for mode in compact.distinct_graphs()
+    }
+    remove_from(compact, branches)
+    state = {name for layer in layers for name in residuals[layer][Mode.EVAL].state}
+    for name in sorted(state & named_tensors(compact).keys()):
+        path, _, leaf = name.rpartition(".")
+        delattr(compact.get_submodule(path), leaf)
+
+
 def remove_from(
     compact: TracedModule, branches: Mapping[Mode, Sequence[Branch]], dropped: frozenset[str] = frozenset()
 ) -> None:
@@ -232,7 +233,7 @@ def remove_from(
     for mode, graph in compact.distinct_graphs().items():
         for branch in branches[mode]:
             nodes, join, other = branch.nodes(), branch.join, branch.other
-            whole = any(node.target in dropped for node in nodes if node.op == "call_module")
+            whole = branch.whole or any(node.target in dropped for node in nodes if node.op == "call_module")
             constant = None if whole else keep_constant(compact, graph, branch)
             if constant is not None:
                 join.args, join.kwargs = (other, constant), {}

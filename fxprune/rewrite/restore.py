@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.channels.depth import is_sum
 from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause
 from fxprune.errors import RestoreError, require_type
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
 from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, in_eval, require_traced
 from fxprune.progress import track_progress
-from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.least_squares import Change, count_rows, fit_changes
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.rewrite.readers import allow_rounding, count_uses, describe_reader, find_weights, has_changed_input

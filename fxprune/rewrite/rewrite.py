@@ -39,7 +39,7 @@ from fxprune.graph.traced import (
 )
 from fxprune.plan import Plan
 from fxprune.rewrite.attributes import layer_attributes
-from fxprune.rewrite.branches import is_empty, remove_branches
+from fxprune.rewrite.branches import is_empty, remove_branches, remove_layers
 from fxprune.rewrite.fit import fit_node
 from fxprune.rewrite.kept import Kept, cut_tensor
 from fxprune.rewrite.param_map import ParamMap
@@ -70,13 +70,14 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
     check_shapes(state, analysis)
     tensors, parameters = cut_tensors(state, kept)
     compact = copy_onto(graph, tensors)
-    gone: set[str] = set()
+    if plan.layers:
+        remove_layers(compact, predicted, plan.layers)
     if any(not channels for channels in plan.keep.values()):
         dropped = {member.parameter for name in plan.dropped for member in analysis.groups[name].members}
         remove_branches(compact, predicted, frozenset(name.rpartition(".")[0] for name in dropped))
-        gone = state.keys() - {*compact.state_dict().keys(), *dict(compact.named_buffers())}
-        no_index = torch.zeros(0, dtype=torch.int64)
-        kept |= {name: tuple(no_index for _ in kept[name]) for name in gone}
+    gone = state.keys() - named_tensors(compact).keys()
+    no_index = torch.zeros(0, dtype=torch.int64)
+    kept |= {name: tuple(no_index for _ in kept[name]) for name in gone}
     set_attributes(compact, predicted)
     for place in places_of(compact, predicted):
         arguments = analysis.inputs[place.mode].get(place.region)

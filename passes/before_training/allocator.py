@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class Allocator(BeforeTraining):
             channels stay, as good as any where nothing is trained yet.
     """
 
+    scores_layers: ClassVar[bool] = False
     by: Criterion | None = None
 
     def __post_init__(self) -> None:

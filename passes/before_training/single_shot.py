@@ -4,7 +4,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class SingleShot(BeforeTraining):
         compute_aware: divide by the FLOPs that go with the channel, at the present widths.
     """
 
+    scores_layers: ClassVar[bool] = False
     data: Any
     loss: Callable[[Any, Any], Tensor]
     compute_aware: bool = True

@@ -36,6 +36,7 @@ class Activation(Criterion):
     """
 
     per_cost: ClassVar[bool] = True
+    scores_layers: ClassVar[bool] = False
     data: Any
     statistic: str = "mean"
 

@@ -25,6 +25,7 @@ class GeometricMedian(Criterion):
     """
 
     per_cost: ClassVar[bool] = True
+    scores_layers: ClassVar[bool] = False
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:
         """float64[channels] for each group that has weights."""

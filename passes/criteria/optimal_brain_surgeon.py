@@ -43,6 +43,7 @@ class OptimalBrainSurgeon(Criterion):
     """
 
     per_cost: ClassVar[bool] = True
+    scores_layers: ClassVar[bool] = False
     data: Any
 
     def score(self, analysis: Analysis) -> Mapping[str, Floats]:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from fxprune.channels.depth import is_sum
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONVOLUTIONS
 from fxprune.graph.traced import TracedModule, copy_model
 from fxprune.options import allow_number, check_options
-from fxprune.rewrite.branches import is_sum
 
 
 @dataclass(frozen=True)

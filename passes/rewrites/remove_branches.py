@@ -10,13 +10,14 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.channels.analysis import analyze
+from fxprune.channels.depth import is_sum
 from fxprune.errors import PlanError
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE, TRANSPOSED
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, TracedModule, copy_model
 from fxprune.options import allow_number, check_options
 from fxprune.pipeline import example_of
-from fxprune.rewrite.branches import Branch, is_sum, remove_from
+from fxprune.rewrite.branches import Branch, remove_from
 
 
 @dataclass(frozen=True)

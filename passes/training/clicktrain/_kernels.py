@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.channels.depth import is_sum
 from fxprune.graph.layers import BATCH_NORMS
 from fxprune.graph.traced import Mode, Model, regions_of
-from fxprune.rewrite.branches import is_sum
 from fxprune.rewrite.param_map import ParamMap
 
 from .._norms import EPSILON, at_least_float32
