@@ -163,7 +163,7 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
-        "groups": {**held_groups(before or {}, analysis, plan), **analysis.after(plan, compact).groups},
+        "groups": {**held_groups(before or {}, analysis, plan), **analysis.groups_after(plan, compact)},
     }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
