@@ -158,6 +158,20 @@ def test_flops_of_a_model_with_a_buffer_that_is_not_saved() -> None:
     assert cost.flops(Shifted(), torch.randn(3, 4)) == 2 * 3 * 4 * 2
 
 
+def test_flops_of_a_model_whose_layers_share_a_weight() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder, self.fc = nn.Embedding(7, 4), nn.Embedding(7, 4), nn.Linear(4, 3)
+            self.decoder.weight = self.encoder.weight
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.fc(self.encoder(words) + self.decoder(words))
+
+    words = torch.tensor([[1, 5]])
+    assert cost.flops(Tied(), words) == cost.flops(fxprune.trace(Tied(), words), words) == 2 * 2 * 4 * 3
+
+
 # ------------------------------------------------------------------------------------------ out of reach
 
 

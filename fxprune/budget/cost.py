@@ -3,7 +3,6 @@
 FLOPs are those of ``torch.utils.flop_counter``: a multiply and an add are 2 FLOPs, 1 MAC is 2 FLOPs.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import values_in
 from fxprune.graph.inputs import bind_inputs, map_tensors
+from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import Mode, TracedModule, is_traced
 
 if TYPE_CHECKING:
@@ -78,12 +78,16 @@ def flops_within(path: str, counter: "FlopCounterMode") -> Counter[str]:
 
 
 def state_on_meta(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers on meta, but for single integers: counters, whose value batch norm reads."""
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {
-        name: on_meta(tensor) if tensor.ndim or tensor.is_floating_point() else tensor.clone()
-        for name, tensor in tensors
-    }
+    """The parameters and buffers under all their names, on meta but for single integers: batch norm reads its counter.
+
+    What is shared is shared here too.
+    """
+    made: dict[int, Tensor] = {}
+    tensors = named_tensors(model)
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = on_meta(tensor) if tensor.ndim or tensor.is_floating_point() else tensor.clone()
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 
 class NodeCounter(Runner):

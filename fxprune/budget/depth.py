@@ -82,7 +82,7 @@ def cost_now(analysis: Analysis, kind: str) -> float:
 
 
 def budget_of_widths(analysis: Analysis, shallow: Analysis, budget: Budget) -> Budget | None:
-    """What is left of ``budget`` for the widths, once ``shallow`` is what some branches of the model left; None: nothing.
+    """What is left of ``budget`` for the widths, once ``shallow`` is what branches of the model left; None: nothing.
 
     Fractions are of the model of ``analysis``.
     """

@@ -131,24 +131,7 @@ class Analysis:
         stays = self.stays(plan)
         cut = Cutter(stays)
         graph = graph or self.graph
-        gone = self.nodes_within(plan.layers)
-        tensors = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}  # a branch may be gone
-        tensors -= {name for layer in plan.layers for name in self.layers[layer][Mode.EVAL].state}
-        groups = {}
-        for group in self.groups.values():
-            kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
-            new_channel = channels_after(group, kept)
-            members = []
-            for member in group.members:
-                if member.parameter not in tensors:
-                    continue
-                remaining = new_channel[member.channel] >= 0
-                at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
-                members.append(
-                    replace(member, index=at[member.index[remaining]], channel=new_channel[member.channel[remaining]])
-                )
-            if len(kept) and members:  # else it went with its branch
-                groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
+        gone, tensors = self.nodes_within(plan.layers), self.tensors_after(plan, graph)
         frozen = []
         for item in self.frozen:
             if item.parameter not in tensors:
@@ -167,7 +150,7 @@ class Analysis:
         return replace(
             self,
             graph=graph,
-            groups=groups,
+            groups=self.groups_after(plan, graph),
             frozen=tuple(frozen),
             values=self.values_after(plan),
             shapes=shapes,
@@ -182,6 +165,33 @@ class Analysis:
             axes=axes,
             origin=(self, plan),
         )
+
+    def tensors_after(self, plan: Plan, graph: nn.Module) -> set[str]:
+        """The parameters and buffers of ``graph`` that ``plan`` leaves, by name; its branches may be there still."""
+        return tensor_names(graph) - {name for layer in plan.layers for name in self.layers[layer][Mode.EVAL].state}
+
+    def groups_after(self, plan: Plan, graph: nn.Module) -> dict[str, Group]:
+        """The groups of ``graph``, the model that ``plan`` leads to."""
+        if self.origin:
+            first, before = self.origin
+            return first.groups_after(before.then(plan), graph)
+        stays, tensors = self.stays(plan), self.tensors_after(plan, graph)
+        groups = {}
+        for group in self.groups.values():
+            kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
+            new_channel = channels_after(group, kept)
+            members = []
+            for member in group.members:
+                if member.parameter not in tensors:
+                    continue
+                remaining = new_channel[member.channel] >= 0
+                at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
+                members.append(
+                    replace(member, index=at[member.index[remaining]], channel=new_channel[member.channel[remaining]])
+                )
+            if len(kept) and members:  # else it went with its branch
+                groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
+        return groups
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -272,6 +282,11 @@ class Analysis:
         if self.not_run:
             lines.append(f"not run: {self.not_run}")
         return "\n".join(lines)
+
+
+def tensor_names(graph: nn.Module) -> set[str]:
+    """The names of the tensors that a model still has: a branch may be gone."""
+    return {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
 
 
 def abridge_list(items: Sequence[str], limit: int = 6) -> str:

@@ -206,11 +206,13 @@ class ChannelRunner(Runner):
         run, layer = self.run_, self.layer(target)
         if len(args) == 1 and not kwargs and type(layer) in STATES:
             args = (*args, STATES[type(layer)](layer, args[0]))
-        if not run.real:  # what the graph made of numbers is on another device than its inputs are here
+        if run.real:
+            return super().call_module(target, args, kwargs)
+        if kwargs or not all(isinstance(arg, ChannelTensor) for arg in args):
+            # What the graph made of numbers is on another device than its inputs are here.
             args, kwargs = map_tensors(
                 lambda arg: arg if isinstance(arg, ChannelTensor) else on_meta(arg), (args, kwargs)
             )
-        if kwargs or run.real or not all(isinstance(arg, ChannelTensor) for arg in args):
             return super().call_module(target, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             operator = self.lowered(target, args)

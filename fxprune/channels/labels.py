@@ -85,6 +85,9 @@ def settle_labels(names: Names, labels: Iterable[Label]) -> Labels:
 
     A label that does not vary any more is dropped and its name frozen: it is all of a value.
     """
+    labels = list(labels)
+    if len(labels) == 1 and labels[0].size > 1:  # most values have one
+        return tuple(labels)
     settled: dict[int, Label] = {}  # by axis
     for label in labels:
         axes = varying_axes(label)

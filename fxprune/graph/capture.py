@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from math import prod
 from types import FunctionType
 from typing import Any
@@ -128,7 +129,7 @@ def record_run(
     users = {path: module for path, module in modules.items() if not is_layer(module)}
     buffers, attributes = buffers_of(modules), attributes_of(users)
     model.train(mode.training)
-    tensors = (*model.parameters(), *model.buffers(), *tensors_in(inputs))
+    tensors = chain(model.parameters(), model.buffers(), tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home)
     if prepare is not None:

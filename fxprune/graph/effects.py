@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxprune.graph.inputs import tensors_in
 from fxprune.graph.numbers import Number
 from fxprune.graph.refusal import RefusalError
+from fxprune.graph.traced import ATOMS
 
 CAPTURES = "transformers.utils.output_capturing"  # its hooks give nothing, but the model returns what they saw
 TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
@@ -89,6 +90,8 @@ def refuse_kept_tensors(writer: Writer, before: Attributes, after: Attributes) -
         RefusalError: names the attribute.
     """
     for (path, name), value in after.items():
+        if type(value) in ATOMS:
+            continue
         known = {id(tensor) for tensor in tensors_in(before.get((path, name)))}
         for tensor in tensors_in(value):
             node = writer.nodes.get(id(tensor))

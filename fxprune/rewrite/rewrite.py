@@ -175,7 +175,7 @@ def record_cut(compact: Model, analysis: Analysis, plan: Plan) -> None:
         "example_inputs": example,
         "options": dict(analysis.options),
         "policies": dict(analysis.policies),
-        "groups": {**groups_of_earlier_cuts(before or {}, analysis, plan), **analysis.after(plan, compact).groups},
+        "groups": {**groups_of_earlier_cuts(before or {}, analysis, plan), **analysis.groups_after(plan, compact)},
     }
     if not isinstance(compact, TracedModule):  # its Python may look at values
         compact.meta["fxprune"]["example"] = before["example"] if before else tensors_in(analysis.example_inputs)
