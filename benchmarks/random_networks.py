@@ -3,8 +3,8 @@
     python benchmarks/random_networks.py --seeds 0:10000                  # networks that Python steers
     python benchmarks/random_networks.py --seeds 0:10000 --of operators   # straight lines of operators
 
-In float64 at 1e-10, in eval and train mode, outputs, gradients and buffers: the graph is compared with the model on two
-batches, the compact model with the masked one (law 1), and a second cut, by a fresh analysis, with both cuts at once
+In float64 at 1e-10, in eval and train mode, outputs, gradients and buffers. The graph is compared with the model on two
+batches, the compact model with the masked one (law 1), and two cuts, the second freshly analysed, with both at once
 (law 3). Of one in a hundred the compact model goes through onnxruntime.
 
 Each network is a line of the log, so a run that was stopped goes on where it was; ``--again`` repeats those that did not
