@@ -46,7 +46,8 @@ class Exported:
         sizes = " and ".join(map(str, self.batches))
         doubt = "; all outputs were zero, so this says little: load trained weights" if self.flat else ""
         if self.moving:
-            doubt += f"; the model writes into {', '.join(self.moving)}, the file starts each run from what is there now"
+            buffers = ", ".join(self.moving)
+            doubt += f"; the model writes into {buffers}, the file starts each run from what is there now"
         return f"{self.path}: onnxruntime == PyTorch to {self.difference:.1e} at batch size {sizes}{doubt}"
 
 
