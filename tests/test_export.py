@@ -129,6 +129,27 @@ def test_outputs_that_are_all_zero_are_told(tmp_path: Path) -> None:
     assert "; all outputs were zero, so this says little: load trained weights" in str(exported)
 
 
+class MovesAnAverage(nn.Module):
+    """Counts in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        with torch.no_grad():
+            self.mean.lerp_(y.abs().mean(), 0.1)
+        return y / (1 + self.mean)
+
+
+def test_a_file_starts_each_run_from_the_same_buffers(tmp_path: Path) -> None:
+    exported = fxprune.export_onnx(randomize(MovesAnAverage()), torch.randn(2, 3, 8, 8), tmp_path / "model.onnx")
+    assert exported.moving == ("mean",)
+    assert "; the model writes into mean, the file starts each run from what is there now" in str(exported)
+
+
 def test_integers_and_booleans_come_out_too(tmp_path: Path) -> None:
     class Predictor(nn.Module):
         def __init__(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from laws import (
     OPTIMIZERS,
     graph_is_model,
@@ -143,10 +144,16 @@ def has_defaults_in_both_modes(m: Found, x: Tensor) -> Tensor:
     return m.o(m.b(y) if m.training else y)
 
 
+def shuffles_a_table(m: Found, x: Tensor) -> Tensor:
+    y = m.a(x).mean((2, 3), keepdim=True) + m.table
+    return m.o(F.pixel_unshuffle(F.pixel_shuffle(y, 2), 2))
+
+
 FOUND = [
     *(writes_a_slice, writes_a_slice_by_a_size, halves_by_a_size, steps_through_a_gru),
     starts_a_gru_where_python_looks,
     *(groups_an_image, moves_an_average, moves_an_average_in_python, returns_a_shape, has_defaults_in_both_modes),
+    shuffles_a_table,
 ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.atomic import named_errors, replace_files
 from fxprune.errors import ExportError, require_type
+from fxprune.graph.check import tensors_kept
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
 from fxprune.graph.traced import Mode, TracedModule, carried_attributes, copy_model, is_traced, regions_of
 from fxprune.rewrite.verify import relative_difference
@@ -31,16 +32,22 @@ class Exported:
         difference: the largest, relative to the largest output.
         batches: the batch sizes it was run at.
         flat: all outputs were zero, as those of a last layer that starts at zero. Then the comparison says little.
+        moving: buffers that the model writes into in eval mode. A file has no memory: there each run starts from what
+            they were.
     """
 
     path: Path
     difference: float
     batches: tuple[int, ...]
     flat: bool = False
+    moving: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sizes = " and ".join(map(str, self.batches))
         doubt = "; all outputs were zero, so this says little: load trained weights" if self.flat else ""
+        if self.moving:
+            buffers = ", ".join(self.moving)
+            doubt += f"; the model writes into {buffers}, the file starts each run from what is there now"
         return f"{self.path}: onnxruntime == PyTorch to {self.difference:.1e} at batch size {sizes}{doubt}"
 
 
@@ -92,6 +99,7 @@ def export_onnx(
             write_onnx(module, example, file, dynamic_batch, dynamo=False)
         batches = [resize_batch(inputs, n) if dynamic_batch else inputs for n in sizes]
         ordered = isinstance(model, TracedModule) or dynamic_batch
+        moving = find_moving_buffers(module, batches[0])
         worst, flat = compare_onnx(module, batches, file, ordered)
         if not worst <= tolerance:
             ties = "" if ordered else "Boxes chosen by scores that are all alike may differ: try trained weights. "
@@ -99,7 +107,7 @@ def export_onnx(
                 f"onnxruntime differs from PyTorch by {worst:.2e} of the largest output, allowed is {tolerance:.0e}; "
                 f"nothing was written to {path}. {ties}Please report this model, or pass a larger tolerance."
             )
-    result = Exported(path, worst, sizes, flat)
+    result = Exported(path, worst, sizes, flat, moving)
     logger.info("%s", result)
     return result
 
@@ -183,6 +191,14 @@ def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool
         quiet.setLevel(level)
 
 
+def find_moving_buffers(module: nn.Module, inputs: Bound) -> tuple[str, ...]:
+    """The names of the buffers that a run writes into; what they held is put back."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad(), tensors_kept(module):
+        module(*inputs[0], **inputs[1])
+        return tuple(name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name]))
+
+
 def compare_onnx(module: nn.Module, batches: Sequence[Bound], file: Path, ordered: bool = True) -> tuple[float, bool]:
     """The largest difference between onnxruntime and PyTorch, relative to the largest output; and whether all are zero.
 
@@ -194,7 +210,7 @@ def compare_onnx(module: nn.Module, batches: Sequence[Bound], file: Path, ordere
     options.log_severity_level = 3
     worst, flat = 0.0, True
     for args, kwargs in batches:
-        with torch.no_grad():
+        with torch.no_grad(), tensors_kept(module):
             expected = tensors_in(module(*args, **kwargs))
         flat = flat and not any(tensor.any() for tensor in expected)
         try:

@@ -436,7 +436,8 @@ def pixel_shuffle(call: Call) -> Labels:
     *batch, channels, height, width = value.shape
     split = (*batch, channels // factor**2, factor**2, height, width)
     labels = (reshape_label(label, value.shape, split) for label in value.labels)
-    merged = (pin_axes(call.names, label, [len(batch) + 1], "pixel shuffle") for label in labels)
+    pinned = [len(batch) + 1, len(batch) + 2, len(batch) + 3]
+    merged = (pin_axes(call.names, label, pinned, "pixel shuffle") for label in labels)
     return settle_labels(call.names, (label.squeeze(len(batch) + 1) for label in merged))
 
 
