@@ -78,7 +78,8 @@ class Bounds:
             ("fc.weight[1]") the channels on that axis. A module stands for all that is in it.
         round_to: widths are multiples of this, but for a few groups that use up the rest of the budget; "auto" chooses
             from device and dtype, by a sixteenth of a group at most. A number holds but for a quarter of a group.
-        scope: "global" compares scores across groups, "local" removes the same fraction of each group.
+        scope: "global" compares scores across groups, "local" removes the same fraction of each group; exactly the same
+            of equally wide ones, where such widths meet the budget.
     """
 
     minimum: float = 0.1

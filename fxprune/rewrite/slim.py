@@ -5,6 +5,7 @@ model's, so a copy of the model can hold them. What its Python computes with siz
 integers of its attributes remember where they stand: each size in a call must be that of the compact graph.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from fxprune.graph.sizes import Slot, find_sizes, put_sizes
 from fxprune.graph.trace import copy_modules, named_tensors, unwrap_model
 from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced, regions_of
 from fxprune.rewrite.attributes import layer_attributes
-from fxprune.rewrite.config import is_made_of_config, sizes_by_config
+from fxprune.rewrite.config import is_made_of_config, shapes_of, sizes_by_config
 from fxprune.rewrite.equations import Solver
 from fxprune.rewrite.twins import record_twins
 
@@ -39,7 +40,8 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
         example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
         fit_config: where the class is made from a config (``type(model)(model.config)``, as in Hugging Face's
             transformers), write the sizes into that too, so that it makes a model of these sizes again:
-            ``from_pretrained`` of what ``save_pretrained`` writes. False leaves the config as it is.
+            ``from_pretrained`` of what ``save_pretrained`` writes. False leaves the config as it is, with a warning:
+            such a model is kept with ``fxprune.save(compact, path)``.
 
     Raises:
         RewriteError: the class can't be so small; names the line with the size that its Python does not take from an
@@ -63,13 +65,21 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
     if difference := compare_slim(small, compact, inputs):
         failing = failing or solve_sizes(small, {}, compact, inputs)[1]  # what Python computes of new sizes
         raise RewriteError(explain_refusal(model, failing, difference))
-    if fit_config and is_made_of_config(model):
+    if not is_made_of_config(model):
+        return small
+    if fit_config:
         put_sizes(small, sizes_by_config(model, small, sizes))
         if difference := compare_slim(small, compact, inputs):
             raise RewriteError(
                 f"with the new sizes in its config {type(model).__name__} is not its compact graph: {difference}. "
                 "Nothing is changed. Say fit_config=False to leave the config as it is"
             )
+    elif shapes_of(small) != shapes_of(model):
+        warnings.warn(
+            f"the config of this {type(model).__name__} says its old sizes (fit_config=False): from_pretrained can't "
+            "load what its save_pretrained writes. Keep it with fxprune.save(compact, path)",
+            stacklevel=2,
+        )
     return small
 
 
@@ -93,7 +103,7 @@ def explain_refusal(model: nn.Module, failing: Sequence[str], difference: str) -
     return (
         f"{type(model).__name__} can't have the widths of its compact graph: {line}{difference}. Nothing is changed. "
         "Use the graph as it is; or let that line read the size from an attribute or from x.shape; or make a plan that "
-        "keeps the channels there (keep=), or as many of every width (passes.Uniform)"
+        "keeps the channels there (keep=), or the same share of every width (passes.Uniform, scope='local')"
     )
 
 
