@@ -8,8 +8,10 @@ from torch import nn
 
 from fxprune.budget.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
+from fxprune.channels.groups import fold_names
 from fxprune.errors import BudgetError, PlanError, require_type
 from fxprune.graph.trace import trace
+from fxprune.graph.traced import TracedModule, reasons_of, regions_of
 from fxprune.plan import Plan
 from fxprune.report.dump import Dump
 from fxprune.rewrite.restore import restore
@@ -59,6 +61,9 @@ def prune(
     if isinstance(criterion, type) or not hasattr(criterion, "plan"):
         raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
     graph = trace(model, example_inputs)
+    if not isinstance(graph, TracedModule):
+        parts, reason = ", ".join(fold_names(regions_of(graph))), reasons_of(graph).get("")
+        logger.warning("%s is no single graph, its parts are: %s. %s", type(graph).__name__, parts, reason)
     analysis = analyze(graph, example_inputs)
     plan = criterion.plan(analysis, budget, keep=keep)
     dump = Dump.from_environment(example_inputs)

@@ -16,8 +16,8 @@ class EvenSolver(Solver):
     """Finds widths that are the same share of groups of the same width, and nearly that of the others.
 
     Heads of 8 channels each are as wide as a stream of 8 times as many: such sizes hang together in a config.
-    ``rounding``: of shares to whole parts, ``np.rint`` or ``np.ceil``; where parts are coarse, one may meet what the other
-    can't.
+    ``rounding``: of shares to whole parts, ``np.rint`` or ``np.ceil``; where parts are coarse, one may meet a
+    budget that the other can't.
     """
 
     def __init__(

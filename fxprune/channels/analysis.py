@@ -17,6 +17,7 @@ from fxprune.channels.groups import (
     Frozen,
     Group,
     channels_after,
+    fold_names,
     freeze_leftovers,
     place_of,
     read_groups,
@@ -166,12 +167,13 @@ class Analysis:
         for group in self.groups.values():
             matching = [m for m in group.members if m.parameter in named]
             if group.name == name or matching:
-                where = ", ".join(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1])
+                where = ", ".join(fold_names(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1]))
                 partners = [m for m in group.members if m not in matching]
                 lines.append(
-                    f"{where}: the {group.size} channels of group {group.name!r} can be pruned. They go together with"
+                    f"{where}: the {group.size} {group.noun} of group {group.name!r} can be pruned. They go together with"
                 )
-                lines += [f"    {m.parameter}[{m.axis}]" for m in partners] or ["    nothing else"]
+                axes = fold_names(f"{m.parameter}[{m.axis}]" for m in partners)
+                lines += [f"    {axis}" for axis in axes] or ["    nothing else"]
                 if group.inexact:
                     lines.append("    A normalization runs over them: its statistics change when channels go.")
         for frozen in self.frozen:
@@ -225,9 +227,9 @@ class Analysis:
         by_reason: dict[str, list[str]] = {}
         for frozen in self.frozen:
             by_reason.setdefault(frozen.reason.text, []).append(f"{frozen.parameter}[{frozen.axis}]")
-        lines += [f"frozen, {reason}: {abridge_list(axes)}" for reason, axes in by_reason.items()]
+        lines += [f"frozen, {reason}: {abridge_list(fold_names(axes))}" for reason, axes in by_reason.items()]
         if not isinstance(self.graph, TracedModule):
-            graphs = abridge_list(list(regions_of(self.graph)), limit=20) or "none"
+            graphs = abridge_list(fold_names(regions_of(self.graph)), limit=20) or "none"
             lines.append(f"graphs: {graphs}. The rest of {type(self.graph).__name__} is plain Python")
             lines += [
                 f"plain Python, {path or 'the whole'}: {reason}" for path, reason in reasons_of(self.graph).items()

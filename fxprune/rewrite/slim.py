@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.channels.groups import fold_names
 from fxprune.errors import RewriteError, TraceError, require_type
 from fxprune.graph.capture import is_layer
 from fxprune.graph.check import compare_runs, gradients_of
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode
 from fxprune.graph.sizes import Slot, find_sizes, put_sizes
 from fxprune.graph.trace import copy_modules, named_tensors, unwrap_model
-from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced, regions_of
+from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced, reasons_of, regions_of
 from fxprune.rewrite.attributes import layer_attributes
 from fxprune.rewrite.config import is_made_of_config, shapes_of, sizes_by_config
 from fxprune.rewrite.equations import Solver
@@ -53,8 +54,9 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
         raise RewriteError("model is traced, it has no class to get back; give the model that you traced")
     if is_traced(compact) and not isinstance(compact, TracedModule):
         raise RewriteError(
-            f"the compact model is no single graph: it is a {type(compact).__name__} whose Python steers the graphs of "
-            f"its parts ({', '.join(regions_of(compact))}). Give one of these, with what it is called with"
+            f"the compact model is no single graph: it is a {type(compact).__name__}, whose Python steers the graphs of "
+            f"its parts, and has its class and methods. Why it is no single graph: {reasons_of(compact).get('')} Its parts "
+            f"can be given, with what they are called with: {', '.join(fold_names(regions_of(compact)))}"
         )
     require_type(compact, TracedModule, "compact", RewriteError)
     check_names(model, compact)
