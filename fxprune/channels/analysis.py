@@ -167,11 +167,10 @@ class Analysis:
         for group in self.groups.values():
             matching = [m for m in group.members if m.parameter in named]
             if group.name == name or matching:
+                those = f"{group.size} {group.noun} of group {group.name!r}"
                 where = ", ".join(fold_names(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1]))
                 partners = [m for m in group.members if m not in matching]
-                lines.append(
-                    f"{where}: the {group.size} {group.noun} of group {group.name!r} can be pruned. They go together with"
-                )
+                lines.append(f"{where}: the {those} can be pruned. They go together with")
                 axes = fold_names(f"{m.parameter}[{m.axis}]" for m in partners)
                 lines += [f"    {axis}" for axis in axes] or ["    nothing else"]
                 if group.inexact:
@@ -269,7 +268,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     cuts: dict[str, Group] = before["groups"] if same else {}
     for group in cuts.values():
         tie_channels(run.names, axes, group)
-    inputs = bind_inputs(example_inputs)
+    inputs = bind_inputs(example_inputs, graph)
     if run.real:
         bound_of, values, problem = run_steered(graph, inputs, state, run)
     else:

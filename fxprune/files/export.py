@@ -78,7 +78,7 @@ def export_onnx(
     module = frozen_in_eval(model)
     if is_traced(model) and not isinstance(model, TracedModule):
         dynamic_batch = False  # what plain Python saw of the example is fixed
-    inputs = in_order(module, bind_inputs(example_inputs))
+    inputs = in_order(module, bind_inputs(example_inputs, module))
     size = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
     sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
     with named_errors(path, "an ONNX model"), replace_files(path.parent) as folder:  # large ones are several files

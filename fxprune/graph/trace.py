@@ -27,7 +27,17 @@ from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
-from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
+from fxprune.graph.traced import (
+    ARGUMENTS,
+    ATOMS,
+    PLAIN,
+    START,
+    Mode,
+    TracedModule,
+    carried_attributes,
+    is_plain,
+    is_traced,
+)
 
 
 def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> Any:
@@ -54,7 +64,7 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     if is_traced(model):
         return model
     check_traceable(model)
-    inputs = bind_inputs(example_inputs)
+    inputs = bind_inputs(example_inputs, model)
     check_inputs(model, inputs)
     try:
         traced: Any = trace_whole(model, inputs, check)
@@ -65,6 +75,8 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
             traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
             traced.train(model.training)
             traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
+            given = inspect.signature(model.forward).bind(*inputs[0], **inputs[1]).arguments
+            traced.meta[ARGUMENTS] = {name: value if is_plain(value) else ... for name, value in given.items()}
         except DoesNotRunError:
             raise
         except TraceError as error:
@@ -201,8 +213,8 @@ def check_inputs(model: nn.Module, inputs: Bound) -> None:
         signature.bind(*inputs[0], **inputs[1])
     except TypeError as error:
         raise TraceError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tensor, a tuple of "
-            "arguments, or (args, kwargs)."
+            f"example_inputs do not fit {type(model).__name__}.forward({', '.join(signature.parameters)}): {error}. "
+            "Give a tensor, a tuple of arguments, a dict of arguments by name, or (args, kwargs) such as ((), {...})."
         ) from error
 
 

@@ -127,7 +127,7 @@ def bench(
             raise BenchError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if not batches or not all(isinstance(batch, int) and batch > 0 for batch in batches):
         raise BenchError(f"batches={batches!r} must be positive integers, such as (1, 32)")
-    inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind_inputs(example_inputs))
+    inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind_inputs(example_inputs, dense))
     threads = threads or torch.get_num_threads()
     with in_eval(*models.values()):
         try:

@@ -53,14 +53,14 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
     if is_traced(model):
         raise RewriteError("model is traced, it has no class to get back; give the model that you traced")
     if is_traced(compact) and not isinstance(compact, TracedModule):
+        reason, parts = reasons_of(compact).get(""), ", ".join(fold_names(regions_of(compact)))
         raise RewriteError(
-            f"the compact model is no single graph: it is a {type(compact).__name__}, whose Python steers the graphs of "
-            f"its parts, and has its class and methods. Why it is no single graph: {reasons_of(compact).get('')} Its parts "
-            f"can be given, with what they are called with: {', '.join(fold_names(regions_of(compact)))}"
+            f"the compact model is no single graph: it is a {type(compact).__name__}, whose Python steers the graphs "
+            f"of its parts. It is so because {reason} Its parts can be given, with what they are called with: {parts}"
         )
     require_type(compact, TracedModule, "compact", RewriteError)
     check_names(model, compact)
-    inputs = {mode: for_mode(bind_inputs(example_inputs), mode, model) for mode in Mode}
+    inputs = {mode: for_mode(bind_inputs(example_inputs, model), mode, model) for mode in Mode}
     before = find_sizes(model)
     sizes, failing = solve_sizes(model, before, compact, inputs)
     small = take_tensors(model, compact, {slot: size for slot, size in sizes.items() if size != before[slot]})

@@ -13,10 +13,10 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.batches import Batch
 from fxprune.graph.traced import Mode, observed_values, regions_of
 
-from .._data import Batch, mean_over, read_batches
+from .._data import mean_over, read_labelled
 from ..base import Criterion, detach_weights, share_in_layers
 
 STATISTICS = ("mean", "variance")
@@ -52,7 +52,7 @@ class Activation(Criterion):
 
         def sums(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             watch.put_on(model)
-            args, kwargs = bind_inputs(batch[0])
+            args, kwargs = batch[0]
             try:
                 with torch.no_grad():
                     model(*args, **kwargs)
@@ -60,7 +60,7 @@ class Activation(Criterion):
                 raise PlanError(f"model(x) fails on this data: {type(error).__name__}: {error}") from error
             return watch.sums
 
-        found = mean_over(analysis, read_batches(self.data, "Activation"), "Activation", sums)
+        found = mean_over(analysis, read_labelled(self.data, analysis, "Activation"), "Activation", sums)
         if not found:
             return {}
         count = np.maximum(found["count"], 1)
