@@ -31,7 +31,7 @@ class Plans(Protocol):
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    criterion: Plans,
+    criterion: Plans | None = None,
     *,
     budget: Budget,
     keep: Sequence[str] = (),
@@ -46,8 +46,8 @@ def prune(
 
     Args:
         model: a model that ``trace`` accepts.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
-        criterion: says which channels matter, for example ``passes.Magnitude()``.
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
+        criterion: what plans; it must be given. It says which channels matter, for example ``passes.Magnitude()``.
         budget: what may remain.
         keep: patterns of layers whose channels all stay ("layer4.*", "conv1").
         verify: check in float64 that the compact model is the masked original, before it is restored.
@@ -58,6 +58,8 @@ def prune(
         FxpruneError: a subclass for each stage that can fail; see the stages.
     """
     require_type(budget, Budget, "budget", BudgetError)
+    if criterion is None:
+        raise PlanError(describe_missing(example_inputs))
     if isinstance(criterion, type) or not hasattr(criterion, "plan"):
         raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
     graph = trace(model, example_inputs)
@@ -77,3 +79,11 @@ def prune(
     if finish := getattr(criterion, "finish", None):
         finish(graph, compact, param_map)
     return compact
+
+
+def describe_missing(example_inputs: Any) -> str:
+    """What is missing where ``prune`` got no criterion."""
+    call = "prune(model, example_inputs, criterion, budget=...)"
+    if hasattr(example_inputs, "plan"):
+        return f"example_inputs are missing: {call} got {example_inputs!r:.60} in their place. Give a tensor first"
+    return f"the criterion is missing: {call}. Give one such as passes.Magnitude()"

@@ -249,8 +249,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
 
     Args:
         model: a traced model, or any model that ``trace`` accepts.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs). Only shapes and dtypes matter. The batch
-            should be that of real use; the cost is reported for it.
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch. Only shapes and
+            dtypes matter. The batch should be that of real use; the cost is reported for it.
         heads: "whole" removes whole attention heads, "within" the same positions within every head.
         groups: of grouped convolutions: "whole" groups, "within" the same channels of every group, "auto" the finer.
 

@@ -46,8 +46,8 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     Args:
         model: any module, a GraphModule included. DistributedDataParallel and ``torch.compile`` wrappers are taken off.
             It is not changed.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs). They say which arguments are given; the
-            others keep their defaults.
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch. They say which
+            arguments are given; the others keep their defaults.
         check: compare the graphs with the model, outputs and gradients in both modes, and record them once more with a
             larger batch. It costs two runs of the model in each mode, one with its backward pass.
 
@@ -75,7 +75,7 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
             traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
             traced.train(model.training)
             traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
-            given = inspect.signature(model.forward).bind(*inputs[0], **inputs[1]).arguments
+            given = name_arguments(model, inputs)
             traced.meta[ARGUMENTS] = {name: value if is_plain(value) else ... for name, value in given.items()}
         except DoesNotRunError:
             raise
@@ -216,6 +216,21 @@ def check_inputs(model: nn.Module, inputs: Bound) -> None:
             f"example_inputs do not fit {type(model).__name__}.forward({', '.join(signature.parameters)}): {error}. "
             "Give a tensor, a tuple of arguments, a dict of arguments by name, or (args, kwargs) such as ((), {...})."
         ) from error
+
+
+def name_arguments(model: nn.Module, inputs: Bound) -> dict[str, Any]:
+    """What a model is called with, by name; in order, with a name of its own for each value of ``*args``."""
+    signature = inspect.signature(model.forward)
+    found: dict[str, Any] = {}
+    for name, value in signature.bind(*inputs[0], **inputs[1]).arguments.items():
+        match signature.parameters[name].kind:
+            case inspect.Parameter.VAR_POSITIONAL:
+                found |= {f"*{name}{at}": item for at, item in enumerate(value)}
+            case inspect.Parameter.VAR_KEYWORD:
+                found |= value
+            case _:
+                found[name] = value
+    return found
 
 
 FRAMES = 8  # of Python's stack that copying a model takes for each level of modules within modules

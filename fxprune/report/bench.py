@@ -107,7 +107,7 @@ def bench(
     Args:
         dense: a model; traced or not.
         compact: what was made of it.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         batches: batch sizes; the example's own samples are repeated. Where plain Python steers a model, only its own.
         backends: of "eager", "compile", "onnxruntime", "onnxruntime-cuda"; default, all that the weights' device has.
         seconds: that each model is run for, in each backend at each batch size.

@@ -38,7 +38,7 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
             changed.
         compact: what ``prune``, ``rewrite`` or ``load`` gave, or the model of a session, whatever was done with its
             weights since.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         fit_config: where the class is made from a config (``type(model)(model.config)``, as in Hugging Face's
             transformers), write the sizes into that too, so that it makes a model of these sizes again:
             ``from_pretrained`` of what ``save_pretrained`` writes. False leaves the config as it is, with a warning:

@@ -48,7 +48,7 @@ class Session(Run):
         self,
         model: nn.Module,
         example_inputs: Any,
-        optimizer: Optimizer,
+        optimizer: Optimizer = None,  # type: ignore[assignment]  # so that it can be said what is missing
         passes: Sequence[TrainingPass[Any]] = (),
         *,
         batch_size: int | None = None,
@@ -67,8 +67,8 @@ class Session(Run):
         Args:
             model: a model that ``trace`` accepts, in DistributedDataParallel or torch.compile wrappers or not. Its
                 parameters are shared with the session, so it is cut too: train ``session.model`` from now on.
-            example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
-            optimizer: of parameters of ``model``.
+            example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
+            optimizer: of parameters of ``model``; it must be given.
             passes: training passes, such as ``passes.PruneTrain()``.
             batch_size: samples a step on this rank; lets the log compare runs whose batches grow.
             epochs: how many there will be; a pass with a budget needs to know when it should be met.
@@ -88,6 +88,11 @@ class Session(Run):
             MigrationError: the optimizer holds other parameters.
         """
         require_type(model, nn.Module, "model", SessionError)
+        if optimizer is None and isinstance(example_inputs, Optimizer):
+            raise SessionError(
+                f"example_inputs are missing: Session(model, example_inputs, optimizer, passes) got the optimizer "
+                f"{type(example_inputs).__name__} in their place. Give a batch, as a tensor"
+            )
         require_type(optimizer, Optimizer, "optimizer", SessionError)
         require_type(passes, Sequence, "passes", SessionError)
         for training_pass in passes:

@@ -27,8 +27,9 @@ class Taylor(Criterion):
     distributed run every rank gives its share of the data, and all get the mean.
 
     Attributes:
-        data: one batch (x, y), or an iterable of batches such as a DataLoader; x is a tensor, a tuple of arguments, or
-            (args, kwargs). A batch of two inputs and two targets looks like two batches: put it in a list.
+        data: one batch (x, y), or an iterable of batches such as a DataLoader; x is a tensor, a tuple or dict of
+            arguments, or (args, kwargs). A batch may be a dict too; what the example had of it goes to the model, the
+            rest is y. A batch of two inputs and two targets looks like two batches: put it in a list.
         loss: a function of (output, y) that gives a scalar.
     """
 
