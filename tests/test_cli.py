@@ -527,7 +527,7 @@ def test_tables_keep_names_where_a_terminal_is_narrow(
 ) -> None:
     """Columns go, and it is said which; what stays is whole."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(say, "Console", partial(Console, width=width))
+    monkeypatch.setattr(say, "Console", partial(Console, width=width, color_system=None))
     heads = ["inputs", "outputs", "parameters", "FLOPs", "left"]
     row = ["layer1.0.downsample.0", "Conv2d", "64 → 16", "64", "36.9 k → 9216", "4.72 M → 1.18 M", "25%"]
     say.print_output(make_table(("layer", "kind"), heads, [row]))
