@@ -175,6 +175,11 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"do not fit Sequential.forward\(input\): .* a dict of arguments by name",
         lambda: fxprune.trace(MODEL, {"image": X}),
     ),
+    "a tuple with labels": (
+        TraceError,
+        r"too many positional arguments. .* of a batch \(x, y\) with labels give x",
+        lambda: fxprune.trace(MODEL, (X, X)),
+    ),
     "None for no arguments": (
         TraceError,
         r"do not fit Sequential.forward\(input\): .* such as \(\(\), {...}\)",

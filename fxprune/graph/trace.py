@@ -214,7 +214,8 @@ def check_inputs(model: nn.Module, inputs: Bound) -> None:
     except TypeError as error:
         raise TraceError(
             f"example_inputs do not fit {type(model).__name__}.forward({', '.join(signature.parameters)}): {error}. "
-            "Give a tensor, a tuple of arguments, a dict of arguments by name, or (args, kwargs) such as ((), {...})."
+            "Give a tensor, a tuple of arguments, a dict of arguments by name, or (args, kwargs) such as ((), {...}); "
+            "of a batch (x, y) with labels give x."
         ) from error
 
 
