@@ -2,6 +2,7 @@
 
 from fxprune.budget import cost
 from fxprune.budget.budget import Budget
+from fxprune.budget.gradual import gradual_budgets
 from fxprune.budget.staircase import staircase
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.errors import FxpruneError
@@ -45,6 +46,7 @@ __all__ = [
     "cost",
     "cut_weights",
     "export_onnx",
+    "gradual_budgets",
     "initialize",
     "load",
     "prune",

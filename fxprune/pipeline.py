@@ -113,7 +113,9 @@ class Pipeline:
         self, name: str, before: TracedModule, after: TracedModule, modes: Sequence[Mode], tolerance: float
     ) -> float:
         """The largest relative difference of the outputs in ``modes``; raises PassError above ``tolerance``."""
-        inputs = map_tensors(lambda t: t.double() if t.is_floating_point() else t, bind_inputs(self.example_inputs))
+        inputs = map_tensors(
+            lambda t: t.double() if t.is_floating_point() else t, bind_inputs(self.example_inputs, before)
+        )
         old, new = before.double(), copy_model(after).double()
         worst = 0.0
         for mode in modes:

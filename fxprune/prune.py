@@ -8,8 +8,10 @@ from torch import nn
 
 from fxprune.budget.budget import Budget
 from fxprune.channels.analysis import Analysis, analyze
+from fxprune.channels.groups import fold_names
 from fxprune.errors import BudgetError, PlanError, require_type
 from fxprune.graph.trace import trace
+from fxprune.graph.traced import TracedModule, reasons_of, regions_of
 from fxprune.plan import Plan
 from fxprune.report.dump import Dump
 from fxprune.rewrite.restore import restore
@@ -44,7 +46,7 @@ def prune(
 
     Args:
         model: a model that ``trace`` accepts.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         criterion: says which channels matter, for example ``passes.Magnitude()``; default, ``passes.BestOf(data)``,
             which tries some.
         budget: what may remain.
@@ -57,10 +59,14 @@ def prune(
         FxpruneError: a subclass for each stage that can fail; see the stages.
     """
     require_type(budget, Budget, "budget", BudgetError)
-    criterion = default_criterion(data) if criterion is None else criterion
+    if criterion is None:
+        criterion = default_criterion(example_inputs, data)
     if isinstance(criterion, type) or not hasattr(criterion, "plan"):
         raise PlanError(f"criterion={criterion!r} can't plan: give an instance such as passes.Magnitude()")
     graph = trace(model, example_inputs)
+    if not isinstance(graph, TracedModule):
+        parts, reason = ", ".join(fold_names(regions_of(graph))), reasons_of(graph).get("")
+        logger.warning("%s is no single graph, its parts are: %s. %s", type(graph).__name__, parts, reason)
     analysis = analyze(graph, example_inputs)
     plan = criterion.plan(analysis, budget, keep=keep)
     dump = Dump.from_environment(example_inputs)
@@ -76,12 +82,17 @@ def prune(
     return compact
 
 
-def default_criterion(data: Any) -> Plans:
+def default_criterion(example_inputs: Any, data: Any) -> Plans:
     """What chooses where the user names no criterion."""
     from fxprune.passes import BestOf  # the passes stand on this package
 
+    call = "prune(model, example_inputs, criterion, budget=...)"
+    if hasattr(example_inputs, "plan"):
+        raise PlanError(
+            f"example_inputs are missing: {call} got {example_inputs!r:.60} in their place. Give a tensor first"
+        )
     if data is None:
         raise PlanError(
-            "there is no criterion. Give one, such as passes.Magnitude(), or data=, on which several are tried"
+            f"the criterion is missing: {call}. Give one, such as passes.Magnitude(), or data=, on which some are tried"
         )
     return BestOf(data)

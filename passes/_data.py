@@ -11,32 +11,19 @@ from torch import Tensor, nn
 from fxprune.budget.cost import Floats
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
-from fxprune.graph.inputs import bind_inputs, map_tensors
+from fxprune.graph.batches import Batch, read_batches
+from fxprune.graph.inputs import map_tensors
 from fxprune.graph.traced import copy_model, device_of
-from fxprune.progress import track_progress
 from fxprune.training import distributed
 
 from .base import detach_weights, weights_of
 
-Batch = tuple[Any, Any]
 HALF_SCALE = 2.0**16  # of a loss whose gradients are float16, in which small ones would be 0
 
 
-def read_batches(data: Any, name: str = "") -> Iterator[Batch]:
-    """``data`` as batches (x, y), with a bar called ``name`` on a terminal."""
-    one = is_pair(data) and not (is_pair(data[0]) and is_pair(data[1]))
-    source: Iterable[Any] = [data] if one else data
-    for batch in track_progress(source, name):
-        if not is_pair(batch):
-            raise PlanError(
-                f"data must be one batch (x, y) or an iterable of batches; got a {type(batch).__name__} in it"
-            )
-        yield batch[0], batch[1]
-
-
-def is_pair(batch: Any) -> bool:
-    """Whether ``batch`` looks like (x, y)."""
-    return isinstance(batch, (tuple, list)) and len(batch) == 2
+def read_labelled(data: Any, analysis: Analysis, name: str) -> Iterator[Batch]:
+    """``data`` as batches (inputs, labels), with a bar called ``name`` on a terminal."""
+    return read_batches(data, analysis.graph, PlanError, name, labelled=True)
 
 
 def mean_over(
@@ -62,7 +49,7 @@ def mean_over(
                 totals[key] = totals[key] + values if key in totals else values
             count += 1
         if not count:
-            raise PlanError(f"{name} got no batches: data must be one batch (x, y) or an iterable of batches")
+            raise PlanError(f"{name} got no batches: data must be one batch, or an iterable of batches")
     row = np.concatenate([*totals.values(), [count]])
     *means, batches_a_rank = distributed.mean_over_ranks(torch.from_numpy(row).to(device)).tolist()
     split = np.split(np.array(means) / batches_a_rank, np.cumsum([len(values) for values in totals.values()])[:-1])
@@ -92,8 +79,7 @@ def weights_times_gradients(model: nn.Module, batch: Batch, loss: Callable[[Any,
 
 def take_loss(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, a scalar with a gradient, and the parameters that it can be taken of, by name."""
-    x, y = batch
-    args, kwargs = bind_inputs(x)
+    (args, kwargs), y = batch
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if p.is_floating_point()}
     try:
         value = loss(model(*args, **kwargs), y)

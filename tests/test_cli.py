@@ -3,8 +3,10 @@
 import errno
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import _api
@@ -21,6 +24,7 @@ from typer.testing import CliRunner
 import fxprune
 from fxprune import passes
 from fxprune.budget.timing import Spread
+from fxprune.cli import say
 from fxprune.cli.app import app
 from fxprune.cli.data import load_images, warn_of_chance
 from fxprune.cli.models import ModelError, Source, timm_model
@@ -28,6 +32,7 @@ from fxprune.cli.preprocessing import MEAN, STD, Asked, Preprocessing, choose_pr
 from fxprune.cli.results import describe_restoration
 from fxprune.report.bench import Bench, Measured
 from fxprune.rewrite.restore import RestoredLayer
+from fxprune.tables import make_table
 
 FACTORY = """
 import torch
@@ -496,6 +501,91 @@ def test_help_and_version() -> None:
     assert run("--version").stdout.strip() == f"fxprune {fxprune.__version__}"
 
 
+def test_options_stand_where_one_types_them_first() -> None:
+    """As for other verbs: the model behind a plan, -o for a file, --model where files say all."""
+    run("prune", "net:net", *SHAPE, *ROUNDED, *HALF, "--no-onnx")
+    run("apply", PLAN, "net:net", "--no-onnx", "--no-measure", "-o", "again")
+    run("export", "out/model.safetensors", "-o", "model.onnx", "--model", "net:net")
+    assert Path("model.onnx").exists()
+    assert "groups are the same" in run("diff", PLAN, "again/plan.json", "--model", "net:net").stdout
+
+
+def test_backends_are_a_list() -> None:
+    pruned()
+    quick = ["--batch", "1", "--seconds", "0", "--json"]
+    for more in (["--backend", "eager,onnxruntime"], ["--backend", "eager", "--backend", "onnxruntime"]):
+        found = json.loads(run("bench", "out/model.safetensors", *quick, *more).stdout)
+        assert [row["backend"] for row in found["rows"]] == ["eager", "onnxruntime"]
+
+
+def test_a_file_imports_what_stands_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is imported, and when the model is made."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (folder / "own").mkdir()
+    code = "import beside_1\n\ndef net():\n    import beside_2\n    return beside_2.net()"
+    (folder / "own" / "model.py").write_text(code)
+    (folder / "own" / "beside_1.py").write_text("")
+    (folder / "own" / "beside_2.py").write_text(FACTORY)
+    assert "2 groups" in run("inspect", "own/model.py:net", *SHAPE).stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("inspect torchvision:resnet1", "torchvision:resnet18"),
+        ("inspect resnet1", "resnet18"),
+        ("inspect torchv", "torchvision:"),
+        ("inspect timm:resnet18.", ""),
+        ("prune torchvision:resnet18 --criterion opt", "optimal-brain-surgeon"),
+        ("bench torchvision:resnet18 --backend onnxruntime-c", "onnxruntime-cuda"),
+        ("inspect nowhere:resnet1", ""),
+    ],
+)
+def test_the_shell_completes_names(typed: str, found: str) -> None:
+    words = f"fxprune {typed}"
+    environment = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_FXPRUNE_COMPLETE": "complete_bash"}
+    result = CliRunner().invoke(app, [], env=environment, prog_name="fxprune")
+    assert found in result.stdout.split() if found else result.stdout.strip() == ""
+
+
+def test_python_runs_the_module() -> None:
+    """In a process of its own, in which torch's own warnings are kept out and ours are one line."""
+    code = "import sys, warnings; sys.argv = ['fxprune', '--version']; import runpy\n"
+    code += "try: runpy.run_module('fxprune', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "warnings.warn('ours'); warnings.warn_explicit('theirs', UserWarning, 'x.py', 1, module='torch.nn')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"fxprune {fxprune.__version__}"
+    assert done.stderr.strip() == "warning: ours"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_tables_keep_names_where_a_terminal_is_narrow(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns go, and it is said which; what stays is whole."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(say, "Console", partial(Console, width=width, color_system=None))
+    heads = ["inputs", "outputs", "parameters", "FLOPs", "left"]
+    row = ["layer1.0.downsample.0", "Conv2d", "64 → 16", "64", "36.9 k → 9216", "4.72 M → 1.18 M", "25%"]
+    say.print_output(make_table(("layer", "kind"), heads, [row]))
+    out, told = capsys.readouterr()
+    head, *lines = out.splitlines()
+    assert max(map(len, out.splitlines())) <= width
+    assert lines[0].startswith("layer1.0.downsample.0")
+    shown = [name for name in ("kind", *heads) if name in head.split()]
+    gone = [name for name in ("kind", *heads) if name not in shown]
+    assert shown[-1] == "left"
+    assert (f"without {', '.join(gone)}, for which {width} columns are too few" in told) == bool(gone)
+    assert bool(gone) == (width < 100)
+    cells = dict(zip(["layer", "kind", *heads], row, strict=True))
+    assert all(cells[name] in lines[0] for name in shown)
+
+
+def test_errors_have_options_as_they_are_typed() -> None:
+    said = say.speak_options("minimum=2 must be; round_to='a'; pass dynamic_batch=False; kept by keep=")
+    assert said == "--minimum 2 must be; --round-to 'a'; pass --fixed-batch; kept by --keep "
+
+
 # ---------------------------------------------------------------------------------------------- wrong use
 
 
@@ -536,13 +626,13 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["prune", *TINY, "--latency", "0.5", "--latency-ms", "3"], 2, "give --latency or --latency-ms, not both"),
     (["prune", *TINY, "--latency", "5"], 2, "--latency 5 is no fraction; say milliseconds with --latency-ms"),
     (["prune", *TINY, "--latency-ms", "-3"], 2, r"latency=-0\.003 must be a number above 0"),
-    (["prune", *TINY, *HALF, "--tolerance", "3"], 2, "tolerance=3.0 must be a number above 0 and below 1"),
-    (["prune", *TINY, *HALF, "--keep", "layer9"], 2, "keep='layer9' matches no module"),
+    (["prune", *TINY, *HALF, "--tolerance", "3"], 2, "--tolerance 3.0 must be a number above 0 and below 1"),
+    (["prune", *TINY, *HALF, "--keep", "layer9"], 2, "--keep 'layer9' matches no module"),
     (["prune", *TINY, *HALF, "--criterion", "magnitud"], 2, "no criterion is called 'magnitud'; did you mean magn"),
     (["prune", *TINY, *HALF, "--criterion", "zzz"], 2, "no criterion is called 'zzz'; there are magnitude, batch-"),
     (["prune", *TINY, *HALF, "--criterion", "taylor"], 2, "criterion taylor looks at data: give it images"),
     (["prune", *TINY, *HALF, "--round-to", "0"], 2, "greater than or equal to 1"),
-    (["prune", *TINY, *HALF, "--minimum", "2"], 2, "minimum=2.0 must be a number at least 0 and at most 1"),
+    (["prune", *TINY, *HALF, "--minimum", "2"], 2, "--minimum 2.0 must be a number at least 0 and at most 1"),
     (["prune", "net:torch", *SHAPE, *HALF], 2, "net has no class or function 'torch': that is a module"),
     (["prune", *TINY, *HALF, "--mean", "0.5"], 2, "--mean is of images: give them with --data FOLDER"),
     (["prune", *TINY, *HALF, "--data", "many", "--mean", "0.5,a"], 2, "--mean '0.5,a' must be numbers such as"),
@@ -627,6 +717,9 @@ WRONG: list[tuple[list[str], int, str]] = [
         2,
         "can't write a page to no/page.html",
     ),
+    (["apply", PLAN, "net:net", "--model", "net:Two", "-o", "new"], 2, "the model is net:net or --model net:Two"),
+    (["export", "out/model.safetensors"], 2, "where to.*fxprune export out/model.safetensors FILE.onnx"),
+    (["export", "out/model.safetensors", "x.onnx", "-o", "y.onnx"], 2, "write to x.onnx or to -o y.onnx"),
     (["shrink"], 2, "No such command 'shrink'"),
 ]
 

@@ -88,6 +88,34 @@ def test_links_lead_somewhere(page: str) -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES if page.name != "CONTRIBUTING.md"])
+def test_code_is_narrow(page: str) -> None:
+    """The site shows 88 columns without scrolling."""
+    found = blocks(ROOT / page, "python", *SHELL)
+    lines = [line for _, block in found for line in block.splitlines()]
+    assert [line for line in lines if len(line) > 88] == []
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Before the site is built: pages and their headings exist."""
+    wrong = []
+    for page in PAGES:
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            if "pictures" in link:
+                continue  # drawn when the site is built
+            if not target.exists() or (anchor and anchor not in headings(target)):
+                wrong.append((page.name, link, anchor))
+    assert not wrong
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site has them."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    words = (re.sub(r"[^\w\s-]", "", title.replace("`", "").lower()) for title in found)
+    return {re.sub(r"[-\s]+", "-", title.strip()) for title in words}
+
+
 def unknown(words: list[str]) -> str:
     """What is wrong with a command; "" where nothing is."""
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):

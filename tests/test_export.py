@@ -246,7 +246,7 @@ def test_what_onnxruntime_can_not_run(tmp_path: Path) -> None:
 
 
 def test_example_inputs_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"do not fit forward\(input: .*\).*: too many positional arguments"):
+    with pytest.raises(ExportError, match=r"do not fit forward\(input\): too many positional arguments"):
         fxprune.export_onnx(nn.Linear(2, 2), (torch.randn(1, 2), torch.randn(1, 2)), tmp_path / "model.onnx")
 
 

@@ -32,7 +32,7 @@ SECOND = replace(
 
 
 def test_the_table_has_a_row_for_each_epoch() -> None:
-    head, first, second, note = str(Log([FIRST, SECOND])).splitlines()
+    head, first, second, note, *columns = str(Log([FIRST, SECOND])).splitlines()
     assert head.split()[:3] == ["epoch", "step", "ms"]
     assert {"lambda", "accuracy", "saved", "cut"} <= set(head.split())
     assert first.split()[:8] == ["1", "500.0", "32", "4.0", "12,345", "24", "0.1", "0.25"]
@@ -41,6 +41,7 @@ def test_the_table_has_a_row_for_each_epoch() -> None:
     assert "-16" in second.split()
     assert "-16" not in first.split()
     assert note == "epoch 2: why"
+    assert [column.partition(":")[0] for column in columns] == ["saved s", "first s"]
     assert len(str(Log()).splitlines()) == 1
     assert "32" not in str(Log([replace(FIRST, samples=None)])).splitlines()[1].split()
 

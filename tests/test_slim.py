@@ -318,9 +318,60 @@ def test_config_that_can_not_say_the_sizes_is_refused(case: str) -> None:
     compact, _ = fxprune.rewrite(graph, analysis, fxprune.Plan(keep, analysis.sizes, analysis.options))
     with pytest.raises(RewriteError, match=message):
         fxprune.slim(model, compact, x)
-    small = fxprune.slim(model, compact, x, fit_config=False)
+    with pytest.warns(UserWarning, match=f"the config of this {kind.__name__} says its old sizes"):
+        small = fxprune.slim(model, compact, x, fit_config=False)
     assert small.config == config
     assert_same(small, compact, x)
+
+
+class Headed(nn.Module):
+    """Made from a config that knows heads and a width, and refuses one that the heads don't divide."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ValueError(f"{config.heads} heads do not divide {config.width}")
+        self.config = config
+        self.heads, self.size = config.heads, config.width // config.heads
+        self.embed, self.head = nn.Linear(6, config.width), nn.Linear(config.width, 5)
+        self.qkv = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(6))
+        self.outs = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(config.width, config.inner) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(config.inner, config.width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for i in range(2):
+            q, k, v = (
+                layer(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2) for layer in self.qkv[3 * i : 3 * i + 3]
+            )
+            read = (q @ k.transpose(-2, -1) / math.sqrt(self.size)).softmax(-1) @ v
+            x = x + self.outs[i](read.transpose(1, 2).flatten(2))
+            x = x + self.downs[i](self.ups[i](x).relu())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.5}, {"params": 0.3}, {"channels": 0.5}, {"flops": 0.7}])
+@pytest.mark.parametrize("criterion", [passes.Uniform(), passes.Magnitude(scope="local")])
+def test_equal_shares_fit_a_config(criterion: Any, budget: dict[str, float]) -> None:
+    """Heads go with the width that is theirs, whatever is counted; the criterion says which."""
+    model, x = Headed(SimpleNamespace(width=96, heads=6, inner=384)).double(), torch.randn(2, 4, 6).double()
+    compact = fxprune.prune(model, x, criterion, budget=Budget(**budget, tolerance=0.02))  # type: ignore[arg-type]
+    small = fxprune.slim(model, compact, x)
+    assert small.config.width == 16 * small.config.heads < 96
+    again = Headed(small.config).double()
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(x), compact(x))
+
+
+def test_unequal_shares_that_no_config_says_are_refused_with_the_cure(caplog: pytest.LogCaptureFixture) -> None:
+    """Where no equal shares meet the budget, others do, and the log says so."""
+    model, x = Headed(SimpleNamespace(width=16, heads=2, inner=16)).double(), torch.randn(2, 4, 6).double()
+    with caplog.at_level("INFO", "fxprune"):
+        compact = fxprune.prune(model, x, passes.Uniform(), budget=Budget(flops=0.5))
+    assert "no equal share of equally wide groups meets this budget" in caplog.text
+    with pytest.raises(RewriteError, match=r"passes.Uniform or scope='local', with Budget\(channels=0.5\), or"):
+        fxprune.slim(model, compact, x)
 
 
 def test_what_is_given_is_checked() -> None:

@@ -105,10 +105,10 @@ class Bounds:
             ("fc.weight[1]") the channels on that axis. A module stands for all that is in it.
         round_to: widths are multiples of this, but for a few groups that use up the rest of the budget; "auto" chooses
             from device and dtype, by a sixteenth of a group at most. A number holds but for a quarter of a group.
-        scope: "global" compares scores across all groups, "local" removes the same fraction of each group.
-            "isomorphic" removes the same fraction of each kind of group, and compares scores across the groups of a
-            kind: those that go through the same kinds of layers in the same order. After Fang et al., "Isomorphic
-            Pruning for Vision Models" (2024).
+        scope: "global" compares scores across all groups, "local" removes the same fraction of each group: exactly the
+            same of equally wide ones, where such widths meet the budget. "isomorphic" removes the same fraction of each
+            kind of group, and compares scores across the groups of a kind: those that go through the same kinds of
+            layers in the same order. After Fang et al., "Isomorphic Pruning for Vision Models" (2024).
     """
 
     minimum: float = 0.1

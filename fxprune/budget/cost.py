@@ -47,12 +47,12 @@ def count_flops(model: nn.Module, example_inputs: Any) -> Counter[str]:
     """
     if isinstance(model, TracedModule):
         nodes = NodeCounter(model, Mode.of(model), state_on_meta(model))
-        nodes.start(map_tensors(on_meta, bind_inputs(example_inputs)))
+        nodes.start(map_tensors(on_meta, bind_inputs(example_inputs, model)))
         return nodes.flops
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
-    args, kwargs = bind_inputs(example_inputs)
+    args, kwargs = bind_inputs(example_inputs, model)
     if not is_traced(model):
         with suppress(RuntimeError), FlopCounterMode(display=False) as counter, torch.no_grad():
             functional_call(model, state_on_meta(model), *map_tensors(on_meta, (args, kwargs)))
@@ -123,7 +123,7 @@ def latency(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0, thre
     """
     from torch.utils.benchmark import Timer  # imports what builds extensions, and that warns where there is no GPU
 
-    args, kwargs = bind_inputs(example_inputs)
+    args, kwargs = bind_inputs(example_inputs, model)
     timer = Timer(
         "with no_grad(): model(*args, **kwargs)",
         globals={"model": model, "args": args, "kwargs": kwargs, "no_grad": torch.no_grad},

@@ -203,7 +203,7 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
         else:
             why = (
                 f"widths are whole channels, and no plan was found within {100 * tolerance:g} % below it; ask for "
-                "the nearest, or give the Budget a larger tolerance"
+                "the nearest, or leave more unused: tolerance="
             )
         nearest = amounts(cost(kept) for _, cost, _ in costs)
         raise BudgetError(

@@ -19,6 +19,7 @@ from fxprune.channels.groups import (
     Frozen,
     Group,
     channels_after,
+    fold_names,
     freeze_leftovers,
     place_of,
     read_groups,
@@ -213,12 +214,12 @@ class Analysis:
         for group in self.groups.values():
             matching = [m for m in group.members if m.parameter in named]
             if group.name == name or matching:
-                where = ", ".join(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1])
+                those = f"{group.size} {group.noun} of group {group.name!r}"
+                where = ", ".join(fold_names(f"{m.parameter}[{m.axis}]" for m in matching or group.members[:1]))
                 partners = [m for m in group.members if m not in matching]
-                lines.append(
-                    f"{where}: the {group.size} channels of group {group.name!r} can be pruned. They go together with"
-                )
-                lines += [f"    {m.parameter}[{m.axis}]" for m in partners] or ["    nothing else"]
+                lines.append(f"{where}: the {those} can be pruned. They go together with")
+                axes = fold_names(f"{m.parameter}[{m.axis}]" for m in partners)
+                lines += [f"    {axis}" for axis in axes] or ["    nothing else"]
                 if group.inexact:
                     lines.append("    A normalization runs over them: its statistics change when channels go.")
         for frozen in self.frozen:
@@ -272,9 +273,9 @@ class Analysis:
         by_reason: dict[str, list[str]] = {}
         for frozen in self.frozen:
             by_reason.setdefault(frozen.reason.text, []).append(f"{frozen.parameter}[{frozen.axis}]")
-        lines += [f"frozen, {reason}: {abridge_list(axes)}" for reason, axes in by_reason.items()]
+        lines += [f"frozen, {reason}: {abridge_list(fold_names(axes))}" for reason, axes in by_reason.items()]
         if not isinstance(self.graph, TracedModule):
-            graphs = abridge_list(list(regions_of(self.graph)), limit=20) or "none"
+            graphs = abridge_list(fold_names(regions_of(self.graph)), limit=20) or "none"
             lines.append(f"graphs: {graphs}. The rest of {type(self.graph).__name__} is plain Python")
             lines += [
                 f"plain Python, {path or 'the whole'}: {reason}" for path, reason in reasons_of(self.graph).items()
@@ -300,8 +301,8 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
 
     Args:
         model: a traced model, or any model that ``trace`` accepts.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs). Only shapes and dtypes matter. The batch
-            should be that of real use; the cost is reported for it.
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch. Only shapes and
+            dtypes matter. The batch should be that of real use; the cost is reported for it.
         heads: "whole" removes whole attention heads, "within" the same positions within every head.
         groups: of grouped convolutions: "whole" groups, "within" the same channels of every group, "auto" the finer.
 
@@ -319,7 +320,7 @@ def analyze(model: nn.Module, example_inputs: Any, *, heads: str = "whole", grou
     cuts: dict[str, Group] = before["groups"] if same else {}
     for group in cuts.values():
         tie_channels(run.names, axes, group)
-    inputs = bind_inputs(example_inputs)
+    inputs = bind_inputs(example_inputs, graph)
     if run.real:
         bound_of, values, problem = run_steered(graph, inputs, state, run)
     else:

@@ -39,8 +39,14 @@ class Group:
     roots: Ints = field(repr=False, compare=False)  # int64[size]: the name that stands for each channel
 
     def __str__(self) -> str:
-        axes = " · ".join(f"{member.parameter}[{member.axis}]" for member in self.members)
-        return f"{self.name}: {self.size} channels{' (inexact)' if self.inexact else ''} on {axes}"
+        axes = " · ".join(fold_names(f"{member.parameter}[{member.axis}]" for member in self.members))
+        return f"{self.name}: {self.size} {self.noun}{' (inexact)' if self.inexact else ''} on {axes}"
+
+    @property
+    def noun(self) -> str:
+        """What its channels are called: those of several positions on each axis are heads, say, or flattened maps."""
+        positions = min((len(member.index) for member in self.members), default=self.size) // self.size
+        return "channels" if positions < 2 else f"channels of {positions} positions each (such as attention heads)"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,15 @@ class Axis:
 def layers_of(group: Group) -> list[str]:
     """The paths of the layers that the channels of a group go through, norms included."""
     return list(dict.fromkeys(member.parameter.rpartition(".")[0] for member in group.members))
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Names; those that differ in numbers between dots only are one with a ``*``, where there are three or more."""
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(".".join("*" if part.isdecimal() else part for part in name.split(".")), []).append(name)
+    rows = ([f"{pattern} ({len(alike)} times)"] if len(alike) > 2 else alike for pattern, alike in folded.items())
+    return list(itertools.chain.from_iterable(rows))
 
 
 def settle_grids(run: NameRun) -> None:

@@ -3,7 +3,9 @@
 Exit codes: 0 done, 1 the budget can't be met, 2 wrong use, 3 a bug. Only a bug gives a traceback.
 """
 
+import logging
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +14,10 @@ from typer.core import TyperGroup
 import fxprune
 from fxprune.cli import apply, bench, diff, export, inspect, prune
 from fxprune.cli.malloc import keep_freed_memory
-from fxprune.cli.say import print_error
+from fxprune.cli.say import print_error, print_note
 from fxprune.errors import BudgetError, FxpruneError
+
+OTHERS = r"(torch|torchvision|timm|onnx|onnxscript)(\.|$)"  # whose own warnings are kept out
 
 HELP = """Prune the channels of neural networks by rewriting their torch.fx graphs.
 
@@ -76,4 +80,13 @@ for verb in (inspect.inspect, prune.prune, apply.apply, bench.bench, export.expo
 def main() -> None:
     """The program, in a process of its own."""
     keep_freed_memory()
+    warnings.filterwarnings("ignore", module=OTHERS)
+    for name in ("torch", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = show_warning  # type: ignore[assignment]
     app()
+
+
+def show_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning as what it says, without the line of code that it is from."""
+    print_note(f"warning: {message}")

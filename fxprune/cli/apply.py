@@ -10,9 +10,8 @@ import typer
 import fxprune
 from fxprune.atomic import named_errors, replace_files
 from fxprune.cli import options
-from fxprune.cli.models import Source, build_model, make_example, open_model, usual_input
+from fxprune.cli.models import Source, UsageError, build_model, make_example, open_model, usual_input
 from fxprune.cli.preprocessing import Asked
-from fxprune.cli.prune import UsageError
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
 from fxprune.cli.say import print_note, print_progress
 from fxprune.errors import FileError
@@ -23,12 +22,19 @@ from fxprune.plan import Plan
 def apply(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json that fxprune wrote.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.", show_default=False)] = None,
     weights: options.Weights = None,
     classes: options.Classes = None,
     example: options.Input = None,
     named: options.Named = None,
     images: Annotated[
-        str | None, typer.Option("--data", metavar="FOLDER", help="Images to restore the layers on after the cut.")
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Images to restore the layers on after the cut.",
+            rich_help_panel=options.DATA,
+        ),
     ] = None,
     samples: options.Samples = 512,
     mean: options.Mean = None,
@@ -55,7 +61,9 @@ def apply(
     Example: fxprune apply out/plan.json --weights finetuned.pth -o out2
     """
     loaded = Plan.load(plan)
-    source = Source.of(loaded, named, plan)
+    if model and named and model != named:
+        raise UsageError(f"the model is {model} or --model {named}? Say it once")
+    source = Source.of(loaded, model or named, plan)
     if out.resolve() == plan.parent.resolve():
         raise FileError(f"{out} has the plan and the model that it was made for: say with -o where the new one goes")
     check_folder(out)

@@ -24,7 +24,12 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes.")] = "1,32",
     backend: Annotated[
-        str | None, typer.Option(help=f"Of {', '.join(BACKENDS)}; default, all that the device has.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Of {', '.join(BACKENDS)}; more than one with commas, or again; default, all that the device has.",
+            autocompletion=options.complete_backend,
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="That each model is run for, in each row.")] = 2.0,
     threads: options.Threads = None,
@@ -46,7 +51,7 @@ def bench(
     if not all(size.strip().isdecimal() and int(size) for size in batch.split(",")):
         raise ModelError(f"--batch {batch!r} must be sizes such as 1,32")
     sizes = [int(size) for size in batch.split(",")]
-    names = None if backend is None else [name.strip() for name in backend.split(",")]
+    names = [name.strip() for name in ",".join(backend).split(",")] if backend else None
     print_progress(f"measuring {model} beside {reference}")
     result = fxprune.bench(
         dense.model, compact.model, compact.inputs, batches=sizes, backends=names, seconds=seconds, threads=threads

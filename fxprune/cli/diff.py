@@ -24,6 +24,9 @@ def diff(
     b: File,
     show_all: Annotated[bool, typer.Option("--all", help="Show what is the same too.")] = False,
     as_json: options.Json = False,
+    named: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Not needed: the files say what is compared.")
+    ] = None,
 ) -> None:
     """Compare two plans, two reports or two models: the widths of each group, and what it all costs.
 

@@ -7,14 +7,17 @@ import typer
 
 import fxprune
 from fxprune.cli import options
-from fxprune.cli.models import open_model
+from fxprune.cli.models import UsageError, open_model
 from fxprune.cli.say import print_output, print_progress, show_json
 from fxprune.errors import FileError
 
 
 def export(
     model: options.Model,
-    path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Where to write.", show_default=False)],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="FILE.onnx", help="Where to write.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.onnx", help="The same.")] = None,
     weights: options.Weights = None,
     classes: options.Classes = None,
     example: options.Input = None,
@@ -27,6 +30,11 @@ def export(
 
     Example: fxprune export out/model.safetensors out/model.onnx
     """
+    if path and out:
+        raise UsageError(f"write to {path} or to -o {out}? Say it once")
+    path = path or out
+    if path is None:
+        raise UsageError(f"where to? fxprune export {model} FILE.onnx")
     if path.suffix != ".onnx":
         raise FileError(f"the file must end in .onnx, but it is {path}")
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)

@@ -29,6 +29,10 @@ LOOKED_UP = ("torchvision", "timm")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool")
 
 
+class UsageError(FxpruneError):
+    """Options that do not go together."""
+
+
 class ModelError(FxpruneError):
     """A model can't be found or built from what was typed."""
 
@@ -224,10 +228,12 @@ def find_object(place: str, name: str) -> object:
 
 
 def from_file(path: Path) -> Any:
-    """Import a file by its path."""
+    """Import a file by its path. What stands beside it can be imported from now on, as when Python runs the file."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ModelError(f"there is no file {path}")
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

@@ -14,11 +14,11 @@ from fxprune import passes
 from fxprune.budget.budget import Budget
 from fxprune.budget.solver import describe_rounding
 from fxprune.cli import data, options
-from fxprune.cli.models import open_model, suggest_names
+from fxprune.cli.models import UsageError, open_model, suggest_names
 from fxprune.cli.preprocessing import Asked
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
 from fxprune.cli.say import print_progress
-from fxprune.errors import BudgetError, FxpruneError
+from fxprune.errors import BudgetError
 from fxprune.report.summary import Summary
 
 CRITERIA: dict[str, type[passes.Criterion]] = {
@@ -42,13 +42,14 @@ CRITERIA: dict[str, type[passes.Criterion]] = {
 MISSED = 0.05  # of a budget of time: by so much may it be exceeded when it is measured again
 
 
-class UsageError(FxpruneError):
-    """Options that do not go together."""
-
-
 def read_limit(what: str) -> Any:
     """An option that says how much of something may remain."""
-    return typer.Option(parser=options.read_amount, metavar="AMOUNT", help=what)
+    return typer.Option(parser=options.read_amount, metavar="AMOUNT", help=what, rich_help_panel=options.BUDGET)
+
+
+def complete_criterion(incomplete: str) -> list[str]:
+    """Names of criteria that begin so."""
+    return [name for name in CRITERIA if name.startswith(incomplete)]
 
 
 def prune(
@@ -73,22 +74,46 @@ def prune(
         float | None, read_limit("The fraction of the time of a forward pass that may remain; measured.")
     ] = None,
     latency_ms: Annotated[
-        float | None, typer.Option(help="The time of a forward pass that may remain; measured.")
+        float | None,
+        typer.Option(
+            metavar="MS", help="The time of a forward pass that may remain; measured.", rich_help_panel=options.BUDGET
+        ),
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", metavar="PATTERN", help='Layers that stay whole, such as "layer4.*".')
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            metavar="PATTERN",
+            help='Layers that stay whole, such as "layer4.*".',
+            rich_help_panel=options.CHOICE,
+        ),
     ] = None,
-    criterion: Annotated[str, typer.Option(help=f"Says which channels matter: {', '.join(CRITERIA)}.")] = "magnitude",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"Says which channels matter: {', '.join(CRITERIA)}.",
+            rich_help_panel=options.CHOICE,
+            autocompletion=complete_criterion,
+        ),
+    ] = "magnitude",
     round_to: Annotated[
         int | None,
         typer.Option(
             min=1,
+            metavar="N",
             help="Widths are multiples of this, but for narrow groups and a few that use up the rest of the limit; "
             "default, what suits the device.",
+            rich_help_panel=options.CHOICE,
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="How much of a limit may be left unused, as a fraction of it.")
+        float,
+        typer.Option(
+            metavar="X",
+            help="How much of a limit may be left unused, as a fraction of it.",
+            rich_help_panel=options.BUDGET,
+        ),
     ] = 0.01,
     scope: Annotated[
         str,
@@ -97,7 +122,12 @@ def prune(
             "(within each group)."
         ),
     ] = "global",
-    minimum: Annotated[float, typer.Option(help="The fraction of each group that stays at least.")] = 0.1,
+    minimum: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="The fraction of each group that stays at least.", rich_help_panel=options.CHOICE
+        ),
+    ] = 0.1,
     images: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +135,7 @@ def prune(
             metavar="FOLDER",
             help="Images, a folder for each class, or package.module:loader. Criteria look at them, layers are "
             "restored on them after the cut, and the accuracy is told.",
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     samples: options.Samples = 512,

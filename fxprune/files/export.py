@@ -66,7 +66,7 @@ def export_onnx(
 
     Args:
         model: a compact model, a traced one, or any module that ``torch.onnx`` exports.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         path: where to write.
         dynamic_batch: let the first axis of every input vary. Not where plain Python steers the model.
         tolerance: the largest difference allowed, relative to the largest output.
@@ -85,7 +85,8 @@ def export_onnx(
     module = frozen_in_eval(model)
     if is_traced(model) and not isinstance(model, TracedModule):
         dynamic_batch = False  # what plain Python saw of the example is fixed
-    inputs = in_order(module, bind_inputs(example_inputs))
+    inputs = in_order(module, bind_inputs(example_inputs, module))
+    check_runs(module, inputs)
     size = next((tensor.shape[0] for tensor in tensors_in(inputs) if tensor.ndim), 1)
     sizes = (max(size, 2), max(size, 2) + 1) if dynamic_batch else (size,)
     with named_errors(path, "an ONNX model"), replace_files(path.parent) as folder:  # large ones are several files
@@ -130,8 +131,22 @@ def in_order(module: nn.Module, inputs: Bound) -> Bound:
     try:
         bound = signature.bind(*inputs[0], **inputs[1])
     except TypeError as error:
-        raise ExportError(f"example_inputs do not fit forward{signature}: {error}") from error
+        names = ", ".join(signature.parameters)
+        raise ExportError(f"example_inputs do not fit forward({names}): {error}") from error
     return bound.args, bound.kwargs
+
+
+def check_runs(module: nn.Module, inputs: Bound) -> None:
+    """Refuse inputs that the model does not run on: torch.onnx takes minutes to say so, and says it of its own code."""
+    args, kwargs = inputs
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            module(*args, **kwargs)
+    except Exception as error:
+        shapes = [list(tensor.shape) for tensor in tensors_in(inputs)]
+        raise ExportError(
+            f"the model does not run on these example_inputs, of shapes {shapes}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def resize_batch(inputs: Bound, size: int) -> Bound:
@@ -163,9 +178,8 @@ def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool
         spec = map_tensors(lambda tensor: {0: batch} if tensor.ndim else None, (args, kwargs))
         shapes = dict(inspect.signature(module.forward).bind(*spec[0], **spec[1]).arguments)
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch has many loggers, with levels of their own
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -188,7 +202,7 @@ def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool
         text = " ".join(str(cause).split())[:600]
         raise ExportError(f"torch.onnx can't export this model: {type(cause).__name__}: {text}.{hint}") from error
     finally:
-        quiet.setLevel(level)
+        logging.disable(level)
 
 
 def find_moving_buffers(module: nn.Module, inputs: Bound) -> tuple[str, ...]:

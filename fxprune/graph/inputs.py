@@ -1,7 +1,9 @@
-"""Example inputs: a tensor, a tuple of arguments, or (args, kwargs); and trees of values in general."""
+"""Example inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch; and trees of values."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,14 @@ from fxprune.graph.traced import Mode, regions_of
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def bind_inputs(example_inputs: Any) -> Bound:
-    """``example_inputs`` as (args, kwargs)."""
+def bind_inputs(example_inputs: Any, model: nn.Module | None = None) -> Bound:
+    """``example_inputs`` as (args, kwargs). Of a list, a DataLoader's batch, as many as ``model`` takes."""
     if any(isinstance(leaf, np.ndarray) for leaf in pytree.tree_leaves(example_inputs)):
         raise AnalysisError("example_inputs hold a numpy array; make it a tensor with torch.from_numpy")
+    if is_kwargs(example_inputs) and example_inputs:
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, list) and model is not None:
+        example_inputs = take_arguments(example_inputs, model)
     if isinstance(example_inputs, (tuple, list)):
         if len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list)) and is_kwargs(example_inputs[1]):
             return tuple(example_inputs[0]), dict(example_inputs[1])
@@ -29,7 +35,17 @@ def bind_inputs(example_inputs: Any) -> Bound:
 
 def is_kwargs(value: Any) -> bool:
     """Whether ``value`` can be keyword arguments."""
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def take_arguments(batch: list[Any], model: nn.Module) -> list[Any]:
+    """As many entries of ``batch``, from the first, as the forward of ``model`` takes; all where no number is right."""
+    signature = inspect.signature(model.forward)
+    for count in range(len(batch), 0, -1):
+        with suppress(TypeError):
+            signature.bind(*batch[:count])
+            return batch[:count]
+    return batch
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -148,7 +148,10 @@ def write_result(writer: Writer, value: Any) -> Any:
         return writer.graph.call_function(type(value), (pairs,))
     if isinstance(value, (Tensor, Number)) or is_plain(value):
         return writer.arg(value)
+    kind = type(value).__name__
+    cure = " A decoder returns no cache when it is called with use_cache=False: give that in the example, as in "
+    cure += '((), {"input_ids": ids, "use_cache": False})'
     raise TraceError(
-        f"the model returns a {type(value).__name__}, which no graph can make; return tensors, numbers, text, "
-        "dataclasses, and tuples, lists or dicts of these"
+        f"the model returns a {kind}, which no graph can make; return tensors, numbers, text, dataclasses, and tuples, "
+        f"lists or dicts of these.{cure if kind.endswith('Cache') else ''}"
     )

@@ -27,7 +27,17 @@ from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
-from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
+from fxprune.graph.traced import (
+    ARGUMENTS,
+    ATOMS,
+    PLAIN,
+    START,
+    Mode,
+    TracedModule,
+    carried_attributes,
+    is_plain,
+    is_traced,
+)
 from fxprune.loaded import loaded_types
 
 SPREAD = "torch.distributed.tensor.DTensor"
@@ -39,8 +49,8 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     Args:
         model: any module, a GraphModule included. DistributedDataParallel and ``torch.compile`` wrappers are taken off.
             It is not changed.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs). They say which arguments are given; the
-            others keep their defaults.
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch. They say which
+            arguments are given; the others keep their defaults.
         check: compare the graphs with the model, outputs and gradients in both modes, and record them once more with a
             larger batch. It costs two runs of the model in each mode, one with its backward pass.
 
@@ -57,7 +67,7 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     if is_traced(model):
         return model
     check_traceable(model)
-    inputs = bind_inputs(example_inputs)
+    inputs = bind_inputs(example_inputs, model)
     check_inputs(model, inputs)
     try:
         traced: Any = trace_whole(model, inputs, check)
@@ -68,6 +78,8 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
             traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
             traced.train(model.training)
             traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
+            given = name_arguments(model, inputs)
+            traced.meta[ARGUMENTS] = {name: value if is_plain(value) else ... for name, value in given.items()}
         except DoesNotRunError:
             raise
         except TraceError as error:
@@ -204,9 +216,25 @@ def check_inputs(model: nn.Module, inputs: Bound) -> None:
         signature.bind(*inputs[0], **inputs[1])
     except TypeError as error:
         raise TraceError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tensor, a tuple of "
-            "arguments, or (args, kwargs)."
+            f"example_inputs do not fit {type(model).__name__}.forward({', '.join(signature.parameters)}): {error}. "
+            "Give a tensor, a tuple of arguments, a dict of arguments by name, or (args, kwargs) such as ((), {...}); "
+            "of a batch (x, y) with labels give x."
         ) from error
+
+
+def name_arguments(model: nn.Module, inputs: Bound) -> dict[str, Any]:
+    """What a model is called with, by name; in order, with a name of its own for each value of ``*args``."""
+    signature = inspect.signature(model.forward)
+    found: dict[str, Any] = {}
+    for name, value in signature.bind(*inputs[0], **inputs[1]).arguments.items():
+        match signature.parameters[name].kind:
+            case inspect.Parameter.VAR_POSITIONAL:
+                found |= {f"*{name}{at}": item for at, item in enumerate(value)}
+            case inspect.Parameter.VAR_KEYWORD:
+                found |= value
+            case _:
+                found[name] = value
+    return found
 
 
 FRAMES = 8  # of Python's stack that copying a model takes for each level of modules within modules

@@ -19,6 +19,7 @@ from fxprune.graph.rows import Row, graph_of, rows_of
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
 PLAIN = "fxprune_plain"  # why parts of a model stay plain Python stands here
+ARGUMENTS = "fxprune_arguments"  # what plain Python was given in the example, by name
 M = TypeVar("M", bound=nn.Module)
 Model = Any  # a traced model: a TracedModule, or a module of the user's own class that has some in it
 

@@ -107,7 +107,7 @@ def bench(
     Args:
         dense: a model; traced or not.
         compact: what was made of it.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         batches: batch sizes; the example's own samples are repeated. Where plain Python steers a model, only its own.
         backends: of "eager", "compile", "onnxruntime", "onnxruntime-cuda"; default, all that the weights' device has.
         seconds: that each model is run for, in each backend at each batch size.
@@ -127,7 +127,7 @@ def bench(
             raise BenchError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}")
     if not batches or not all(isinstance(batch, int) and batch > 0 for batch in batches):
         raise BenchError(f"batches={batches!r} must be positive integers, such as (1, 32)")
-    inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind_inputs(example_inputs))
+    inputs: Bound = map_tensors(lambda tensor: tensor.to(device), bind_inputs(example_inputs, dense))
     threads = threads or torch.get_num_threads()
     with in_eval(*models.values()):
         try:

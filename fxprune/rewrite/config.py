@@ -19,6 +19,11 @@ from fxprune.graph.trace import named_tensors
 from fxprune.rewrite.equations import Equation, Solver
 
 CONFIG = "config"
+LEFT = "fit_config=False: then the config stays as it is, and from_pretrained can't load what save_pretrained writes"
+CURE = (
+    "Make a plan that keeps the same share of all equally wide layers: passes.Uniform or scope='local', with "
+    f"Budget(channels=0.5), or with a Budget(flops=0.5, tolerance=0.05) that such widths can meet. Or say {LEFT}"
+)
 
 
 def is_made_of_config(model: nn.Module) -> bool:
@@ -42,7 +47,9 @@ def sizes_by_config(model: nn.Module, small: nn.Module, sizes: Mapping[Slot, int
     """
     before = {slot: size for slot, size in find_sizes(model).items() if (slot.path, slot.keys[0]) == ("", CONFIG)}
     graph = fx.Graph()
-    fresh = build_class(model, {slot: remembered_size(graph, slot, size) for slot, size in before.items()})
+    fresh = build_class(
+        model, {slot: remembered_size(graph, slot, size) for slot, size in before.items()}, f"Say {LEFT}"
+    )
     layers = {path for path, module in small.named_modules() if is_layer(module)}
     target = {slot: size for slot, size in find_sizes(small, layers=True).items() if slot.path in layers} | dict(sizes)
     equations = [
@@ -52,7 +59,7 @@ def sizes_by_config(model: nn.Module, small: nn.Module, sizes: Mapping[Slot, int
     ]
     solver = Solver(before, lambda node, axis: 0)  # no tensor has a size here
     known, failing = solver.solve(equations)
-    rebuilt = build_class(model, known)
+    rebuilt = build_class(model, known, CURE)
     shapes, small_shapes = map(shapes_of, (rebuilt, small))
     if shapes != small_shapes:
         name = next(name for name in small_shapes if shapes.get(name) != small_shapes[name])
@@ -61,15 +68,16 @@ def sizes_by_config(model: nn.Module, small: nn.Module, sizes: Mapping[Slot, int
             said = f"{failing[0].place} would be {solver.value(failing[0].left, known)}, not {failing[0].right}"
         raise RewriteError(
             f"{type(model).__name__} is made from its config, and no config says these widths: {said}. Nothing is "
-            "changed. Make a plan that keeps as many of every width (passes.Uniform), or say fit_config=False: then "
-            "the config stays as it is, and nothing that is saved with it can be loaded"
+            f"changed. {CURE}"
         )
     old = find_sizes(model, layers=True)
     return {slot: size for slot, size in find_sizes(rebuilt, layers=True).items() if old.get(slot, size) != size}
 
 
-def build_class(model: nn.Module, sizes: Mapping[Slot, int]) -> nn.Module:
+def build_class(model: nn.Module, sizes: Mapping[Slot, int], cure: str) -> nn.Module:
     """A model of the class of ``model``, without data, made from its config with ``sizes`` in it.
+
+    ``cure``: what to do where it can't be.
 
     Raises:
         RewriteError: it can't be made so.
@@ -82,8 +90,8 @@ def build_class(model: nn.Module, sizes: Mapping[Slot, int]) -> nn.Module:
             return type(model)(vars(holder)[CONFIG])
     except Exception as error:
         raise RewriteError(
-            f"{type(model).__name__} can't be made from its config without data ({type(error).__name__}: {error}), "
-            "so nobody knows what its config is to say. Say fit_config=False to leave it as it is"
+            f"{type(model).__name__} can't be made from its config without data ({type(error).__name__}: {error}). "
+            f"Nothing is changed. {cure}"
         ) from error
 
 

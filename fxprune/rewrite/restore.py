@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from fxprune.channels.depth import is_sum
 from fxprune.channels.interpret import Runner, bind_placeholders, describe_cause
 from fxprune.errors import RestoreError, require_type
-from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
+from fxprune.graph.batches import read_batches
+from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, Model, TracedModule, device_of, in_eval, require_traced
 from fxprune.progress import track_progress
@@ -141,9 +142,8 @@ def restore(
         graph: the traced model, as it was cut.
         compact: what ``rewrite`` made of it.
         param_map: that ``rewrite`` returned with it.
-        data: one batch, or an iterable of batches such as a DataLoader. A batch is a tensor, a dict of arguments, or a
-            tuple of arguments; what follows these in a tuple, such as labels, is not looked at. One tuple is one batch,
-            a list is a list of batches.
+        data: one batch, or an iterable of batches such as a DataLoader, in any form of ``read_batches``; labels in it
+            are not looked at.
         method: "least_squares" or "batch_norm".
 
     Returns:
@@ -199,38 +199,14 @@ def check_cut(graph: Model, compact: Model, param_map: ParamMap) -> None:
 
 def read_arguments(data: Any, model: nn.Module) -> list[Bound]:
     """The arguments of each batch, on the device of ``model``."""
-    batches: Iterable[Any] = [data] if isinstance(data, (Tensor, tuple, dict)) else data
-    if not isinstance(batches, Iterable):
-        raise RestoreError(f"data must be a batch or an iterable of batches, such as a DataLoader; got {data!r:.60}")
     device, _ = device_of(model)
     calls = [
-        map_tensors(lambda tensor: tensor.to(device), read_batch(batch, model))
-        for batch in track_progress(batches, "reading")
+        map_tensors(lambda tensor: tensor.to(device), bound)
+        for bound, _ in read_batches(data, model, RestoreError, "reading")
     ]
     if not calls:
         raise RestoreError("data has no batches: restoring needs some inputs, labels are not needed")
     return calls
-
-
-def read_batch(batch: Any, model: nn.Module) -> Bound:
-    """The arguments in a batch; what follows them, such as labels, is left out."""
-    names = required_arguments(model)
-    if isinstance(batch, dict):
-        return (), {name: value for name, value in batch.items() if names is None or name in names}
-    if not isinstance(batch, (tuple, list)) or not batch:
-        return bind_inputs(batch)
-    if isinstance(batch[0], (tuple, list, dict)):  # (arguments, labels), or (args, kwargs)
-        with_kwargs = len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], dict)
-        return bind_inputs(tuple(batch)) if with_kwargs else read_batch(batch[0], model)
-    return bind_inputs(tuple(batch) if names is None else tuple(batch)[: max(1, len(names))])
-
-
-def required_arguments(model: nn.Module) -> list[str] | None:
-    """The arguments of a graph that must be given; None where plain Python takes them."""
-    if not isinstance(model, TracedModule):
-        return None
-    nodes = [node for node in model.graphs[Mode.EVAL].nodes if node.op == "placeholder"]
-    return [str(node.target) for node in nodes if not node.args or node.users]
 
 
 def hold_out(batches: Sequence[Bound]) -> tuple[list[Bound], list[Bound]]:

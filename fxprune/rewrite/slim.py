@@ -5,21 +5,23 @@ model's, so a copy of the model can hold them. What its Python computes with siz
 integers of its attributes remember where they stand: each size in a call must be that of the compact graph.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from fxprune.channels.groups import fold_names
 from fxprune.errors import RewriteError, TraceError, require_type
 from fxprune.graph.capture import is_layer
 from fxprune.graph.check import compare_runs, gradients_of
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode
 from fxprune.graph.sizes import Slot, find_sizes, put_sizes
 from fxprune.graph.trace import copy_modules, named_tensors, unwrap_model
-from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced, regions_of
+from fxprune.graph.traced import Mode, TracedModule, is_plain, is_traced, reasons_of, regions_of
 from fxprune.rewrite.attributes import layer_attributes
-from fxprune.rewrite.config import is_made_of_config, sizes_by_config
+from fxprune.rewrite.config import is_made_of_config, shapes_of, sizes_by_config
 from fxprune.rewrite.equations import Solver
 from fxprune.rewrite.twins import record_twins
 
@@ -36,10 +38,11 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
             changed.
         compact: what ``prune``, ``rewrite`` or ``load`` gave, or the model of a session, whatever was done with its
             weights since.
-        example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         fit_config: where the class is made from a config (``type(model)(model.config)``, as in Hugging Face's
             transformers), write the sizes into that too, so that it makes a model of these sizes again:
-            ``from_pretrained`` of what ``save_pretrained`` writes. False leaves the config as it is.
+            ``from_pretrained`` of what ``save_pretrained`` writes. False leaves the config as it is, with a warning:
+            such a model is kept with ``fxprune.save(compact, path)``.
 
     Raises:
         RewriteError: the class can't be so small; names the line with the size that its Python does not take from an
@@ -50,26 +53,35 @@ def slim(model: nn.Module, compact: TracedModule, example_inputs: Any, *, fit_co
     if is_traced(model):
         raise RewriteError("model is traced, it has no class to get back; give the model that you traced")
     if is_traced(compact) and not isinstance(compact, TracedModule):
+        reason, parts = reasons_of(compact).get(""), ", ".join(fold_names(regions_of(compact)))
         raise RewriteError(
-            f"the compact model is no single graph: it is a {type(compact).__name__} whose Python steers the graphs of "
-            f"its parts ({', '.join(regions_of(compact))}). Give one of these, with what it is called with"
+            f"the compact model is no single graph: it is a {type(compact).__name__}, whose Python steers the graphs "
+            f"of its parts. It is so because {reason} Its parts can be given, with what they are called with: {parts}"
         )
     require_type(compact, TracedModule, "compact", RewriteError)
     check_names(model, compact)
-    inputs = {mode: for_mode(bind_inputs(example_inputs), mode, model) for mode in Mode}
+    inputs = {mode: for_mode(bind_inputs(example_inputs, model), mode, model) for mode in Mode}
     before = find_sizes(model)
     sizes, failing = solve_sizes(model, before, compact, inputs)
     small = take_tensors(model, compact, {slot: size for slot, size in sizes.items() if size != before[slot]})
     if difference := compare_slim(small, compact, inputs):
         failing = failing or solve_sizes(small, {}, compact, inputs)[1]  # what Python computes of new sizes
         raise RewriteError(explain_refusal(model, failing, difference))
-    if fit_config and is_made_of_config(model):
+    if not is_made_of_config(model):
+        return small
+    if fit_config:
         put_sizes(small, sizes_by_config(model, small, sizes))
         if difference := compare_slim(small, compact, inputs):
             raise RewriteError(
                 f"with the new sizes in its config {type(model).__name__} is not its compact graph: {difference}. "
                 "Nothing is changed. Say fit_config=False to leave the config as it is"
             )
+    elif shapes_of(small) != shapes_of(model):
+        warnings.warn(
+            f"the config of this {type(model).__name__} says its old sizes (fit_config=False): from_pretrained can't "
+            "load what its save_pretrained writes. Keep it with fxprune.save(compact, path)",
+            stacklevel=2,
+        )
     return small
 
 
@@ -93,7 +105,7 @@ def explain_refusal(model: nn.Module, failing: Sequence[str], difference: str) -
     return (
         f"{type(model).__name__} can't have the widths of its compact graph: {line}{difference}. Nothing is changed. "
         "Use the graph as it is; or let that line read the size from an attribute or from x.shape; or make a plan that "
-        "keeps the channels there (keep=), or as many of every width (passes.Uniform)"
+        "keeps the channels there (keep=), or the same share of every width (passes.Uniform, scope='local')"
     )
 
 

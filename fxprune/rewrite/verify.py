@@ -88,7 +88,7 @@ def verify(
     require_type(param_map, ParamMap, "param_map", VerificationError)
     graph = trace(graph, example_inputs)
     check_maps(graph, compact, param_map)
-    if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind_inputs(example_inputs)))):
+    if any(tensor.is_meta for tensor in (*graph.parameters(), *tensors_in(bind_inputs(example_inputs, graph)))):
         raise VerificationError(
             "tensors on the meta device have no values to compare: pass verify=False to prune, or load them"
         )
@@ -121,7 +121,7 @@ def compare_models(
 ) -> Verification:
     """What ``verify`` does once its arguments are known to be sound."""
     inputs = map_tensors(
-        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind_inputs(example_inputs)
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind_inputs(example_inputs, graph)
     )
     tolerance = TOLERANCE[dtype]
     small = copy_model(compact).to(dtype)

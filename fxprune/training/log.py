@@ -71,6 +71,10 @@ class Epoch:
         return numbers | ({} if self.samples is None else {"samples": float(self.samples)}) | dict(self.values)
 
 
+COLUMNS = """saved s: of training, by smaller steps, less what cuts took; below 0 they are not paid back yet
+first s: from the end of the epoch before to the first step, with what is compiled then"""
+
+
 class ScalarWriter(Protocol):
     """What writes scalars, such as ``torch.utils.tensorboard.SummaryWriter``."""
 
@@ -149,7 +153,7 @@ class Log:
             for row in [heads, *rows]
         ]
         notes = [f"epoch {epoch.epoch}: {note}" for epoch in self for note in epoch.notes]
-        return "\n".join([*lines, *notes])
+        return "\n".join([*lines, *notes, *([COLUMNS] if self.epochs else [])])
 
     def plot(self, path: str | Path) -> None:
         """Draw the run: widths, step time and the caller's numbers by epoch; cuts are vertical lines.

@@ -41,7 +41,7 @@ class Run:
         graph: the traced model itself; its state_dict has the keys of the original.
         analysis: of the model as it is now.
         optimizer: the one that was given.
-        example_inputs: of the model: a tensor, a tuple of arguments, or (args, kwargs).
+        example_inputs: of the model: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
         passes: the training passes, in the order in which they are called.
         memories: what each of them remembers.
         batch_size: samples a step on this rank, or None where nobody said; a pass may raise it.

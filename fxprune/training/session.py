@@ -59,7 +59,7 @@ class Session(Run):
         self,
         model: nn.Module,
         example_inputs: Any,
-        optimizer: Optimizer,
+        optimizer: Optimizer = None,  # type: ignore[assignment]  # so that it can be said what is missing
         passes: Sequence[TrainingPass[Any]] = (),
         *,
         batch_size: int | None = None,
@@ -78,8 +78,8 @@ class Session(Run):
         Args:
             model: a model that ``trace`` accepts, in DistributedDataParallel or torch.compile wrappers or not. Its
                 parameters are shared with the session, so it is cut too: train ``session.model`` from now on.
-            example_inputs: a tensor, a tuple of arguments, or (args, kwargs).
-            optimizer: of parameters of ``model``.
+            example_inputs: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
+            optimizer: of parameters of ``model``; it must be given.
             passes: training passes, such as ``passes.PruneTrain()``.
             batch_size: samples a step on this rank; lets the log compare runs whose batches grow.
             epochs: how many there will be; a pass with a budget needs to know when it should be met.
@@ -98,7 +98,7 @@ class Session(Run):
             SessionError: a pass is none, the wrapper is not supported, or another session has this optimizer.
             MigrationError: the optimizer holds other parameters.
         """
-        check_arguments(model, optimizer, passes)
+        check_arguments(model, example_inputs, optimizer, passes)
         check_options(
             {
                 "batch_size": batch_size,
@@ -428,9 +428,16 @@ class Session(Run):
         return param_map
 
 
-def check_arguments(model: nn.Module, optimizer: Optimizer, passes: Sequence[TrainingPass[Any]]) -> None:
+def check_arguments(
+    model: nn.Module, example_inputs: Any, optimizer: Optimizer | None, passes: Sequence[TrainingPass[Any]]
+) -> None:
     """Raise SessionError unless these are a model, an optimizer that is free, and training passes."""
     require_type(model, nn.Module, "model", SessionError)
+    if optimizer is None and isinstance(example_inputs, Optimizer):
+        raise SessionError(
+            f"example_inputs are missing: Session(model, example_inputs, optimizer, passes) got the optimizer "
+            f"{type(example_inputs).__name__} in their place. Give a batch, as a tensor"
+        )
     require_type(optimizer, Optimizer, "optimizer", SessionError)
     require_type(passes, Sequence, "passes", SessionError)
     for training_pass in passes:

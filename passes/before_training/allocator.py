@@ -31,7 +31,7 @@ class Allocator(BeforeTraining):
         super().__post_init__()
         if self.by is not None and not isinstance(self.by, Criterion):
             raise PlanError(f"by={self.by!r:.80} can't rank channels: give a criterion such as passes.Magnitude()")
-        if self.scope != "global":
+        if self.scope != type(self).scope:
             raise PlanError(f"scope={self.scope!r} leaves {type(self).__name__} nothing to say: that is passes.Uniform")
 
     @abstractmethod

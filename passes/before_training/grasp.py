@@ -13,10 +13,11 @@ from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
 from fxprune.errors import PlanError
+from fxprune.graph.batches import Batch
 from fxprune.graph.inputs import map_tensors
 from fxprune.graph.traced import device_of
 
-from .._data import Batch, mean_over, read_batches, take_loss
+from .._data import mean_over, read_labelled, take_loss
 from ..base import detach_weights
 from .base import BeforeTraining
 from .single_shot import only_readers
@@ -54,7 +55,7 @@ class GraSP(BeforeTraining):
             sums = Sums(analysis, weights_times_curvature(model.train(), batch, self.loss))
             return {name: sums(only_readers(analysis, group)) for name, group in analysis.groups.items()}
 
-        return mean_over(analysis, itertools.islice(read_batches(self.data, "GraSP"), 1), "GraSP", changes)
+        return mean_over(analysis, itertools.islice(read_labelled(self.data, analysis, "GraSP"), 1), "GraSP", changes)
 
 
 def weights_times_curvature(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from fxprune.budget.cost import Floats, marginal
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis, abridge_list
 from fxprune.channels.groups import Group
+from fxprune.graph.batches import Batch
 
-from .._data import Batch, mean_over, read_batches, weights_times_gradients
+from .._data import mean_over, read_labelled, weights_times_gradients
 from ..base import input_axis
 from .base import BeforeTraining
 
@@ -50,7 +51,7 @@ class SingleShot(BeforeTraining):
             sums = Sums(analysis, weights_times_gradients(model.train(), batch, self.loss))
             return {name: sums(only_readers(analysis, group)) for name, group in analysis.groups.items()}
 
-        first = itertools.islice(read_batches(self.data, "SingleShot"), 1)
+        first = itertools.islice(read_labelled(self.data, analysis, "SingleShot"), 1)
         means = mean_over(analysis, first, "SingleShot", signed)
         gates = {name: np.abs(mean) for name, mean in means.items()}
         warn_of_silence(analysis, gates)

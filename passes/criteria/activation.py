@@ -12,10 +12,10 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.labels import Label
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
-from fxprune.graph.inputs import bind_inputs
+from fxprune.graph.batches import Batch
 from fxprune.graph.traced import Mode, observed_values, regions_of
 
-from .._data import Batch, mean_over, read_batches
+from .._data import mean_over, read_labelled
 from ..base import Criterion, detach_weights, run_forward, share_in_layers
 
 STATISTICS = ("mean", "variance")
@@ -52,10 +52,10 @@ class Activation(Criterion):
 
         def sums(model: nn.Module, batch: Batch) -> dict[str, Floats]:
             watch.put_on(model)
-            run_forward(model, bind_inputs(batch[0]))
+            run_forward(model, batch[0])
             return watch.sums
 
-        totals = mean_over(analysis, read_batches(self.data, "Activation"), "Activation", sums)
+        totals = mean_over(analysis, read_labelled(self.data, analysis, "Activation"), "Activation", sums)
         if not totals:
             return {}
         count = np.maximum(totals["count"], 1)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
+from fxprune.graph.batches import Batch
 
-from .._data import Batch, mean_over, read_batches, weights_times_gradients
+from .._data import mean_over, read_labelled, weights_times_gradients
 from ..base import Criterion, share_in_layers
 
 
@@ -37,5 +38,5 @@ class Fisher(Criterion):
             sums = Sums(analysis, products, lambda product: product.square() / 2)
             return {name: sums(group) for name, group in analysis.groups.items()}
 
-        means = mean_over(analysis, read_batches(self.data, "Fisher"), "Fisher", changes)
+        means = mean_over(analysis, read_labelled(self.data, analysis, "Fisher"), "Fisher", changes)
         return {name: share_in_layers(analysis, analysis.groups[name], mean) for name, mean in means.items()}

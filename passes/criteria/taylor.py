@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fxprune.budget.cost import Floats
 from fxprune.budget.sums import Sums
 from fxprune.channels.analysis import Analysis
+from fxprune.graph.batches import Batch
 
-from .._data import Batch, mean_over, read_batches, weights_times_gradients
+from .._data import mean_over, read_labelled, weights_times_gradients
 from ..base import Criterion, share_in_layers
 
 
@@ -26,8 +27,9 @@ class Taylor(Criterion):
     distributed run every rank gives its share of the data, and all get the mean.
 
     Attributes:
-        data: one batch (x, y), or an iterable of batches such as a DataLoader; x is a tensor, a tuple of arguments, or
-            (args, kwargs). A batch of two inputs and two targets looks like two batches: put it in a list.
+        data: one batch (x, y), or an iterable of batches such as a DataLoader; x is a tensor, a tuple or dict of
+            arguments, or (args, kwargs). A batch may be a dict too; what the example had of it goes to the model, the
+            rest is y. A batch of two inputs and two targets looks like two batches: put it in a list.
         loss: a function of (output, y) that gives a scalar.
     """
 
@@ -42,5 +44,5 @@ class Taylor(Criterion):
             sums = Sums(analysis, weights_times_gradients(model, batch, self.loss))
             return {name: np.abs(sums(group)) for name, group in analysis.groups.items()}
 
-        means = mean_over(analysis, read_batches(self.data, "Taylor"), "Taylor", changes)
+        means = mean_over(analysis, read_labelled(self.data, analysis, "Taylor"), "Taylor", changes)
         return {name: share_in_layers(analysis, analysis.groups[name], mean) for name, mean in means.items()}

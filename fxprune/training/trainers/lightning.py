@@ -39,7 +39,7 @@ class Pruning(Callback):
         Args:
             part: name of the module to prune, such as "net" for ``self.net``. It is replaced by its trace; its
                 parameters stay the same objects under the same names.
-            example_inputs: of that module: a tensor, a tuple of arguments, or (args, kwargs).
+            example_inputs: of that module: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
             passes: training passes, such as ``passes.PruneTrain()``.
             options: other arguments of ``fxprune.Session``.
         """

@@ -44,7 +44,7 @@ class Pruning(TrainerCallback):
             trainer: with a model, not a model_init.
             part: name of the module of ``trainer.model`` to prune. It is replaced by its trace; its parameters stay the
                 same objects under the same names.
-            example_inputs: of that module: a tensor, a tuple of arguments, or (args, kwargs).
+            example_inputs: of that module: a tensor, a tuple or dict of arguments, (args, kwargs), or a loader's batch.
             passes: training passes, such as ``passes.PruneTrain()``.
             options: other arguments of ``fxprune.Session``.
 
