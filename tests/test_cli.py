@@ -224,6 +224,13 @@ def test_every_criterion(criterion: str, folder: Path) -> None:
     assert report["totals"]["channels"][1] <= 0.6 * report["totals"]["channels"][0]
 
 
+def test_with_data_and_no_criterion_some_are_tried(folder: Path) -> None:
+    data = ["--data", str(photos(folder / "photos", varied=True))]
+    result = run("prune", *TINY, "--channels", "0.6", "--minimum", "0", "--no-onnx", *data, "--json")
+    assert json.loads(result.stdout)["about"]["criterion"] in ("magnitude", "optimal-brain-surgeon", "fisher")
+    assert re.search(r"OptimalBrainSurgeon .*%", result.stderr)
+
+
 PLAIN = Preprocessing(8, (8, 8), MEAN, STD, "a guess")
 
 

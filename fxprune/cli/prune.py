@@ -1,7 +1,7 @@
 """``fxprune prune``: a plan that meets a budget is made and carried out."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from fxprune.cli import data, options
 from fxprune.cli.models import UsageError, open_model, suggest_names
 from fxprune.cli.preprocessing import Asked
 from fxprune.cli.results import Wanted, carry_out_plan, check_folder, images_for
-from fxprune.cli.say import print_progress
+from fxprune.cli.say import print_note, print_progress
 from fxprune.errors import BudgetError
 from fxprune.report.summary import Summary
 
@@ -89,14 +89,15 @@ def prune(
         ),
     ] = None,
     criterion: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help=f"Says which channels matter: {', '.join(CRITERIA)}.",
+            help=f"Says which channels matter: {', '.join(CRITERIA)}. Default, magnitude; with --data magnitude, "
+            "optimal-brain-surgeon and fisher are tried, and the best is taken.",
             rich_help_panel=options.CHOICE,
             autocompletion=complete_criterion,
         ),
-    ] = "magnitude",
+    ] = None,
     round_to: Annotated[
         int | None,
         typer.Option(
@@ -116,12 +117,14 @@ def prune(
         ),
     ] = 0.01,
     scope: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Where scores are compared: global, isomorphic (among groups of the same kinds of layers), or local "
-            "(within each group)."
+            metavar="NAME",
+            help="Where scores are compared: global (the default), isomorphic (among groups of the same kinds of layers), "
+            "or local (within each group).",
+            rich_help_panel=options.CHOICE,
         ),
-    ] = "global",
+    ] = None,
     minimum: Annotated[
         float,
         typer.Option(
@@ -162,22 +165,36 @@ def prune(
     if threads is not None:
         torch.set_num_threads(threads)
     budget = read_budget(given.params)
-    scorer = criterion_of(criterion, images is not None)
+    names = choose_names(criterion, images)
+    kinds = [criterion_of(name, images is not None) for name in names]
     check_folder(out)
     opened = open_model(model, weights=weights, classes=classes, inputs=example, named=named, seed=seed)
     given_images = images_for(opened, images, samples, seed, weights, Asked(mean, std, size, resize))
     bounds: dict[str, Any] = {"minimum": minimum, "keep": tuple(keep or ()), "round_to": round_to or "auto"}
-    bounds["scope"] = scope
-    own = {"data": given_images and given_images.batches, "loss": data.compute_loss, "seed": seed}  # of some criteria
-    bounds |= {field.name: own[field.name] for field in fields(scorer) if field.name in own}
+    if scope is not None:
+        bounds["scope"] = scope
+    own: dict[str, Any] = {
+        "data": given_images and given_images.batches,
+        "loss": data.compute_loss,
+        "seed": seed,
+    }  # of some criteria
+    scorers = [
+        kind(**bounds, **{field.name: own[field.name] for field in fields(kind) if field.name in own}) for kind in kinds
+    ]
 
     print_progress(f"analysing {model}")
     analysis = fxprune.analyze(fxprune.trace(opened.model, opened.inputs), opened.inputs)
     print_progress("planning")
-    plan = scorer(**bounds).plan(analysis, budget)
+    if given_images and len(scorers) > 1:
+        trials = passes.BestOf(given_images.batches, scorers).try_criteria(analysis, budget)
+        plan = passes.BestOf.choose_plan(trials)
+        chosen = next(name for name, trial in zip(names, trials, strict=True) if trial.plan is plan)
+        print_note(passes.BestOf.describe_trials(trials))
+    else:
+        plan, chosen = scorers[0].plan(analysis, budget), names[0]
     wanted = options.read_fields(Wanted, {**given.params, "out": out})
     rounding = describe_rounding(analysis, bounds["round_to"])
-    summary = carry_out_plan(analysis, plan, opened, given_images, wanted, criterion=criterion, widths=rounding)
+    summary = carry_out_plan(analysis, plan, opened, given_images, wanted, criterion=chosen, widths=rounding)
     check_latency(summary, budget)
 
 
@@ -210,6 +227,13 @@ def read_budget(given: Mapping[str, Any]) -> Budget:
         return options.read_fields(Budget, {**given, "latency": time, "channels": channels})
     except BudgetError as error:
         raise UsageError(f"{error}. For example --flops 0.5") from error
+
+
+def choose_names(criterion: str | None, images: str | None) -> Sequence[str]:
+    """The names of the criteria to try."""
+    if criterion is not None:
+        return [criterion]
+    return ("magnitude", "optimal-brain-surgeon", "fisher") if images else ["magnitude"]
 
 
 def criterion_of(name: str, with_data: bool) -> type[passes.Criterion]:

@@ -73,13 +73,8 @@ class BestOf:
             RestoreError: there is no data, or the model does not run on it.
         """
         trials = self.try_criteria(analysis, budget, keep=keep)
-        logger.info("criteria tried\n%s", describe_trials(trials))
-        best = min(trials, key=lambda trial: trial.difference)
-        if best.plan is not None and math.isfinite(best.difference):
-            return best.plan
-        raise trials[0].problem or PlanError(
-            "the outputs on this data are not finite, before the cut or after it: no criterion can be chosen by them"
-        )
+        logger.info("criteria tried\n%s", self.describe_trials(trials))
+        return self.choose_plan(trials)
 
     def try_criteria(self, analysis: Analysis, budget: Budget, *, keep: Sequence[str] = ()) -> list[_Trial]:
         """One trial for each criterion; arguments and errors are those of ``plan``."""
@@ -100,6 +95,29 @@ class BestOf:
             trials.append(_Trial(name, plan, compare_outputs(wanted, run_batches(compact, judged))))
         return trials
 
+    @staticmethod
+    def choose_plan(trials: Sequence[_Trial]) -> Plan:
+        """The plan of the best trial; errors are those of ``BestOf.plan``."""
+        best = min(trials, key=lambda trial: trial.difference)
+        if best.plan is not None and math.isfinite(best.difference):
+            return best.plan
+        raise trials[0].problem or PlanError(
+            "the outputs on this data are not finite, before the cut or after it: no criterion can be chosen by them"
+        )
+
+    @staticmethod
+    def describe_trials(trials: Sequence[_Trial]) -> str:
+        """A table, the best first."""
+        rows = [
+            (
+                trial.criterion,
+                str(trial.problem or "").partition(";")[0],
+                f"{trial.difference:.2%}" if trial.plan else "",
+            )
+            for trial in sorted(trials, key=lambda trial: trial.difference)
+        ]
+        return render_text(make_table(("criterion", "problem"), ("outputs differ, restored",), rows))
+
 
 def run_batches(model: Model, batches: Sequence[Bound]) -> list[Tensor]:
     """The floating-point outputs of ``model`` in eval mode, of all batches."""
@@ -115,12 +133,3 @@ def compare_outputs(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
     squares = distributed.mean_over_ranks(torch.tensor([missing, size], dtype=torch.float64))
     difference = math.sqrt(squares[0] / (squares[1] or 1.0))
     return difference if math.isfinite(difference) else math.inf
-
-
-def describe_trials(trials: Sequence[_Trial]) -> str:
-    """A table, the best first."""
-    rows = [
-        (trial.criterion, str(trial.problem or "").partition(";")[0], f"{trial.difference:.2%}" if trial.plan else "")
-        for trial in sorted(trials, key=lambda trial: trial.difference)
-    ]
-    return render_text(make_table(("criterion", "problem"), ("outputs differ, restored",), rows))
