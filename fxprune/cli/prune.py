@@ -120,8 +120,8 @@ def prune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Where scores are compared: global (the default), isomorphic (among groups of the same kinds of layers), "
-            "or local (within each group).",
+            help="Where scores are compared: global (the default), isomorphic (among groups of the same kinds of "
+            "layers), or local (within each group).",
             rich_help_panel=options.CHOICE,
         ),
     ] = None,
