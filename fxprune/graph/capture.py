@@ -30,6 +30,7 @@ from fxprune.graph.effects import (
     watch_hooks,
     write_buffers,
 )
+from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, tensors_in, without_data
 from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
@@ -192,6 +193,7 @@ class Recorder(TorchFunctionMode):
         self.reals: dict[int, Tensor] = {}  # by the id of a fake one
         self.alive: list[Tensor] = []  # so that no id is used twice
         self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.guards: set[tuple[Any, ...]] = set()
         self.entered: dict[int, fx.Node] = {}  # see contexts.py
         self.within: dict[str, tuple[str, type[nn.Module]]] = {}  # the modules that are being called, by their paths
         self.refusal: Exception | None = None
@@ -401,7 +403,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self.node_of(value)
         if isinstance(value, Number):
-            return value.node if value.graph is self.graph else value.__reduce__()[1][0]
+            return value.node if value.graph is self.graph else value.plain
         if isinstance(value, torch.device):
             return self.device if value == self.first_device else value
         if isinstance(value, (fx.Node, *LITERALS)):
@@ -442,6 +444,13 @@ class Recorder(TorchFunctionMode):
         name = f"_tensor_constant{len(self.constants)}"
         self.constants[name] = tensor
         return name
+
+    def guard(self, number: Number, relation: str, other: float, found: float, place: str) -> None:
+        """Python found something of a size: the graph says so, once."""
+        key = (number.node, relation, self.arg(other), found)
+        if key not in self.guards:
+            self.guards.add(key)
+            self.node("call_function", check_size, (number, relation, other, found, place), {})
 
     # ----------------------------------------------------------------------------------- sizes, device
 

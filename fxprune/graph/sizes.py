@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxprune.graph.capture import is_layer, record_run
 from fxprune.graph.effects import TORCHS, is_record
+from fxprune.graph.guards import erase_guards
 from fxprune.graph.inputs import Bound
 from fxprune.graph.numbers import Int, node_or_number
 from fxprune.graph.places import write_place
@@ -122,9 +123,11 @@ def record_sizes(model: nn.Module, sizes: Mapping[Slot, int], inputs: Bound, mod
         put_sizes(working, {slot: remembered_size(graph, slot, size) for slot, size in sizes.items()})
 
     try:
-        return record_run(working, names_of(model), {}, {}, inputs, mode, remember)[0]
+        graph = record_run(working, names_of(model), {}, {}, inputs, mode, remember)[0]
     except Exception as error:
         raise explain_error(working, error) from error
+    erase_guards(graph)
+    return graph
 
 
 def remembered_size(graph: fx.Graph, slot: Slot, size: int) -> Size:

@@ -18,11 +18,20 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fxprune.errors import TraceError, require_type
-from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
+from fxprune.graph.batch import (
+    DiffersError,
+    batch_of,
+    depends_on_batch,
+    fix_sizes,
+    follow_sizes,
+    free_axes,
+    with_other_sizes,
+)
 from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.draws import find_draw, has_drawn, read_state
 from fxprune.graph.effects import describe_attribute, iterators_in
+from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
@@ -87,7 +96,7 @@ def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedMo
         runs[Mode.TRAIN] = recording.record_mode(Mode.TRAIN, inputs)
     if check:
         for mode, (graph, given) in runs.items():
-            recording.follow_batch(mode, graph, given)
+            recording.follow_sizes(mode, graph, given)
     train, in_train = runs.get(Mode.TRAIN, (evaluate, for_mode(inputs, Mode.TRAIN, model)))
     if same_graphs(train, evaluate):
         train = evaluate
@@ -124,22 +133,44 @@ class Recording:
                 raise
             return self.record_graph(mode, double), double
 
-    def follow_batch(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
-        """Let ``graph`` follow the size of the batch, unless the model itself takes no other.
+    def follow_sizes(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
+        """Let ``graph`` follow the sizes of its inputs, unless the model itself takes no others.
+
+        Longer axes that Python does something else for are refused when the graph runs.
 
         Raises:
             TraceError: Python does something else for another batch.
         """
-        if not batch_of(inputs):
+        batch = batch_of(inputs)
+        if not batch:
             return
+        axes = free_axes(inputs)
+        other = self.record_other(mode, with_other_sizes(inputs, axes)) if axes else None
+        different: fx.Node | None = None
+        try:
+            if other is not None:
+                follow_sizes(graph, other, batch)
+                return
+        except DiffersError as error:
+            different = error.node
+        other = self.record_other(mode, with_other_sizes(inputs, ()))
+        try:
+            if other is not None:
+                follow_sizes(graph, other, batch)
+        except DiffersError as error:
+            raise depends_on_batch(error.node) from None
+        if different is not None and different.target is not check_size:
+            fix_sizes(graph, inputs, axes, different)
+
+    def record_other(self, mode: Mode, inputs: Bound) -> fx.Graph | None:
+        """The graph for other inputs; None where the model does not take them."""
         other = Recording(self.model, self.names, dict(self.constants))
         try:
-            larger = other.record_graph(mode, with_larger_batch(inputs))
+            return other.record_graph(mode, inputs)
         except TraceError as error:
             if isinstance(error.__cause__, LeftOverError):
                 raise
-            return
-        follow_batch(graph, larger, batch_of(inputs))
+            return None
 
     def record_graph(self, mode: Mode, inputs: Bound) -> fx.Graph:
         """The graph of one mode.

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
+from fxprune.graph.guards import erase_guards
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
 from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, Model, TracedModule, Values, places_of, regions_of
@@ -230,6 +231,8 @@ def remove_from(
     """
     before = called_function(compact)
     for mode, graph in compact.distinct_graphs().items():
+        if branches[mode]:
+            erase_guards(graph)  # they may read sizes of what goes
         for branch in branches[mode]:
             nodes, join, other = branch.nodes(), branch.join, branch.other
             whole = any(node.target in dropped for node in nodes if node.op == "call_module")

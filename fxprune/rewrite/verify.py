@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.draws import keep_draws
+from fxprune.graph.guards import erase_guards
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
@@ -116,8 +117,10 @@ def compare_models(
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind_inputs(example_inputs)
     )
     tolerance = TOLERANCE[dtype]
-    small = copy_model(compact).to(dtype)
-    masked = copy_model(graph).to(dtype)
+    small, masked = (copy_model(model).to(dtype) for model in (compact, graph))
+    for region in (*regions_of(small).values(), *regions_of(masked).values()):
+        for own in region.distinct_graphs().values():
+            erase_guards(own)  # they compare the graphs with the model
     try:
         whole = outputs_of(masked, Mode.EVAL, inputs, False, None)
     except Exception as cause:
