@@ -163,7 +163,8 @@ def plain_number(guard: fx.Node) -> Any:
 
 def first_tensor(graph: fx.Graph) -> fx.Node:
     """The node of the first tensor that the model is given."""
-    return next(node for node in graph.nodes if FIRST in node.meta)
+    first: fx.Node = next(node for node in graph.nodes if FIRST in node.meta)
+    return first
 
 
 def behind_inputs(graph: fx.Graph) -> fx.Node:

@@ -39,7 +39,7 @@ def check_size(a: float, relation: str, b: float, found: Found, place: str) -> N
     Raises:
         OtherPathError: something else is found.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         refuse_size(a, relation, b, found, place)
 
 
@@ -50,7 +50,7 @@ def check_dtype(dtype: Any, expected: Any, place: str) -> None:
     Raises:
         OtherPathError: it is another.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         refuse_dtype(dtype, expected, place)
 
 

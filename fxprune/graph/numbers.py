@@ -20,7 +20,7 @@ Make = Callable[[], fx.Node]
 
 def cut_off(number: float) -> int:
     """The whole part of a number, as ``int`` gives it; tracers and TorchScript follow it."""
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return int(number)
     return torch.sym_int(number)
 
@@ -173,5 +173,5 @@ for kind, base in ((Int, int), (Float, float)):
         setattr(kind, f"__{name}__", make_compare(getattr(base, f"__{name}__"), relation))
     for name in BARE:
         setattr(kind, f"__{name}__", make_bare(getattr(base, f"__{name}__")))
-    kind.__divmod__ = divide  # type: ignore[attr-defined]
-    kind.__bool__ = make_truth(base.__bool__)  # type: ignore[method-assign]
+    setattr(kind, "__divmod__", divide)  # noqa: B010
+    setattr(kind, "__bool__", make_truth(base.__bool__))  # noqa: B010

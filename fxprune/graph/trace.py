@@ -6,6 +6,7 @@ objects under their own names; the modules are copies, so that nothing done to t
 
 import copy
 import inspect
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from fxprune.graph.batch import (
     fix_sizes,
     follow_sizes,
     free_axes,
+    plain_number,
     with_other_sizes,
 )
 from fxprune.graph.capture import record_run
@@ -144,9 +146,10 @@ class Recording:
         batch = batch_of(inputs)
         if not batch:
             return
-        axes = free_axes(inputs)
+        axes, different = free_axes(inputs), None
+        if axes and any(node.target is check_size and plain_number(node) for node in graph.nodes):
+            self.record_other(mode, with_other_sizes(inputs, ()))  # a cache by sizes would show what it kept
         other = self.record_other(mode, with_other_sizes(inputs, axes)) if axes else None
-        different: fx.Node | None = None
         try:
             if other is not None:
                 follow_sizes(graph, other, batch)
@@ -165,12 +168,15 @@ class Recording:
     def record_other(self, mode: Mode, inputs: Bound) -> fx.Graph | None:
         """The graph for other inputs; None where the model does not take them."""
         other = Recording(self.model, self.names, dict(self.constants))
+        FAKES.disabled = True  # it tells of each call that fails
         try:
             return other.record_graph(mode, inputs)
         except TraceError as error:
             if isinstance(error.__cause__, LeftOverError):
                 raise
             return None
+        finally:
+            FAKES.disabled = False
 
     def record_graph(self, mode: Mode, inputs: Bound) -> fx.Graph:
         """The graph of one mode.
@@ -237,6 +243,7 @@ def check_inputs(model: nn.Module, inputs: Bound) -> None:
         ) from error
 
 
+FAKES = logging.getLogger("torch._subclasses.fake_tensor")
 FRAMES = 8  # of Python's stack that copying a model takes for each level of modules within modules
 
 
