@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.batch import FIRST
 from fxprune.graph.contexts import refuse_hook, write_grad_mode
+from fxprune.graph.dtypes import ASKED
 from fxprune.graph.effects import (
     attributes_of,
     buffers_of,
@@ -30,6 +31,7 @@ from fxprune.graph.effects import (
     watch_hooks,
     write_buffers,
 )
+from fxprune.graph.follow import behind_inputs
 from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, tensors_in, without_data
 from fxprune.graph.lowering import lower_layer
@@ -198,6 +200,7 @@ class Recorder(TorchFunctionMode):
         self.within: dict[str, tuple[str, type[nn.Module]]] = {}  # the modules that are being called, by their paths
         self.refusal: Exception | None = None
         self.reads_mode = False
+        self.asked: dict[torch.dtype, fx.Node | str] = {}  # by dtype, the last tensor that Python asked for it
         self.first_tensor: fx.Node | None = None  # among the arguments
         self.first_device: torch.device | None = None
         self.device_node: fx.Node | None = None
@@ -395,6 +398,8 @@ class Recorder(TorchFunctionMode):
             raise RefusalError("inference_mode can't be told from no_grad in a graph: write torch.no_grad")
         node = self.graph.create_node(op, target, self.arg(tuple(args)), self.arg(dict(kwargs)))
         node.meta["nn_module_stack"] = self.within
+        if self.asked:
+            node.meta[ASKED] = self.asked
         write_place(node, record_run.__code__)
         return node
 
@@ -462,21 +467,24 @@ class Recorder(TorchFunctionMode):
     def size_node(self, owner: fx.Node, axis: int) -> fx.Node:
         """The node that gives a size, right behind its tensor: later that may be written into."""
         if (owner, axis) not in self.sizes:
-            with self.graph.inserting_after(self.behind(owner)):
+            with self.graph.inserting_after(behind_inputs(owner)):
                 self.sizes[owner, axis] = self.graph.call_method("size", (owner, axis))
         return self.sizes[owner, axis]
-
-    def behind(self, node: fx.Node) -> fx.Node:
-        """``node``; for an argument of the model, the last one."""
-        while node.op == "placeholder" and node.next.op == "placeholder":
-            node = node.next
-        return node
 
     def requires_grad(self, tensor: Tensor) -> bool:
         """Whether a tensor gets a gradient. What is computed does in some runs only; torch itself asks, to be quick."""
         if not isinstance(tensor, nn.Parameter) and is_users(sys._getframe(2).f_code.co_filename):
             raise RefusalError("Python there asks whether a tensor has a gradient, which differs from run to run")
         return tensor.requires_grad
+
+    def dtype(self, tensor: Tensor) -> torch.dtype:
+        """The dtype of a tensor. What comes of it may have to follow the tensor: nodes know what was asked before."""
+        dtype = self.fake_of(tensor).dtype
+        if is_users(sys._getframe(2).f_code.co_filename):
+            real = self.reals.get(id(tensor), tensor)
+            source = self.names.get(id(real)) or self.nodes.get(id(tensor))
+            self.asked = {**self.asked, dtype: source} if source is not None else self.asked
+        return dtype
 
     def shape(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor."""
@@ -487,7 +495,7 @@ class Recorder(TorchFunctionMode):
         """The node that gives the device of the first tensor among the arguments."""
         if self.device_node is None:
             assert self.first_tensor is not None  # its device is why this is asked
-            with self.graph.inserting_after(self.behind(self.first_tensor)):
+            with self.graph.inserting_after(behind_inputs(self.first_tensor)):
                 self.device_node = self.graph.call_function(getattr, (self.first_tensor, "device"))
         return self.device_node
 
@@ -538,6 +546,7 @@ HANDLED: dict[Any, Callable[..., Any]] = {
     Tensor.numel: lambda recorder, tensor: prod(recorder.shape(tensor)),
     torch._C._set_grad_enabled: write_grad_mode,
     Tensor.register_hook: refuse_hook,
+    Tensor.dtype.__get__: Recorder.dtype,  # type: ignore[attr-defined]
     Tensor.requires_grad.__get__: Recorder.requires_grad,  # type: ignore[attr-defined]
     Tensor.nelement: lambda recorder, tensor: prod(recorder.shape(tensor)),
 }

@@ -13,7 +13,7 @@ from torch.fx.node import has_side_effect
 
 from fxprune.graph.refusal import OtherPathError
 
-Found = Union[bool, int, float]  # noqa: UP007 - TorchScript reads it
+Size = Union[int, float]  # noqa: UP007 - TorchScript reads it, and tells them apart
 RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -26,7 +26,7 @@ RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @has_side_effect
-def check_size(a: float, relation: str, b: float, found: Found, place: str) -> None:
+def check_size(a: Size, relation: str, b: Size, found: Size, place: str) -> None:
     """Refuse sizes of which Python would find something else than it found when the graph was made.
 
     Args:

@@ -30,6 +30,7 @@ from fxprune.rewrite.param_map import ParamMap
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 AMPLIFIED = 1e3  # times the tolerance: a larger difference is not put down to rounding
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # with dropout between their layers
 
 
@@ -357,10 +358,16 @@ class MaskedNorms(GraphInterpreter):
             return super().run_node(n)
 
 
+def is_precision(value: Any) -> bool:
+    """Whether a value is the dtype of floats, of no more than float32."""
+    return isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize <= torch.float32.itemsize
+
+
 class Comparable(TorchFunctionMode):
     """Nothing is drawn, and everything is computed in one precision, so that two models can be compared.
 
-    Dropout returns its input: its noise has the shape of the value. Where the model asks for float32 it gets ``dtype``.
+    Dropout returns its input: its noise has the shape of the value. Where the model asks for float32, or less, it gets
+    ``dtype``.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -379,9 +386,9 @@ class Comparable(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept dropouts and casts."""
-        kwargs = {key: self.dtype if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        args = [self.dtype if value is torch.float32 else value for value in args]
-        if func is Tensor.float:
+        kwargs = {key: self.dtype if is_precision(value) else value for key, value in (kwargs or {}).items()}
+        args = [self.dtype if is_precision(value) else value for value in args]
+        if func in CASTS:
             return args[0].to(self.dtype)
         if func in DROPOUTS:
             return args[0]
