@@ -14,7 +14,12 @@ from fxprune.graph.numbers import cut_off
 from fxprune.graph.places import describe_place
 
 FIRST = "first tensor"  # in the meta of a node: it gives the first tensor that the model is given
-LONGER = (3, 5, 7)  # so many times as long are the axes of images and sequences in the other recording
+LONGER = (3, 2, 7)  # so many times as long are the axes of images and sequences in the other recording
+
+
+def larger_batch(batch: int) -> int:
+    """The batch of the other recording: large enough that Python may take another path, and no multiple."""
+    return 4 * batch + 1
 
 
 def batch_of(inputs: Bound) -> int:
@@ -32,7 +37,7 @@ def free_axes(inputs: Bound) -> tuple[int, ...]:
 
 
 def with_other_sizes(inputs: Bound, axes: tuple[int, ...]) -> Bound:
-    """The inputs, without data, with one sample more wherever the first axis is as long as the batch.
+    """The inputs, without data, with a larger batch wherever the first axis is as long as that.
 
     ``axes`` of the first tensor are longer, each by another factor, and so are those of the same length in others.
     """
@@ -45,7 +50,7 @@ def with_other_sizes(inputs: Bound, axes: tuple[int, ...]) -> Bound:
         shape = list(tensor.shape)
         for axis, size in enumerate(shape):
             if axis == 0 and size == batch:
-                shape[0] = batch + 1
+                shape[0] = larger_batch(batch)
             elif axis:
                 shape[axis] = size * (factors.get(axis, 1) if tensor is first else longer.get(size, 1))
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
@@ -57,7 +62,7 @@ def with_other_sizes(inputs: Bound, axes: tuple[int, ...]) -> Bound:
 class SizeFollower(Follower):
     """Lets a graph follow the sizes of its inputs.
 
-    The other graph is recorded with one sample more than ``batch``, perhaps with longer axes too.
+    The other graph is recorded with a batch larger than ``batch``, perhaps with longer axes too.
     """
 
     def __init__(self, graph: fx.Graph, batch: int) -> None:
@@ -83,7 +88,7 @@ class SizeFollower(Follower):
 
     def find(self, node: fx.Node, twin: fx.Node, a: Any, b: Any) -> fx.Node | None:
         """The batch, times a number; or a number that Python made plain."""
-        if type(a) is int and type(b) is int and a * (self.batch + 1) == b * self.batch:
+        if type(a) is int and type(b) is int and a * larger_batch(self.batch) == b * self.batch:
             size = self.make(behind_inputs(first_tensor(self.graph)), "size", first_tensor(self.graph), 0)
             return size if a == self.batch else self.make(size, operator.mul, size, a // self.batch)
         guard = next((guard for guard, pair in self.guards.items() if pair == (a, b)), None)

@@ -72,9 +72,10 @@ class DtypeFollower(Follower):
     def fix_dtype(self, difference: DiffersError) -> None:
         """Let the graph refuse another dtype: in that it would be another."""
         node = difference.node
+        places = dict.fromkeys(map(describe_place, (node, difference.twin)))
         for before, _, source in asked_in_both(node, difference.twin):
             dtype = self.dtype_node(source, node)
-            self.make(dtype, check_dtype, dtype, before, describe_place(node))
+            self.make(dtype, check_dtype, dtype, before, " or ".join(places))
             return
 
 

@@ -14,6 +14,7 @@ from torch.fx.node import has_side_effect
 from fxprune.graph.refusal import OtherPathError
 
 Size = Union[int, float]  # noqa: UP007 - TorchScript reads it, and tells them apart
+Found = Union[bool, int, float]  # noqa: UP007
 RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -26,7 +27,7 @@ RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @has_side_effect
-def check_size(a: Size, relation: str, b: Size, found: Size, place: str) -> None:
+def check_size(a: Size, relation: str, b: Size, found: Found, place: str) -> None:
     """Refuse sizes of which Python would find something else than it found when the graph was made.
 
     Args:

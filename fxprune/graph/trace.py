@@ -183,7 +183,8 @@ class Recording:
             if other is not None:
                 SizeFollower(graph, batch).follow_graph(other)
         except DiffersError as error:
-            raise depends_on_batch(error.node) from None
+            if error.node.target is not check_size:
+                raise depends_on_batch(error.node) from None
         if different is not None and different.target is not check_size:
             fix_sizes(graph, inputs, axes, different)
 
