@@ -4,6 +4,7 @@ The masked original is the model with every removed slice set to zero. Where a n
 its statistics run over the kept ones only: there the two functions differ by nature, and this is the one that is meant.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
 from fxprune.rewrite.kept import Kept
+from fxprune.rewrite.nans import explain_nan, find_nan
 from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import ParamMap
 
@@ -146,6 +148,9 @@ def compare_models(
         found = outputs_of(small, mode, inputs, gradients, None, expected.within)
         noise: dict[str, float] = {}
         for kind, name, error in find_differences(expected, found, sliced):
+            if math.isnan(error):
+                places = (find_nan(model, mode, inputs) for model in (copy_model(graph).to(dtype), masked))
+                raise VerificationError(explain_nan(mode, kind, name, *places))
             if tolerance < error <= AMPLIFIED * tolerance:
                 noise = noise or measure_rounding(masked, mode, inputs, gradients, param_map, expected)
             worst[kind] = max(worst[kind], error)
@@ -239,7 +244,9 @@ def relative_difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
         return float("inf")
     if not a.numel():
         return 0.0
-    gap, size = (a.detach() - b.detach()).abs().max().item(), max(a.detach().abs().max().item(), floor)
+    a, b = a.detach(), b.detach()
+    gap = torch.where(a == b, 0.0, a - b).abs().max().item()  # infinities are alike, too
+    size = max(a.abs().nan_to_num(posinf=0.0).max().item(), floor)
     return gap / size if size else gap
 
 
