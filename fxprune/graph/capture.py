@@ -41,7 +41,7 @@ from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
 from fxprune.graph.traced import Mode
-from fxprune.graph.watch import watch_nothing, watch_torch
+from fxprune.graph.watch import RECORDER, watch_nothing, watch_torch
 
 THROUGH = (  # layers of torch.nn in which sizes of pruned axes stand: their own calls are recorded
     nn.Unflatten,
@@ -133,7 +133,7 @@ def record_run(
     model.train(mode.training)
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
-    recorder = Recorder(names, constants, known, home)
+    recorder = Recorder(names, constants, known, home, mode.training)
     if prepare is not None:
         prepare(recorder.graph)
     with torch.inference_mode(False), torch.enable_grad():
@@ -184,10 +184,15 @@ class Recorder(TorchFunctionMode):
     """Writes down each call of torch that is made while this context holds."""
 
     def __init__(
-        self, names: Mapping[int, str], constants: dict[str, Tensor], known: dict[Any, Any], home: torch.device
+        self,
+        names: Mapping[int, str],
+        constants: dict[str, Tensor],
+        known: dict[Any, Any],
+        home: torch.device,
+        training: bool,
     ) -> None:
         super().__init__()
-        self.names, self.constants, self.known, self.home = names, constants, known, home
+        self.names, self.constants, self.known, self.home, self.training = names, constants, known, home, training
         self.graph = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.nodes: dict[int, fx.Node] = {}  # by the id of the tensor
@@ -276,7 +281,11 @@ class Recorder(TorchFunctionMode):
         return FakeTensor(self.fake, data, seeming_device(result))
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of a layer of torch.nn."""
+        """A call of a layer of torch.nn. One in another mode than the model is recorded through: a graph has one mode."""
+        if vars(layer)["training"] is not self.training:
+            return self.call_module(path, layer, *args, **kwargs)
+        if RECORDER.get() is None:  # a part of a layer
+            return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction(), self.enter_module(path, layer):
             with watch_nothing():
                 result = self.run_layer(layer, args, kwargs)
@@ -301,6 +310,7 @@ class Recorder(TorchFunctionMode):
         """What a layer gives, on fake tensors; without a call where that is plain."""
         args, kwargs = self.fake_all(args), self.fake_all(kwargs)
         plain = len(args) == 1 and not kwargs and not torch._C._is_any_autocast_enabled()
+        plain = plain and "parametrizations" not in layer._modules  # to ask for their weight makes it
         if plain and isinstance(args[0], Tensor):
             lowered = lower_layer(layer, partial(getattr, layer), args[0], layer.training)
             shape = lowered and shape_of_result(lowered[0]._schema.name.removeprefix("aten::").rstrip("_"), lowered[1])
