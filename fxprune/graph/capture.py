@@ -281,7 +281,7 @@ class Recorder(TorchFunctionMode):
         return FakeTensor(self.fake, data, seeming_device(result))
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of a layer of torch.nn. One in another mode than the model is recorded through: a graph has one mode."""
+        """A call of a layer of torch.nn. One in another mode than the model is recorded through: a graph has one."""
         if vars(layer)["training"] is not self.training:
             return self.call_module(path, layer, *args, **kwargs)
         if RECORDER.get() is None:  # a part of a layer

@@ -57,8 +57,8 @@ def explain_nan(mode: Mode, kind: str, name: str, dense: str, masked: str) -> st
         return f"{said}the model itself gives NaN on these example_inputs, first at {dense}. Give others, or mend that"
     if masked:
         return (
-            f"{said}with the removed channels at zero the model gives NaN, first at {masked}: it divides by what is zero "
-            "there, say, or takes the variance of one value. Add a small number to that, or keep more channels"
+            f"{said}with the removed channels at zero the model gives NaN, first at {masked}: it divides by what is "
+            "zero there, say, or takes the variance of one value. Add a small number to that, or keep more channels"
         )
     return (
         f"{said}it arises in the backward pass, from a square root or a norm of what is zero, say. Give other "
