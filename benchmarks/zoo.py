@@ -288,7 +288,7 @@ def use(name: str, model: Any, compact: Any, x: Any) -> dict[str, Any]:
     import torch
 
     from fxprune.errors import TraceError
-    from fxprune.graph.batch import with_larger_batch
+    from fxprune.graph.batch import with_other_sizes
     from fxprune.graph.inputs import bind_inputs, map_tensors, tensors_in
     from fxprune.graph.trace import trace_whole
 
@@ -297,7 +297,7 @@ def use(name: str, model: Any, compact: Any, x: Any) -> dict[str, Any]:
     losses = [tensor.float().square().mean() for tensor in tensors_in(compact.train()(*args, **kwargs))]
     sum(loss for loss in losses if loss.requires_grad).backward()
     optimizer.step()
-    larger = with_larger_batch((args, kwargs))
+    larger = with_other_sizes((args, kwargs), ())
     pairs = zip(tensors_in((args, kwargs)), tensors_in(larger), strict=True)
     more = iter([torch.cat([a, a[:1]]) if a.shape != b.shape else a for a, b in pairs])
     args, kwargs = map_tensors(lambda _: next(more), larger)

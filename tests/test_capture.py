@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune import passes
-from fxprune.errors import TraceError
+from fxprune.errors import TraceError, VerificationError
 from fxprune.graph import capture, watch
 from fxprune.graph.contexts import Apply
 from fxprune.graph.inputs import bind_inputs
@@ -587,6 +587,19 @@ def asks_for_a_gradient(m: Net, x: Tensor) -> Tensor:
     return m.o(m.b(y) if y.requires_grad else y)  # asks for a gradient
 
 
+def maps(m: Net, x: Tensor) -> Tensor:
+    return m.o(torch.vmap(lambda image: image * 2)(m.a(x)))  # maps
+
+
+def differentiates(m: Net, x: Tensor) -> Tensor:
+    return m.o(torch.func.grad(lambda y: (y**2).sum())(m.a(x)))  # differentiates
+
+
+def pushes_forward(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.o(torch.func.jvp(torch.sin, (y,), (y,))[1])  # pushes forward
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it is deprecated
     DOUBLE = torch.jit.CompilationUnit("def double(x):\n    return x * 2\n").double
@@ -614,6 +627,9 @@ def calls_script(m: Net, x: Tensor) -> Tensor:
         (widens, "", r"buffer count becomes .* keep shape and dtype"),
         (takes_generator, "# generator", "a Generator is given to torch"),
         (remembers, "# remembers", r"tensor of shape \[8, 1, 1\] comes from a call that can't be recorded"),
+        (maps, "# maps", r"a transform of torch.func \(vmap, .*, or in a module of its own"),
+        (differentiates, "# differentiates", "a transform of torch.func"),
+        (pushes_forward, "# pushes forward", "a transform of torch.func"),
         (calls_script, "# script", "TorchScript without its Python"),
         (keeps, "", r"attribute 'seen' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
         (keeps_in_a_list, "", r"attribute 'hidden' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
@@ -667,6 +683,82 @@ def test_torchscript_in_a_model_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), TRACED_RELU)
     with pytest.raises(TraceError, match=r"^1 of Sequential is TorchScript, .* give the model it was made from"):
         fxprune.trace(model, torch.randn(2, 3, 8, 8))
+
+
+# ------------------------------------------------------------------------------------------- layers in another mode
+
+
+class Normed(nn.Module):
+    """Batch norm and dropout, whose mode ``set_mode`` sets in forward or in ``train``."""
+
+    def __init__(self, set_mode: Callable[["Normed"], Any], within: bool) -> None:
+        super().__init__()
+        self.a, self.bn, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.b, self.o = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+        self.set_mode, self.within = set_mode, within
+
+    def train(self, mode: bool = True) -> "Normed":
+        super().train(mode)
+        if not self.within:
+            self.set_mode(self)
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        if self.within:
+            self.set_mode(self)
+        return self.o(self.b(self.drop(self.bn(self.a(x)).relu())).relu())
+
+
+@pytest.mark.parametrize(
+    "set_mode",
+    [
+        lambda m: m.bn.eval(),
+        lambda m: m.drop.train(),
+        lambda m: (m.bn.train(False), m.drop.train(True)),
+        lambda m: m.bn.train(m.training and False),
+    ],
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_layers_keep_a_mode_of_their_own(set_mode: Callable[[Normed], Any], within: bool) -> None:
+    """Frozen batch norm, and dropout that never rests, whether ``train`` sees to it or forward."""
+    model = randomize(Normed(set_mode, within)).double().eval()
+    graph, compact = trace_graph(model), pruned(model)
+    for training in (True, False):
+        outcomes = []
+        for run in (copy.deepcopy(model), graph):
+            torch.manual_seed(0)
+            run.train(training)
+            outcomes.append(run(X))
+            assert torch.equal(run.bn.running_mean, model.bn.running_mean) or run.bn.training
+        assert torch.allclose(*outcomes, rtol=0, atol=1e-10)
+    compact.train()
+    compact(X).sum().backward()
+    assert compact.bn.weight.grad is not None
+
+
+def parametrized(change: Callable[[nn.Module], Any]) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).double().eval()
+    change(model[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: nn.utils.parametrizations.spectral_norm(nn.utils.parametrizations.weight_norm(layer)),
+    ],
+)
+def test_a_parametrized_layer_makes_its_weight_once(change: Callable[[nn.Module], Any]) -> None:
+    model = parametrized(change)
+    graph = trace_graph(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    alone = copy.deepcopy(model).train()
+    assert torch.allclose(alone(X), graph.train()(X), rtol=0, atol=1e-10)
+    buffers = dict(graph.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in alone.named_buffers())
 
 
 # ------------------------------------------------------------------------------------------------------------ check
@@ -748,6 +840,48 @@ def test_the_check_leaves_everything_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), noise)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (
+            lambda m, x: m.o(m.a(x) / (m.a(x) - m.a(x))),
+            "output 0 is NaN in eval mode, .* the model itself gives NaN on these example_inputs, first at .*lambda m",
+        ),
+        (
+            lambda m, x: m.o(m.a(x)) * m.a(x)[:, :1].var(1, keepdim=True),
+            r"the model itself gives NaN on these example_inputs, first at var \(.*test_capture.py",
+        ),
+        (
+            lambda m, x: m.o(F.conv2d(x, m.a.weight / m.a.weight.abs().amax((1, 2, 3), keepdim=True))),
+            "with the removed channels at zero the model gives NaN, first at truediv .*Add a small number",
+        ),
+        (lambda m, x: m.o((m.a(x).relu() * 0).sqrt()), "gradient .* is NaN in eval mode, .*in the backward pass"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:var")
+def test_nan_is_said_in_words(forward: Callable[..., Any], message: str) -> None:
+    with pytest.raises(VerificationError, match=message):
+        pruned(net(forward))
+
+
+def test_infinities_are_alike() -> None:
+    """As in scores that a mask has taken out; what is finite is compared."""
+    compact = pruned(net(lambda m, x: m.o(m.b(m.a(x).relu())).masked_fill(x[:, :1] > 0, -float("inf"))))
+    assert compact(X).isinf().any()
+
+
+def test_a_module_under_two_names_is_restored_after_its_run_on_names() -> None:
+    class Shared(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: m.o(checkpoint(m.parts, m.a(x), use_reentrant=False)))
+            self.parts = nn.Sequential(self.b, nn.ReLU())
+
+    model = randomize(Shared()).double().eval()
+    analysis = fxprune.analyze(model, X)
+    assert all(type(parameter) is nn.Parameter for parameter in analysis.graph.parameters())
+    assert pruned(model)(X).shape == (2, 4, 8, 8)
 
 
 def test_verify_takes_the_users_model() -> None:

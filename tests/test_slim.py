@@ -273,7 +273,7 @@ class Built(nn.Module):
         x = self.first(x)
         for up, down in zip(self.ups, self.downs, strict=True):
             x = x + down(up(x).relu())
-        return self.last(x * self.config.width**0.5 if self.config.scaled else x)
+        return self.last(x * math.sqrt(self.config.width) if self.config.scaled else x)
 
 
 class Filled(Built):

@@ -55,12 +55,14 @@ class Steered:
         Raises:
             AnalysisError: it does not run.
         """
-        names = (*dict(self.model.named_parameters()), *dict(self.model.named_buffers()))  # each tensor once
-        state = {name: self.state[name] for name in names}
+        # Each module once: functional_call would not restore one that it swaps under two names.
+        parts = {path: (*part._parameters, *part._buffers) for path, part in self.model.named_modules()}
+        names = [f"{path}.{leaf}".removeprefix(".") for path, leaves in parts.items() for leaf in leaves]
+        state = {name: self.state[name] for name in names if name in self.state}
         self.run.mode = mode
         try:
             with in_mode(self.model, mode), self.watched(), leave_untouched(), self.steering:
-                result = functional_call(self.model, state, *inputs)
+                result = functional_call(self.model, state, *inputs, tie_weights=False)
         except FxpruneError:
             raise
         except Exception as error:

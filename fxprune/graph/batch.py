@@ -1,4 +1,4 @@
-"""Batch: what a graph has baked in of the size of the example's batch is seen beside a graph of another batch."""
+"""Batch: what a graph has baked in of the sizes of the example is seen beside a graph of other sizes."""
 
 import operator
 from typing import Any
@@ -7,10 +7,19 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import TraceError
+from fxprune.graph.follow import MADE, DiffersError, Follower, behind_inputs
+from fxprune.graph.guards import check_size, erase_guard
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
+from fxprune.graph.numbers import cut_off
 from fxprune.graph.places import describe_place
 
 FIRST = "first tensor"  # in the meta of a node: it gives the first tensor that the model is given
+LONGER = (3, 2, 7)  # so many times as long are the axes of images and sequences in the other recording
+
+
+def larger_batch(batch: int) -> int:
+    """The batch of the other recording: large enough that Python may take another path, and no multiple."""
+    return 4 * batch + 1
 
 
 def batch_of(inputs: Bound) -> int:
@@ -19,71 +28,99 @@ def batch_of(inputs: Bound) -> int:
     return first.shape[0] if first is not None and first.ndim else 0
 
 
-def with_larger_batch(inputs: Bound) -> Bound:
-    """The inputs, without data, with one sample more wherever the first axis is as long as the batch."""
-    batch = batch_of(inputs)
+def free_axes(inputs: Bound) -> tuple[int, ...]:
+    """The axes of the first tensor, the batch aside, that a model may take longer: of images, sequences and tokens."""
+    first = tensors_in(inputs)[0]
+    if first.ndim > 3:
+        return tuple(range(2, first.ndim))
+    return (1,) if first.ndim == 3 or (first.ndim == 2 and not first.is_floating_point()) else ()
+
+
+def with_other_sizes(inputs: Bound, axes: tuple[int, ...]) -> Bound:
+    """The inputs, without data, with a larger batch wherever the first axis is as long as that.
+
+    ``axes`` of the first tensor are longer, each by another factor, and so are those of the same length in others.
+    """
+    first = tensors_in(inputs)[0]
+    batch = first.shape[0]
+    factors = dict(zip(axes, LONGER, strict=False))
+    longer = {first.shape[axis]: factor for axis, factor in factors.items()}
 
     def enlarge(tensor: Tensor) -> Tensor:
-        first, *rest = tensor.shape or (0,)
-        shape = (batch + 1, *rest) if tensor.ndim and first == batch else tensor.shape
+        shape = list(tensor.shape)
+        for axis, size in enumerate(shape):
+            if axis == 0 and size == batch:
+                shape[0] = larger_batch(batch)
+            elif axis:
+                shape[axis] = size * (factors.get(axis, 1) if tensor is first else longer.get(size, 1))
         return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
-    larger: Bound = map_tensors(enlarge, inputs)
-    return larger
+    other: Bound = map_tensors(enlarge, inputs)
+    return other
 
 
-def follow_batch(graph: fx.Graph, other: fx.Graph, batch: int) -> None:
-    """Where numbers in ``graph`` are multiples of the batch size, put that of the run for them.
+class SizeFollower(Follower):
+    """Lets a graph follow the sizes of its inputs.
 
-    Args:
-        graph: recorded with ``batch`` samples; changed in place.
-        other: recorded with one sample more.
-        batch: the number of samples.
-
-    Raises:
-        TraceError: the two differ in another way; names the line.
+    The other graph is recorded with a batch larger than ``batch``, perhaps with longer axes too.
     """
-    nodes, others = list(graph.nodes), list(other.nodes)
-    for node, twin in zip(nodes, others, strict=False):
-        if (node.op, node.target, node.name) != (twin.op, twin.target, twin.name):
-            raise depends_on_batch(node)
-        pairs = ((node.args, twin.args), (node.kwargs, twin.kwargs))
-        if repr(node.args) == repr(twin.args) and repr(node.kwargs) == repr(twin.kwargs):
-            continue
-        node.args, node.kwargs = (follow_value(graph, node, a, b, batch) for a, b in pairs)
-    if len(nodes) != len(others):
-        raise depends_on_batch(max(nodes, others, key=len)[min(len(nodes), len(others)) - 1])
+
+    def __init__(self, graph: fx.Graph, batch: int) -> None:
+        super().__init__(graph)
+        self.batch = batch
+        self.guards: dict[fx.Node, tuple[float, float]] = {}  # of numbers that Python made plain; and these in both
+
+    def follow_graph(self, other: fx.Graph) -> None:
+        """Put nodes for numbers. What was followed needs no guard."""
+        super().follow_graph(other)
+        for guard in self.guards:
+            erase_guard(guard)
+
+    def follow_node(self, node: fx.Node, twin: fx.Node) -> None:
+        """Note what guards say that differ."""
+        if node.target is not check_size:
+            super().follow_node(node, twin)
+            return
+        a, b = plain_number(node), plain_number(twin)
+        if a is None or b is None:
+            raise DiffersError(node, twin)
+        self.guards[node] = a, b
+
+    def find(self, node: fx.Node, twin: fx.Node, a: Any, b: Any) -> fx.Node | None:
+        """The batch, times a number; or a number that Python made plain."""
+        if type(a) is int and type(b) is int and a * larger_batch(self.batch) == b * self.batch:
+            size = self.make(behind_inputs(first_tensor(self.graph)), "size", first_tensor(self.graph), 0)
+            return size if a == self.batch else self.make(size, operator.mul, size, a // self.batch)
+        guard = next((guard for guard, pair in self.guards.items() if pair == (a, b)), None)
+        if guard is None or type(a) is not type(b):
+            return None
+        number: fx.Node = guard.args[0]  # type: ignore[assignment]
+        return number if guard.args[1] == "==" else self.make(number, cut_off, number)
 
 
-def follow_value(graph: fx.Graph, node: fx.Node, a: Any, b: Any, batch: int) -> Any:
-    """An argument of ``node``, ``b`` where the batch is one larger, with what multiplies the batch made a node."""
-    if isinstance(a, slice) and isinstance(b, slice):
-        bounds = ((a.start, b.start), (a.stop, b.stop), (a.step, b.step))
-        return slice(*(follow_value(graph, node, *pair, batch) for pair in bounds))
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return {key: follow_value(graph, node, a[key], b[key], batch) for key in a}
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
-        items = [follow_value(graph, node, *pair, batch) for pair in zip(a, b, strict=True)]
-        return tuple(items) if isinstance(a, tuple) else items
-    if repr(a) == repr(b):
-        return a
-    if type(a) is int and type(b) is int and a * (batch + 1) == b * batch:
-        return batch_node(graph, a // batch)
-    raise depends_on_batch(node)
+def plain_number(guard: fx.Node) -> Any:
+    """The plain number of which a guard says that Python made it of a size; None where it says something else."""
+    _, relation, other, found, _ = guard.args
+    if relation == "int":
+        return found
+    return other if relation == "==" and found is True and isinstance(other, (int, float)) else None
 
 
-def batch_node(graph: fx.Graph, factor: int) -> fx.Node:
-    """A node that gives the batch size times ``factor``."""
-    first = behind = next(node for node in graph.nodes if FIRST in node.meta)
-    while behind.op == "placeholder" and behind.next.op == "placeholder":
-        behind = behind.next
-    with graph.inserting_after(behind):
-        size: fx.Node = graph.call_method("size", (first, 0))
-    if factor == 1:
-        return size
-    with graph.inserting_after(size):
-        product: fx.Node = graph.call_function(operator.mul, (size, factor))
-    return product
+def first_tensor(graph: fx.Graph) -> fx.Node:
+    """The node of the first tensor that the model is given."""
+    first: fx.Node = next(node for node in graph.nodes if FIRST in node.meta)
+    return first
+
+
+def fix_sizes(graph: fx.Graph, inputs: Bound, axes: tuple[int, ...], node: fx.Node) -> None:
+    """Let ``graph`` refuse other sizes of ``axes`` of the first tensor: for these, ``node`` would be another."""
+    first, shape, place = first_tensor(graph), tensors_in(inputs)[0].shape, describe_place(node)
+    with graph.inserting_after(behind_inputs(first)):
+        for axis in axes:
+            size = graph.call_method("size", (first, axis))
+            with graph.inserting_after(size):
+                guard = graph.call_function(check_size, (size, "==", shape[axis], True, place))
+            size.meta[MADE] = guard.meta[MADE] = True
 
 
 def depends_on_batch(node: fx.Node) -> TraceError:

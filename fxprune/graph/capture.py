@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.batch import FIRST
 from fxprune.graph.contexts import refuse_hook, write_grad_mode
+from fxprune.graph.dtypes import ASKED
 from fxprune.graph.effects import (
     attributes_of,
     buffers_of,
@@ -31,6 +32,8 @@ from fxprune.graph.effects import (
     watch_hooks,
     write_buffers,
 )
+from fxprune.graph.follow import behind_inputs
+from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, tensors_in, without_data
 from fxprune.graph.lowering import lower_layer
 from fxprune.graph.numbers import Number, remember_number
@@ -39,7 +42,7 @@ from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
 from fxprune.graph.traced import Mode
-from fxprune.graph.watch import watch_nothing, watch_torch
+from fxprune.graph.watch import RECORDER, watch_nothing, watch_torch
 
 THROUGH = (  # layers of torch.nn in which sizes of pruned axes stand: their own calls are recorded
     nn.Unflatten,
@@ -131,7 +134,7 @@ def record_run(
     model.train(mode.training)
     tensors = chain(model.parameters(), model.buffers(), tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
-    recorder = Recorder(names, constants, known, home)
+    recorder = Recorder(names, constants, known, home, mode.training)
     if prepare is not None:
         prepare(recorder.graph)
     with torch.inference_mode(False), torch.enable_grad():
@@ -182,10 +185,15 @@ class Recorder(TorchFunctionMode):
     """Writes down each call of torch that is made while this context holds."""
 
     def __init__(
-        self, names: Mapping[int, str], constants: dict[str, Tensor], known: dict[Any, Any], home: torch.device
+        self,
+        names: Mapping[int, str],
+        constants: dict[str, Tensor],
+        known: dict[Any, Any],
+        home: torch.device,
+        training: bool,
     ) -> None:
         super().__init__()
-        self.names, self.constants, self.known, self.home = names, constants, known, home
+        self.names, self.constants, self.known, self.home, self.training = names, constants, known, home, training
         self.graph = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.nodes: dict[int, fx.Node] = {}  # by the id of the tensor
@@ -193,10 +201,12 @@ class Recorder(TorchFunctionMode):
         self.reals: dict[int, Tensor] = {}  # by the id of a fake one
         self.alive: list[Tensor] = []  # so that no id is used twice
         self.sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.guards: set[tuple[Any, ...]] = set()
         self.entered: dict[int, fx.Node] = {}  # see contexts.py
         self.within: dict[str, tuple[str, type[nn.Module]]] = {}  # the modules that are being called, by their paths
         self.refusal: Exception | None = None
         self.reads_mode = False
+        self.asked: dict[torch.dtype, fx.Node | str] = {}  # by dtype, the last tensor that Python asked for it
         self.first_tensor: fx.Node | None = None  # among the arguments
         self.first_device: torch.device | None = None
         self.device_node: fx.Node | None = None
@@ -272,7 +282,11 @@ class Recorder(TorchFunctionMode):
         return FakeTensor(self.fake, data, seeming_device(result))
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of a layer of torch.nn."""
+        """A call of a layer of torch.nn. One in another mode than the model is recorded through: a graph has one."""
+        if vars(layer)["training"] is not self.training:
+            return self.call_module(path, layer, *args, **kwargs)
+        if RECORDER.get() is None:  # a part of a layer
+            return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction(), self.enter_module(path, layer):
             with watch_nothing():
                 result = self.run_layer(layer, args, kwargs)
@@ -297,6 +311,7 @@ class Recorder(TorchFunctionMode):
         """What a layer gives, on fake tensors; without a call where that is plain."""
         args, kwargs = self.fake_all(args), self.fake_all(kwargs)
         plain = len(args) == 1 and not kwargs and not torch._C._is_any_autocast_enabled()
+        plain = plain and "parametrizations" not in layer._modules  # to ask for their weight makes it
         if plain and isinstance(args[0], Tensor):
             lowered = lower_layer(layer, partial(getattr, layer), args[0], layer.training)
             shape = lowered and shape_of_result(lowered[0]._schema.name.removeprefix("aten::").rstrip("_"), lowered[1])
@@ -394,6 +409,8 @@ class Recorder(TorchFunctionMode):
             raise RefusalError("inference_mode can't be told from no_grad in a graph: write torch.no_grad")
         node = self.graph.create_node(op, target, self.arg(tuple(args)), self.arg(dict(kwargs)))
         node.meta["nn_module_stack"] = self.within
+        if self.asked:
+            node.meta[ASKED] = self.asked
         write_place(node, record_run.__code__)
         return node
 
@@ -402,7 +419,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self.node_of(value)
         if isinstance(value, Number):
-            return value.node if value.graph is self.graph else value.__reduce__()[1][0]
+            return value.node if value.graph is self.graph else value.plain
         if isinstance(value, torch.device):
             return self.device if value == self.first_device else value
         if isinstance(value, (fx.Node, *LITERALS)):
@@ -444,6 +461,13 @@ class Recorder(TorchFunctionMode):
         self.constants[name] = tensor
         return name
 
+    def guard(self, number: Number, relation: str, other: float, found: float, place: str) -> None:
+        """Python found something of a size: the graph says so, once."""
+        key = (number.node, relation, self.arg(other), found)
+        if key not in self.guards:
+            self.guards.add(key)
+            self.node("call_function", check_size, (number, relation, other, found, place), {})
+
     # ----------------------------------------------------------------------------------- sizes, device
 
     def size(self, tensor: Tensor, axis: int) -> Any:
@@ -454,21 +478,24 @@ class Recorder(TorchFunctionMode):
     def size_node(self, owner: fx.Node, axis: int) -> fx.Node:
         """The node that gives a size, right behind its tensor: later that may be written into."""
         if (owner, axis) not in self.sizes:
-            with self.graph.inserting_after(self.behind(owner)):
+            with self.graph.inserting_after(behind_inputs(owner)):
                 self.sizes[owner, axis] = self.graph.call_method("size", (owner, axis))
         return self.sizes[owner, axis]
-
-    def behind(self, node: fx.Node) -> fx.Node:
-        """``node``; for an argument of the model, the last one."""
-        while node.op == "placeholder" and node.next.op == "placeholder":
-            node = node.next
-        return node
 
     def requires_grad(self, tensor: Tensor) -> bool:
         """Whether a tensor gets a gradient. What is computed does in some runs only; torch itself asks, to be quick."""
         if not isinstance(tensor, nn.Parameter) and is_users(sys._getframe(2).f_code.co_filename):
             raise RefusalError("Python there asks whether a tensor has a gradient, which differs from run to run")
         return tensor.requires_grad
+
+    def dtype(self, tensor: Tensor) -> torch.dtype:
+        """The dtype of a tensor. What comes of it may have to follow the tensor: nodes know what was asked before."""
+        dtype = self.fake_of(tensor).dtype
+        if is_users(sys._getframe(2).f_code.co_filename):
+            real = self.reals.get(id(tensor), tensor)
+            source = self.names.get(id(real)) or self.nodes.get(id(tensor))
+            self.asked = {**self.asked, dtype: source} if source is not None else self.asked
+        return dtype
 
     def shape(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor."""
@@ -479,7 +506,7 @@ class Recorder(TorchFunctionMode):
         """The node that gives the device of the first tensor among the arguments."""
         if self.device_node is None:
             assert self.first_tensor is not None  # its device is why this is asked
-            with self.graph.inserting_after(self.behind(self.first_tensor)):
+            with self.graph.inserting_after(behind_inputs(self.first_tensor)):
                 self.device_node = self.graph.call_function(getattr, (self.first_tensor, "device"))
         return self.device_node
 
@@ -530,6 +557,7 @@ HANDLED: dict[Any, Callable[..., Any]] = {
     Tensor.numel: lambda recorder, tensor: prod(recorder.shape(tensor)),
     torch._C._set_grad_enabled: write_grad_mode,
     Tensor.register_hook: refuse_hook,
+    Tensor.dtype.__get__: Recorder.dtype,  # type: ignore[attr-defined]
     Tensor.requires_grad.__get__: Recorder.requires_grad,  # type: ignore[attr-defined]
     Tensor.nelement: lambda recorder, tensor: prod(recorder.shape(tensor)),
 }

@@ -18,7 +18,7 @@ from fxprune.errors import TraceError
 from fxprune.graph.batch import batch_of
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.places import describe_error_place
-from fxprune.graph.refusal import DoesNotRunError
+from fxprune.graph.refusal import DoesNotRunError, OtherPathError
 from fxprune.graph.traced import Mode, is_plain
 
 
@@ -61,7 +61,7 @@ def check_graph(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Mapping
             continue
         try:
             difference = compare_in_mode(copy, graph, few, mode)
-        except DoesNotRunError:
+        except (DoesNotRunError, OtherPathError):
             difference = compare_in_mode(copy, graph, inputs[mode], mode)
         if difference:
             raise TraceError(
@@ -127,6 +127,8 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
     try:
         with tensors_kept(graph):
             found = run_once(graph, inputs, mode, look)
+    except OtherPathError:
+        raise
     except Exception as error:
         raise TraceError(f"the graph of {name} does not run: {type(error).__name__}: {error}") from error
     return find_difference(expected, found)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._functorch import eager_transforms, vmap
 from torch.fx.node import has_side_effect
 from torch.utils import checkpoint
 
@@ -106,6 +107,17 @@ def refuse_checkpoint(writer: Writer, function: Any, *args: Any, **kwargs: Any) 
 def refuse_hook(writer: Writer, *_: Any) -> Any:
     """What is done to tensors in the backward pass alone can't stand in a graph, and the check may not see it."""
     raise RefusalError("a hook of the backward pass can't stand in a graph; what sets it stays plain Python")
+
+
+@handles(vmap, "vmap_increment_nesting")
+@handles(eager_transforms, "grad_increment_nesting")
+@handles(eager_transforms, "jvp_increment_nesting")
+def refuse_transform(writer: Writer, *_: Any) -> Any:
+    """What runs on tensors of torch.func's own can't stand in a graph."""
+    raise RefusalError(
+        "a transform of torch.func (vmap, grad, vjp, jvp) can't stand in a graph: write it with tensors that have the "
+        "axis (torch.einsum, @), or in a module of its own"
+    )
 
 
 @handles(torch.autograd.Function, "apply")

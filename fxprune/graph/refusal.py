@@ -13,3 +13,7 @@ class LeftOverError(RefusalError):
 
 class DoesNotRunError(TraceError):
     """The model itself fails on its example."""
+
+
+class OtherPathError(TraceError):
+    """A graph is given sizes or dtypes for which the model's Python would take another path."""

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from fxprune.graph.capture import is_layer, record_run
 from fxprune.graph.effects import TORCHS, is_record
+from fxprune.graph.guards import GUARDS
 from fxprune.graph.inputs import Bound
-from fxprune.graph.numbers import Int, node_or_number
+from fxprune.graph.numbers import Int, cut_off, node_or_number
 from fxprune.graph.places import write_place
 from fxprune.graph.trace import copy_modules, explain_error, names_of
 from fxprune.graph.traced import Mode
@@ -149,9 +150,9 @@ def write_check(size: Size, other: float) -> None:
 
 def gives_number(node: fx.Node) -> bool:
     """Whether a node computes a number from sizes, or compares such numbers."""
-    if SLOT in node.meta or (node.op == "call_method" and node.target == "size"):
+    if SLOT in node.meta or node.target in GUARDS or (node.op == "call_method" and node.target == "size"):
         return True
-    computes = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    computes = node.target is cut_off or getattr(node.target, "__module__", "") == "_operator"
     return computes and all(gives_number(arg) if isinstance(arg, fx.Node) else is_number(arg) for arg in node.args)
 
 

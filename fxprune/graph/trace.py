@@ -6,6 +6,7 @@ objects under their own names; the modules are copies, so that nothing done to t
 
 import copy
 import inspect
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,11 +19,22 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from fxprune.errors import TraceError, require_type
-from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
+from fxprune.graph.batch import (
+    SizeFollower,
+    batch_of,
+    depends_on_batch,
+    fix_sizes,
+    free_axes,
+    plain_number,
+    with_other_sizes,
+)
 from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.draws import find_draw, has_drawn, read_state
+from fxprune.graph.dtypes import ASKED, DtypeFollower, cast, cast_inputs, other_dtypes
 from fxprune.graph.effects import describe_attribute, iterators_in
+from fxprune.graph.follow import DiffersError
+from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
@@ -102,7 +114,11 @@ def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedMo
         runs[Mode.TRAIN] = recording.record_mode(Mode.TRAIN, inputs)
     if check:
         for mode, (graph, given) in runs.items():
-            recording.follow_batch(mode, graph, given)
+            recording.follow_dtype(mode, graph, given)
+            recording.follow_sizes(mode, graph, given)
+    for graph, _ in runs.values():
+        for node in graph.nodes:
+            node.meta.pop(ASKED, None)
     train, in_train = runs.get(Mode.TRAIN, (evaluate, for_mode(inputs, Mode.TRAIN, model)))
     if same_graphs(train, evaluate):
         train = evaluate
@@ -139,22 +155,67 @@ class Recording:
                 raise
             return self.record_graph(mode, double), double
 
-    def follow_batch(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
-        """Let ``graph`` follow the size of the batch, unless the model itself takes no other.
+    def follow_dtype(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
+        """Let ``graph`` follow the dtype of the model, where its Python asks for that and the model takes another.
+
+        A dtype for which Python does something else is refused when the graph runs.
+        """
+        if not any(ASKED in node.meta for node in graph.nodes):
+            return
+        for dtype in other_dtypes(self.model):
+            tensors = {id(tensor): cast(tensor, dtype) for tensor in named_tensors(self.model).values()}
+            other = self.record_other(mode, cast_inputs(inputs, dtype), copy_modules(self.model, tensors))
+            follower = DtypeFollower(graph)
+            try:
+                if other is not None:
+                    follower.follow_graph(other)
+            except DiffersError as difference:
+                follower.fix_dtype(difference)
+
+    def follow_sizes(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
+        """Let ``graph`` follow the sizes of its inputs, unless the model itself takes no others.
+
+        Longer axes that Python does something else for are refused when the graph runs.
 
         Raises:
             TraceError: Python does something else for another batch.
         """
-        if not batch_of(inputs):
+        batch = batch_of(inputs)
+        if not batch:
             return
-        other = Recording(self.model, self.names, dict(self.constants))
+        axes, different = free_axes(inputs), None
+        if axes and any(node.target is check_size and plain_number(node) for node in graph.nodes):
+            self.record_other(mode, with_other_sizes(inputs, ()))  # a cache by sizes would show what it kept
+        other = self.record_other(mode, with_other_sizes(inputs, axes)) if axes else None
         try:
-            larger = other.record_graph(mode, with_larger_batch(inputs))
+            if other is not None:
+                SizeFollower(graph, batch).follow_graph(other)
+                return
+        except DiffersError as error:
+            different = error.node
+        other = self.record_other(mode, with_other_sizes(inputs, ()))
+        try:
+            if other is not None:
+                SizeFollower(graph, batch).follow_graph(other)
+        except DiffersError as error:
+            if error.node.target is not check_size:
+                raise depends_on_batch(error.node) from None
+        if different is not None and different.target is not check_size:
+            fix_sizes(graph, inputs, axes, different)
+
+    def record_other(self, mode: Mode, inputs: Bound, model: nn.Module | None = None) -> fx.Graph | None:
+        """The graph for other inputs, of another model even; None where that does not take them."""
+        model = model or self.model
+        other = Recording(model, names_of(model), dict(self.constants))
+        FAKES.disabled = True  # it tells of each call that fails
+        try:
+            return other.record_graph(mode, inputs)
         except TraceError as error:
             if isinstance(error.__cause__, LeftOverError):
                 raise
-            return
-        follow_batch(graph, larger, batch_of(inputs))
+            return None
+        finally:
+            FAKES.disabled = False
 
     def record_graph(self, mode: Mode, inputs: Bound) -> fx.Graph:
         """The graph of one mode.
@@ -237,6 +298,7 @@ def name_arguments(model: nn.Module, inputs: Bound) -> dict[str, Any]:
     return found
 
 
+FAKES = logging.getLogger("torch._subclasses.fake_tensor")
 FRAMES = 8  # of Python's stack that copying a model takes for each level of modules within modules
 
 

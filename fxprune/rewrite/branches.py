@@ -18,6 +18,7 @@ from fxprune.channels.analysis import Analysis
 from fxprune.channels.depth import find_residuals, is_sum, nodes_for
 from fxprune.channels.values import Value
 from fxprune.errors import PlanError
+from fxprune.graph.guards import erase_guards
 from fxprune.graph.layers import BATCH_NORMS, CONTRACTIONS, ELEMENTWISE
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import named_tensors
@@ -231,6 +232,8 @@ def remove_from(
     """
     before = called_function(compact)
     for mode, graph in compact.distinct_graphs().items():
+        if branches[mode]:
+            erase_guards(graph)  # they may read sizes of what goes
         for branch in branches[mode]:
             nodes, join, other = branch.nodes(), branch.join, branch.other
             whole = branch.whole or any(node.target in dropped for node in nodes if node.op == "call_module")

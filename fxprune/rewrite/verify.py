@@ -4,6 +4,7 @@ The masked original is the model with every removed slice set to zero. Where a n
 its statistics run over the kept ones only: there the two functions differ by nature, and this is the one that is meant.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.draws import keep_draws
+from fxprune.graph.guards import erase_guards
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
 from fxprune.rewrite.kept import Kept
+from fxprune.rewrite.nans import explain_nan, find_nan
 from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import ParamMap
 from fxprune.rewrite.rounding import RandomRounding, move_last_bit, move_parameters
@@ -36,6 +39,7 @@ BATCH_NORMS = {
     F.batch_norm,
     torch.batch_norm,
 }  # in eval mode, of one sample, wrong where the gradient is not contiguous
+CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # with dropout between their layers
 
 
@@ -124,8 +128,10 @@ def compare_models(
         lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, bind_inputs(example_inputs, graph)
     )
     tolerance = TOLERANCE[dtype]
-    small = copy_model(compact).to(dtype)
-    masked = copy_model(graph).to(dtype)
+    small, masked = (copy_model(model).to(dtype) for model in (compact, graph))
+    for region in (*regions_of(small).values(), *regions_of(masked).values()):
+        for own in region.distinct_graphs().values():
+            erase_guards(own)  # they compare the graphs with the model
     try:
         whole = outputs_of(masked, Mode.EVAL, inputs, False, None)
     except Exception as cause:
@@ -150,6 +156,9 @@ def compare_models(
         found = outputs_of(small, mode, inputs, gradients, None, expected.within)
         spread: dict[tuple[str, str], float] = {}
         for kind, name, error in find_differences(expected, found, sliced):
+            if math.isnan(error):
+                places = (find_nan(model, mode, inputs) for model in (copy_model(graph).to(dtype), masked))
+                raise VerificationError(explain_nan(mode, kind, name, *places))
             worst[kind] = max(worst[kind], error)
             if error <= tolerance:
                 continue
@@ -253,7 +262,9 @@ def relative_difference(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
         return float("inf")
     if not a.numel():
         return 0.0
-    gap, size = (a.detach() - b.detach()).abs().max().item(), max(a.detach().abs().max().item(), floor)
+    a, b = a.detach(), b.detach()
+    gap = torch.where(a == b, 0.0, a - b).abs().max().item()  # infinities are alike, too
+    size = max(a.abs().nan_to_num(posinf=0.0).max().item(), floor)
     return gap / size if size else gap
 
 
@@ -374,10 +385,16 @@ class MaskedNorms(GraphInterpreter):
             return super().run_node(n)
 
 
+def is_precision(value: Any) -> bool:
+    """Whether a value is the dtype of floats, of no more than float32."""
+    return isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize <= torch.float32.itemsize
+
+
 class Comparable(TorchFunctionMode):
     """Nothing is drawn, and everything is computed in one precision, so that two models can be compared.
 
-    Dropout returns its input: its noise has the shape of the value. Where the model asks for float32 it gets ``dtype``.
+    Dropout returns its input: its noise has the shape of the value. Where the model asks for float32, or less, it gets
+    ``dtype``.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -396,9 +413,9 @@ class Comparable(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercept dropouts and casts."""
-        kwargs = {key: self.dtype if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        args = [self.dtype if value is torch.float32 else value for value in args]
-        if func is Tensor.float:
+        kwargs = {key: self.dtype if is_precision(value) else value for key, value in (kwargs or {}).items()}
+        args = [self.dtype if is_precision(value) else value for value in args]
+        if func in CASTS:
             return args[0].to(self.dtype)
         if func in DROPOUTS:
             return args[0]
