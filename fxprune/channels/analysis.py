@@ -16,7 +16,7 @@ from fxprune.channels.groups import (
     Axis,
     Frozen,
     Group,
-    channels_after,
+    cut_group,
     freeze_leftovers,
     place_of,
     read_groups,
@@ -103,27 +103,11 @@ class Analysis:
         cut = Cutter(stays)
         graph = graph or self.graph
         tensors = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}  # a branch may be gone
-        groups = {}
-        for group in self.groups.values():
-            kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
-            new_channel = channels_after(group, kept)
-            members = []
-            for member in group.members:
-                if member.parameter not in tensors:
-                    continue
-                remaining = new_channel[member.channel] >= 0
-                at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
-                members.append(
-                    replace(member, index=at[member.index[remaining]], channel=new_channel[member.channel[remaining]])
-                )
-            if len(kept) and members:  # else it went with its branch
-                groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
-        frozen = []
-        for item in self.frozen:
-            if item.parameter not in tensors:
-                continue
-            at = np.cumsum(stays[self.axes[item.parameter, item.axis].names]) - 1
-            frozen.append(replace(item, index=at[item.index]))
+        places = {key: np.cumsum(stays[axis.names]) - 1 for key, axis in self.axes.items() if key[0] in tensors}
+        groups = [
+            cut_group(group, plan.keep.get(name, range(group.size)), places) for name, group in self.groups.items()
+        ]
+        frozen = [item for item in self.frozen if item.parameter in tensors]
         axes = {key: replace(axis, names=axis.names[stays[axis.names]]) for key, axis in self.axes.items()}
         shapes = {
             name: tuple(
@@ -136,8 +120,8 @@ class Analysis:
         return replace(
             self,
             graph=graph,
-            groups=groups,
-            frozen=tuple(frozen),
+            groups={group.name: group for group in groups if group.size and group.members},  # else it went
+            frozen=tuple(replace(item, index=places[item.parameter, item.axis][item.index]) for item in frozen),
             values=self.values_after(plan),
             shapes=shapes,
             norms=tuple(replace(norm, label=cut(norm.label)) for norm in self.norms),
