@@ -281,7 +281,7 @@ def slice_commutes_with_a_step(
     for seed in (1, 2):
         outcome(dense, inputs, mode, {}, seed)
         optimizer.step()
-    zeroed, its_optimizer = copy.deepcopy((dense, optimizer))
+    zeroed, dense_optimizer = copy.deepcopy((dense, optimizer))
 
     compact, param_map = fxprune.rewrite(dense, analysis, plan)
     param_map.migrate(optimizer)
@@ -290,20 +290,20 @@ def slice_commutes_with_a_step(
 
     zero_removed(zeroed, param_map)
     outcome(zeroed, inputs, mode, param_map.norms)
-    its_optimizer.step()
+    dense_optimizer.step()
 
-    assert_same_training(compact, optimizer, zeroed, its_optimizer, param_map)
+    assert_same_training(compact, optimizer, zeroed, dense_optimizer, param_map)
 
 
 def assert_same_training(
-    compact: nn.Module, optimizer: Optimizer, dense: nn.Module, its_optimizer: Optimizer, param_map: ParamMap
+    compact: nn.Module, optimizer: Optimizer, dense: nn.Module, dense_optimizer: Optimizer, param_map: ParamMap
 ) -> None:
-    """The parameters and the optimizer's state of ``compact`` are those of ``whole``, sliced."""
+    """The parameters and the optimizer's state of ``compact`` are those of ``dense``, sliced."""
     actual, expected = dict(compact.named_parameters()), dict(dense.named_parameters())
     assert_all_close("parameter", detached(actual), sliced(param_map, detached(expected)))
-    kinds = {key for state in (*optimizer.state.values(), *its_optimizer.state.values()) for key in state}
+    kinds = {key for state in (*optimizer.state.values(), *dense_optimizer.state.values()) for key in state}
     for kind in sorted(kinds):
-        actual_state, expected_state = states(actual, optimizer, kind), states(expected, its_optimizer, kind)
+        actual_state, expected_state = states(actual, optimizer, kind), states(expected, dense_optimizer, kind)
         expected_state = {name: state for name, state in expected_state.items() if name not in param_map.gone}
         shaped = {name: tensor for name, tensor in expected_state.items() if tensor.shape == expected[name].shape}
         assert_all_close(f"state {kind}", actual_state, expected_state | sliced(param_map, shaped))
@@ -326,7 +326,7 @@ def cuts_commute_with_steps(
     """
     model = copy.deepcopy(graph).requires_grad_()
     twin = copy.deepcopy(model)
-    optimizer, its_optimizer = make(model.parameters()), make(twin.parameters())
+    optimizer, dense_optimizer = make(model.parameters()), make(twin.parameters())
     with fxprune.Session(model, inputs, optimizer, progress=False) as session:
         kept = session.reconfigure(Plan({}, session.analysis.sizes, session.analysis.options))
         for cut in range(cuts + 1):
@@ -334,12 +334,12 @@ def cuts_commute_with_steps(
                 actual = outcome(session.graph, inputs, mode, {}, 100 * cut + step)
                 optimizer.step()
                 dense = outcome(twin, inputs, mode, kept.norms, 100 * cut + step)
-                its_optimizer.step()
+                dense_optimizer.step()
                 zero_removed(twin, kept)
                 expected = Outcome(dense.outputs, sliced(kept, dense.gradients), sliced(kept, dense.buffers))
                 title = f"{cut} cuts, step {step + 1}:"
                 assert_same(title, actual, expected)
-                assert_same_training(session.graph, optimizer, twin, its_optimizer, kept)
+                assert_same_training(session.graph, optimizer, twin, dense_optimizer, kept)
             optimizer.zero_grad()
             if cut < cuts:
                 kept = kept.then(session.reconfigure((plan or thinner)(session.analysis, cut)))

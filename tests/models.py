@@ -188,7 +188,6 @@ register(
     VECTOR,
     prunable=False,
 )
-register("nested", lambda: nn.Sequential(nn.Sequential(image_net(nn.Identity()))), "nested Sequentials")
 
 
 class Pools(nn.Module):

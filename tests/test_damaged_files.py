@@ -56,7 +56,7 @@ def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def values_for(value: Any) -> list[Any]:
-    """What to put in the place of ``found``."""
+    """What to put in the place of ``value``."""
     if isinstance(value, Tensor):
         wider = torch.zeros(*[size + 1 for size in value.shape] or [2])
         return [*VALUES, wider, value.flatten()[:1].clone(), value.to(torch.int64), value.to(torch.complex64)]

@@ -561,6 +561,7 @@ def toy() -> nn.Sequential:
     return nn.Sequential(*[conv_bn(cin, cout, stride=stride) for cin, cout, stride in layers], *head)
 
 
+@pytest.mark.slow
 def test_the_toy_network_loses_a_fifth_of_its_channels() -> None:
     torch.set_flush_denormal(True)
     prototypes = torch.randn(10, 3, 12, 12)

@@ -4,7 +4,7 @@
 every value in the graph (so that the rewrite knows each new shape), and what the model costs as a function of the plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from fxprune.channels.groups import (
     Axis,
     Frozen,
     Group,
-    channels_after,
+    cut_group,
     fold_names,
     freeze_leftovers,
     place_of,
@@ -27,7 +27,7 @@ from fxprune.channels.groups import (
     tie_channels,
 )
 from fxprune.channels.interpret import name_parameters, name_within, run_on_names
-from fxprune.channels.names import Bools, Names, Reason
+from fxprune.channels.names import Bools, Ints, Names, Reason
 from fxprune.channels.steered import run_steered
 from fxprune.channels.tensor import NameRun, Norm, Term, on_meta, without_names
 from fxprune.channels.values import Cutter, map_values, values_in
@@ -133,12 +133,8 @@ class Analysis:
         cut = Cutter(stays)
         graph = graph or self.graph
         gone, tensors = self.nodes_within(plan.layers), self.tensors_after(plan, graph)
-        frozen = []
-        for item in self.frozen:
-            if item.parameter not in tensors:
-                continue
-            at = np.cumsum(stays[self.axes[item.parameter, item.axis].names]) - 1
-            frozen.append(replace(item, index=at[item.index]))
+        places = places_after(self, stays, tensors)
+        frozen = [item for item in self.frozen if item.parameter in tensors]
         axes = {key: replace(axis, names=axis.names[stays[axis.names]]) for key, axis in self.axes.items()}
         shapes = {
             name: tuple(
@@ -152,7 +148,7 @@ class Analysis:
             self,
             graph=graph,
             groups=self.groups_after(plan, graph),
-            frozen=tuple(frozen),
+            frozen=tuple(replace(item, index=places[item.parameter, item.axis][item.index]) for item in frozen),
             values=self.values_after(plan),
             shapes=shapes,
             norms=tuple(
@@ -176,23 +172,11 @@ class Analysis:
         if self.origin:
             first, before = self.origin
             return first.groups_after(before.then(plan), graph)
-        stays, tensors = self.stays(plan), self.tensors_after(plan, graph)
-        groups = {}
-        for group in self.groups.values():
-            kept = np.asarray(plan.keep.get(group.name, range(group.size)), dtype=np.int64)
-            new_channel = channels_after(group, kept)
-            members = []
-            for member in group.members:
-                if member.parameter not in tensors:
-                    continue
-                remaining = new_channel[member.channel] >= 0
-                at = np.cumsum(stays[self.axes[member.parameter, member.axis].names]) - 1
-                members.append(
-                    replace(member, index=at[member.index[remaining]], channel=new_channel[member.channel[remaining]])
-                )
-            if len(kept) and members:  # else it went with its branch
-                groups[group.name] = replace(group, size=len(kept), members=tuple(members), roots=group.roots[kept])
-        return groups
+        places = places_after(self, self.stays(plan), self.tensors_after(plan, graph))
+        groups = [
+            cut_group(group, plan.keep.get(name, range(group.size)), places) for name, group in self.groups.items()
+        ]
+        return {group.name: group for group in groups if group.size and group.members}  # else it went with its branch
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -283,6 +267,11 @@ class Analysis:
         if self.not_run:
             lines.append(f"not run: {self.not_run}")
         return "\n".join(lines)
+
+
+def places_after(analysis: Analysis, stays: Bools, tensors: Container[str]) -> dict[tuple[str, int], Ints]:
+    """For each axis of ``tensors``, where each of its positions is in what ``stays`` leaves of it."""
+    return {key: np.cumsum(stays[axis.names]) - 1 for key, axis in analysis.axes.items() if key[0] in tensors}
 
 
 def tensor_names(graph: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -196,11 +196,18 @@ def place_of(member: Member) -> AxisMark:
     return member.parameter, member.axis, zlib.crc32(member.channel.tobytes())
 
 
-def channels_after(group: Group, kept: Sequence[int] | Ints) -> Ints:
-    """int64[size]: what each channel of a group that keeps the channels ``kept`` is then, -1 where it goes."""
-    after = np.full(group.size, -1)
-    after[np.asarray(kept, dtype=np.int64)] = np.arange(len(kept))
-    return after
+def cut_group(group: Group, kept: Sequence[int], places: Mapping[tuple[str, int], Ints]) -> Group:
+    """A group that keeps the channels ``kept``, on the axes in ``places``: where each of their positions is then."""
+    channels = np.asarray(kept, dtype=np.int64)
+    after = np.full(group.size, -1)  # of each channel its new number, where it stays
+    after[channels] = np.arange(len(channels))
+    members = []
+    for member in group.members:
+        if (member.parameter, member.axis) in places:
+            stays = after[member.channel] >= 0
+            index = places[member.parameter, member.axis][member.index[stays]]
+            members.append(replace(member, index=index, channel=after[member.channel[stays]]))
+    return replace(group, size=len(channels), members=tuple(members), roots=group.roots[channels])
 
 
 def tie_channels(names: Names, axes: Mapping[tuple[str, int], Axis], group: Group) -> None:

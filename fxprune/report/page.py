@@ -20,17 +20,7 @@ from fxprune.channels.names import Ints
 from fxprune.channels.values import Value, values_in
 from fxprune.graph.places import describe_place
 from fxprune.graph.traced import Mode, TracedModule, regions_of
-from fxprune.report.rows import (
-    Lanes,
-    Part,
-    Parts,
-    TableRow,
-    choose_hue,
-    count_noun,
-    lay_out,
-    write_entry,
-    write_section,
-)
+from fxprune.report.rows import Lanes, NodeRow, Part, Parts, choose_hue, count_noun, lay_out, write_entry, write_section
 
 LARGE = 120  # nodes: in a graph with more of them what is nested in nested modules starts folded
 HEADING = "Channels that belong together"
@@ -91,7 +81,7 @@ class Report:
                 title = path or "The graph"
                 yield write_section(title if both else f"{title}, in eval mode", "", rows, is_open=len(rows) <= LARGE)
 
-    def rows(self, region: str, module: TracedModule) -> Iterator[TableRow]:
+    def rows(self, region: str, module: TracedModule) -> Iterator[NodeRow]:
         """The nodes of a graph in eval mode, but for those that compute sizes and no tensors."""
         values = self.analysis.values[Mode.EVAL].get(region, {})
         nodes = dict[fx.Node, list[Value]]()
@@ -104,7 +94,7 @@ class Report:
         for (node, node_values), lanes in zip(nodes.items(), drawn, strict=True):
             yield self.row(region, module, node, node_values, lanes)
 
-    def row(self, region: str, module: TracedModule, node: fx.Node, values: list[Value], lanes: Lanes) -> TableRow:
+    def row(self, region: str, module: TracedModule, node: fx.Node, values: list[Value], lanes: Lanes) -> NodeRow:
         """The row of one node."""
         target = str(node.target)
         stack = [str(path) for path, *_ in node.meta.get("nn_module_stack", {}).values()]
@@ -116,7 +106,7 @@ class Report:
         scope = ".".join(filter(None, (region, *stack[-1:])))
         shapes = ", ".join(f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" for value in values)
         labels = {id(label): label for value in values for label in value.labels}.values()
-        return TableRow(
+        return NodeRow(
             name=path or node.name,
             kind=kind,
             scope=tuple(scope.split(".")) if scope else (),
@@ -133,7 +123,7 @@ class Report:
         for path, parameters in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
             kind = type(self.analysis.graph.get_submodule(path)).__name__
             axes = list(self.axes(parameters))
-            rows.append(TableRow(path or "the model", kind, (), "", [parts for _, parts in axes[:1]], axes, None))
+            rows.append(NodeRow(path or "the model", kind, (), "", [parts for _, parts in axes[:1]], axes, None))
         if rows:
             yield write_section(
                 "In no graph", "Plain Python calls these layers, or train mode alone, or nothing.", rows

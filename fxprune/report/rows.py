@@ -29,7 +29,7 @@ class Lanes(NamedTuple):
     below: list[int]
 
 
-class TableRow(NamedTuple):
+class NodeRow(NamedTuple):
     """One node, or a layer that stands in no graph."""
 
     name: str
@@ -68,7 +68,7 @@ def lay_out(reads: Sequence[Sequence[int]]) -> list[Lanes]:
     return [lanes._replace(width=width) for lanes in result]
 
 
-def write_section(title: str, about: str, rows: Sequence[TableRow], is_open: bool = True) -> str:
+def write_section(title: str, about: str, rows: Sequence[NodeRow], is_open: bool = True) -> str:
     """A graph, or the layers that stand in none."""
     width = next((row.lanes.width for row in rows if row.lanes), 0)
     return (
@@ -77,7 +77,7 @@ def write_section(title: str, about: str, rows: Sequence[TableRow], is_open: boo
     )
 
 
-def nest_rows(rows: Sequence[TableRow], is_open: bool, depth: int = 0, level: int = 0, outer: str = "") -> str:
+def nest_rows(rows: Sequence[NodeRow], is_open: bool, depth: int = 0, level: int = 0, outer: str = "") -> str:
     """Rows, with those of one module in a fold where they are at least three and not all.
 
     Folds within folds start closed unless ``is_open``. ``outer``: how the names in a fold start; that is shown once.
@@ -101,7 +101,7 @@ def nest_rows(rows: Sequence[TableRow], is_open: bool, depth: int = 0, level: in
     return "".join(html)
 
 
-def unfold_row(row: TableRow, outer: str) -> str:
+def unfold_row(row: NodeRow, outer: str) -> str:
     """A row that opens: what it gives and the axes of its parameters, in bars and in words."""
     lines = dict[Parts, list[str]]()  # axes of the same channels share a line
     for title, parts in (*(("what it gives", parts) for parts in row.gives), *row.axes):

@@ -94,7 +94,7 @@ def put_number(node: fx.Node, arg: fx.Node, number: float) -> None:
 
 
 def fit_argument(run: CompactRun, old: Sequence[Any], expected: Sequence[int], may_infer: bool) -> tuple[Any, ...]:
-    """The sizes ``old`` with those that differ from ``wanted`` replaced."""
+    """The sizes ``old`` with those that differ from ``expected`` replaced."""
     values = [value_of(run, size) for size in old]
     # Next to a size of 0, torch can't tell what -1 stands for.
     ambiguous = any(want == 0 and value != -1 for value, want in zip(values, expected, strict=True))

@@ -54,7 +54,7 @@ def take_kept(tensor: Tensor, kept: Kept) -> Tensor:
 
 
 def put_back(small: Tensor, kept: Kept, original: Tensor) -> Tensor:
-    """What ``small`` holds, at the kept places of a tensor shaped like ``whole``, and zeros elsewhere."""
+    """What ``small`` holds, at the kept places of a tensor shaped like ``original``, and zeros elsewhere."""
     for axis, index in enumerate(kept):
         if index is not None:
             shape = list(small.shape)

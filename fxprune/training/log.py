@@ -116,20 +116,8 @@ class Log:
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(name for epoch in self for name in epoch.values))
-        heads = [
-            "epoch",
-            "step ms",
-            "batch",
-            "MFLOPs",
-            "params",
-            "channels",
-            "lr",
-            *names,
-            "saved s",
-            "first s",
-            "cut",
-            "cut s",
-        ]
+        heads = ["epoch", "step ms", "batch", "MFLOPs", "params", "channels", "lr", *names]
+        heads += ["saved s", "first s", "cut", "cut s"]
         rows = [
             [
                 str(epoch.epoch),
