@@ -95,8 +95,8 @@ class Criterion(Bounds, ABC):
         found = self.score(group_layers(analysis)).get(LAYERS) if self.scores_layers else None
         if found is None:
             raise PlanError(
-                f"layers={budget.layers}: {type(self).__name__} can't say what a whole branch of this model matters. Use "
-                "passes.Taylor, passes.Fisher or passes.Magnitude."
+                f"layers={budget.layers}: {type(self).__name__} can't say what a whole branch of this model matters. "
+                "Use passes.Taylor, passes.Fisher or passes.Magnitude."
             )
         scores = dict(zip(analysis.layers, found.tolist(), strict=True))
         limits = budget.limits()
