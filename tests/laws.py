@@ -103,15 +103,20 @@ EVERY_OPTIMIZER: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = OPTI
 }
 
 
-def random_plan(analysis: Analysis, seed: int, least: int = 1) -> Plan:
-    """An arbitrary part of every group, at least ``least`` channels where it has as many; one in five stays whole."""
+def random_plan(analysis: Analysis, seed: int, least: int = 1, *, layers: bool = False) -> Plan:
+    """An arbitrary part of every group, at least ``least`` channels where it has as many; one in five stays whole.
+
+    ``layers``: residual branches go whole, one at least where there is one.
+    """
     draw = random.Random(seed)
     keep = {}
     for name, group in analysis.groups.items():
         if draw.random() < 0.8:
             count = draw.randint(min(least, group.size), group.size)
             keep[name] = sorted(draw.sample(range(group.size), count))
-    return Plan(keep, analysis.sizes, analysis.options)
+    able = sorted(analysis.layers) if layers else []
+    gone = draw.sample(able, draw.randint(min(1, len(able)), len(able)))
+    return Plan(keep, analysis.sizes, analysis.options, layers=gone)
 
 
 # ------------------------------------------------------------------------------------------- oracle
@@ -373,7 +378,7 @@ def pruning_composes(
     """Law 3: pruning by p, then by q, is pruning by p.then(q); the maps of what was kept compose likewise."""
     first, first_map = fxprune.rewrite(graph, analysis, p)
     between = analysis.after(p, first)
-    q = random_plan(between, seed)
+    q = random_plan(between, seed, layers=bool(p.layers))
     second, second_map = fxprune.rewrite(first, between, q)
     direct, direct_map = fxprune.rewrite(graph, analysis, p.then(q))
     assert_same_state(second, direct)

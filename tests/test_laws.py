@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -19,6 +20,7 @@ from laws import (
     BOTH_MODES,
     OPTIMIZERS,
     agree,
+    assert_same,
     assert_same_state,
     channels,
     outcome,
@@ -35,7 +37,9 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import Analysis, Budget, Plan, TracedModule
+from fxprune.budget.depth import cost_now
 from fxprune.errors import BudgetError, PlanError, RewriteError
+from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import is_traced, regions_of
 from fxprune.passes import Magnitude
 
@@ -97,6 +101,75 @@ def test_slice_commutes_with_a_step(name: str, optimizer: str) -> None:
 def test_pruning_composes(name: str) -> None:
     _, example, graph, analysis = analysed(name)
     pruning_composes(graph, example, analysis, random_plan(analysis, 4, least=2), 5, modes_of(name))
+
+
+# Those with residual branches that may go whole: of convolutions, in transformers before and after a norm, without one.
+DEEP = (
+    "in_place residual residual_projection pre_activation zero_pad_shortcut repvgg grouped c2f res2net convnext mixer "
+    "swiglu mha_batch_first mha_sequence_first_no_bias mha_post_norm mha_cross attention_gqa attention_causal vit swin "
+    "tied_language_model stochastic_depth yolo_c2f gpt_split attention_rotary"
+).split()
+deep_case = pytest.mark.parametrize("name", DEEP)
+
+
+def modes_without_branches(name: str) -> tuple[bool, ...]:
+    """Without a branch fewer random numbers are drawn."""
+    return (False,) if name == "stochastic_depth" else modes_of(name)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@deep_case
+def test_a_branch_that_goes_is_zero(name: str, seed: int) -> None:
+    _, example, graph, analysis = analysed(name)
+    slice_is_zero(graph, example, analysis, random_plan(analysis, seed, layers=True), modes_without_branches(name))
+
+
+@deep_case
+def test_a_branch_that_goes_is_that_whose_last_layer_is_zero(name: str) -> None:
+    """One after the other; the rest of the branch is as it was."""
+    _, example, graph, analysis = analysed(name)
+    for layer, residuals in analysis.layers.items():
+        silent = copy.deepcopy(graph).requires_grad_()
+        for parameter in next(iter(residuals.values())).output:
+            silent.get_parameter(parameter).data.zero_()
+        compact, param_map = fxprune.rewrite(
+            graph, analysis, Plan({}, analysis.sizes, analysis.options, layers=[layer])
+        )
+        assert param_map.gone
+        assert param_map.gone.isdisjoint(compact.state_dict())
+        for mode in modes_without_branches(name):
+            found, expected = (outcome(model, example, mode, {}) for model in (compact.requires_grad_(), silent))
+            left = {key: gradient for key, gradient in expected.gradients.items() if key not in param_map.gone}
+            assert_same(f"without {layer}", found, replace(expected, gradients=left, buffers=found.buffers))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@deep_case
+def test_taking_a_branch_out_commutes_with_a_step(name: str, optimizer: str) -> None:
+    _, example, graph, analysis = analysed(name)
+    plan = random_plan(analysis, 3, layers=True)
+    slice_commutes_with_a_step(graph, example, analysis, plan, OPTIMIZERS[optimizer], modes_without_branches(name)[-1])
+
+
+@deep_case
+def test_taking_branches_out_composes(name: str) -> None:
+    _, example, graph, analysis = analysed(name)
+    pruning_composes(
+        graph, example, analysis, random_plan(analysis, 4, least=2, layers=True), 5, modes_without_branches(name)
+    )
+    pruned_again(graph, example, analysis, random_plan(analysis, 8, least=2, layers=True), 9)
+
+
+@deep_case
+def test_analysis_after_branches_went_is_that_of_the_compact_model(name: str) -> None:
+    _, example, graph, analysis = analysed(name)
+    plan = random_plan(analysis, 6, least=2, layers=True)
+    compact, _ = fxprune.rewrite(graph, analysis, plan)
+    after, alone = analysis.after(plan, compact), analysis.after(plan)
+    assert alone.shapes == after.shapes == {key: tuple(tensor.shape) for key, tensor in named_tensors(compact).items()}
+    assert list(after.layers) == [layer for layer in analysis.layers if layer not in plan.layers]
+    assert cost_now(alone, "flops") == cost_now(after, "flops") == fxprune.cost.flops(compact.eval(), example)
+    assert cost_now(alone, "params") == cost_now(after, "params") == fxprune.cost.params(compact)
 
 
 NEW_GROUPS = ("shift",)  # it moves positions, of which others are at the border after a cut

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Analysis, Plan, TracedModule
-from fxprune.channels import tensor
+from fxprune.channels import depth, tensor
 from fxprune.channels.labels import Labels, Operand, align_label, narrow_label, settle_labels
 from fxprune.channels.tensor import Call, as_operand
 from fxprune.graph.traced import Mode
 from fxprune.ops import contraction, movement, normalization, pointwise
-from fxprune.rewrite import fit
+from fxprune.rewrite import branches, fit
 from fxprune.rewrite.fit import FITTERS
 
 INTERPRET, REWRITE, VERIFY = (
@@ -41,7 +41,17 @@ class AddInput(nn.Module):
         return self.head(self.b(self.a(x) + x))
 
 
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sigmoid(self.conv(x))
+
+
 CASES = MODELS | {
+    "gate": Case("gate", lambda: image_net(conv_bn(8, 8), Gate()), IMAGE),
     "flip": Case("flip", lambda: image_net(conv_bn(8, 8), FlipAdd()), IMAGE),
     "add_input": Case("add_input", AddInput, IMAGE),
 }
@@ -54,7 +64,7 @@ def law_holds(name: str, law: Law = slice_is_zero) -> bool:
     try:
         analysis = fxprune.analyze(graph, example, heads="within")
         for seed in range(5):
-            law(graph, example, analysis, random_plan(analysis, seed))
+            law(graph, example, analysis, random_plan(analysis, seed, layers=True))
     except (AssertionError, RuntimeError, fxprune.FxpruneError):
         return False
     return True
@@ -217,6 +227,16 @@ def train_mode_is_not_analysed(patch: Patch) -> None:
     patch.setattr(fxprune.TracedModule, "distinct_graphs", lambda self: {Mode.EVAL: self.graphs[Mode.EVAL]})
 
 
+def branches_are_silent(patch: Patch) -> None:
+    """Whatever ends a branch gives zero where the branch's parameters are zero."""
+    patch.setattr(depth, "gives_zero", lambda *args: True)
+
+
+def sums_keep_the_branch(patch: Patch) -> None:
+    """What stays of a sum is the branch that should go."""
+    patch.setattr(branches.Branch, "other", property(lambda branch: branch.end))
+
+
 MUTATIONS: list[tuple[Callable[[Patch], None], str]] = [
     (cat_reversed, "inception"),
     (add_unties, "residual_projection"),
@@ -239,6 +259,8 @@ MUTATIONS: list[tuple[Callable[[Patch], None], str]] = [
     (all_is_zero, "linear_attention_nonzero"),
     (all_is_zero, "normalize_nonzero"),
     (train_mode_is_not_analysed, "train_only_coupling"),
+    (branches_are_silent, "gate"),
+    (sums_keep_the_branch, "residual"),
 ]
 
 

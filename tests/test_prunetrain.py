@@ -944,7 +944,12 @@ def test_a_run_with_a_budget_goes_on_from_its_file(tmp_path: Path) -> None:
         (lambda: PruneTrain(budget=Budget(flops=0.5)), {"epochs": 2}, r"has 1 epochs .*, 0\.6 of 2, and needs 2"),
         (lambda: PruneTrain(budget=Budget(flops=1e-6)), {"epochs": 9}, "can't be met"),
         (lambda: PruneTrain(budget=Budget(latency=0.5)), {}, "not steered by latency"),
-        (lambda: PruneTrain(budget=Budget(channels={"0.*": 0.5})), {}, r"channels=\{'0\.\*': 0\.5\}: a training pass"),
+        (
+            lambda: PruneTrain(budget=Budget(channels={"0.*": 0.5})),
+            {},
+            r"channels=\{'0\.\*': 0\.5\}.*: a training pass",
+        ),
+        (lambda: PruneTrain(budget=Budget(layers=0.5)), {}, r"layers=0\.5.*: a training pass"),
         (lambda: PruneTrain(budget=0.5), {}, r"budget=0\.5 must be a fxprune\.Budget"),  # type: ignore[arg-type]
         (lambda: PruneTrain(budget=Budget(flops=0.5), by=1), {}, "by=1 must be the share of the run"),
         (lambda: PruneTrain(most=0), {}, "most=0 must be a number above 0"),

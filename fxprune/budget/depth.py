@@ -1,7 +1,7 @@
 """Depth: which residual branches go, and what each of them costs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -63,15 +63,22 @@ def choose_layers(analysis: Analysis, scores: Mapping[str, float], budget: Budge
     if len(held) > left:
         raise BudgetError(f"{asked}, but keep= holds {len(held)} of them")
     worst_first = sorted(scores.keys() - held, key=lambda name: (scores[name], list(scores).index(name)))
-    return Plan({}, analysis.sizes, analysis.options, layers=worst_first[: total - left])
+    return plan_without(analysis, worst_first[: total - left])
+
+
+def plan_without(analysis: Analysis, layers: Sequence[str]) -> Plan:
+    """The plan without some residual branches, and without the groups that live in them alone."""
+    gone = {name for layer in layers for name in analysis.layers[layer][Mode.EVAL].state}
+    inside = [
+        name for name, group in analysis.groups.items() if all(member.parameter in gone for member in group.members)
+    ]
+    return Plan(dict.fromkeys(inside, ()), analysis.sizes, analysis.options, layers=layers)
 
 
 def costs_of_layers(analysis: Analysis, kind: str) -> dict[str, float]:
     """What the model would cost less without each single residual branch; ``kind`` as for ``cost_of``."""
     whole = cost_now(analysis, kind)
-    without = {
-        name: analysis.after(Plan({}, analysis.sizes, analysis.options, layers=[name])) for name in analysis.layers
-    }
+    without = {name: analysis.after(plan_without(analysis, [name])) for name in analysis.layers}
     return {name: whole - cost_now(after, kind) for name, after in without.items()}
 
 
@@ -82,7 +89,7 @@ def cost_now(analysis: Analysis, kind: str) -> float:
 
 
 def budget_of_widths(analysis: Analysis, shallow: Analysis, budget: Budget) -> Budget | None:
-    """What is left of ``budget`` for the widths, once ``shallow`` is what branches of the model left; None: nothing.
+    """What ``budget`` still asks of the widths of ``shallow``, the model without some branches; None where nothing.
 
     Fractions are of the model of ``analysis``.
     """

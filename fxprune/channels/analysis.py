@@ -71,14 +71,6 @@ class Analysis:
         """The residual branches that may go whole in each mode's graph, by the path of their last layer."""
         return find_residuals(self.graph, self.values)
 
-    def check_layers(self, plan: Plan) -> None:
-        """Raise PlanError where ``plan`` takes out what is no residual branch of this model."""
-        if missing := [name for name in plan.layers if name not in self.layers]:
-            raise PlanError(
-                f"the plan takes out the branch of {missing[0]!r}, which is no residual branch that may go; these "
-                f"are: {abridge_list(list(self.layers)) or 'none'}"
-            )
-
     def stays(self, plan: Plan) -> Bools:
         """bool[names]: whether each name stays under ``plan``."""
         removed = np.zeros(len(self.names), dtype=bool)
@@ -92,7 +84,6 @@ class Analysis:
     def values_after(self, plan: Plan) -> Values:
         """The ``values`` of the model that ``plan`` leads to."""
         plan.check(self.sizes)
-        self.check_layers(plan)
         if self.origin:  # from the start again: a label that was cut to one position does not know along which axis
             first, before = self.origin
             return first.values_after(before.then(plan))
@@ -107,13 +98,14 @@ class Analysis:
         }
 
     def nodes_within(self, layers: Sequence[str]) -> set[tuple[Mode, str]]:
-        """The nodes of residual branches, with the mode of their graph."""
-        return {
-            (mode, node.name)
-            for name in layers
-            for mode, residual in self.layers[name].items()
-            for node in residual.nodes
-        }
+        """The nodes of residual branches, each with its mode. Raises PlanError where there is no such branch."""
+        if missing := [name for name in layers if name not in self.layers]:
+            raise PlanError(
+                f"the plan takes out the branch of {missing[0]!r}, which is no residual branch that may go; these "
+                f"are: {abridge_list(list(self.layers)) or 'none'}"
+            )
+        residuals = [(mode, residual) for name in layers for mode, residual in self.layers[name].items()]
+        return {(mode, node.name) for mode, residual in residuals for node in residual.nodes}
 
     def places(self) -> list[Place]:
         """The graphs of the model, with the values of their nodes."""

@@ -1,8 +1,8 @@
 """Depth: residual branches, what they add to a stream, and which of them may go whole.
 
-A branch ends at a sum whose other operand goes around it: that is what the branch reads, or a single layer of that. The
-parameters that nothing but the branch reads are its own. Where it gives zero as soon as these are zero, it may go, and
-the sum becomes its other operand: that is exact, as every cut is.
+A branch ends at a sum whose other operand goes around it: that is what the branch reads, or comes of that by one layer
+at most. The parameters that nothing but the branch reads are its own. Where it gives zero as soon as these are zero, it
+may go, and the sum becomes its other operand: that is exact, as every cut is.
 """
 
 import operator
@@ -39,7 +39,8 @@ class Residual:
         join: the sum.
         nodes: what is computed for the branch alone.
         state: the parameters and buffers that nothing else reads.
-        output: the parameters of that last layer and of what follows it: zeroed, they silence the branch.
+        output: the parameters of that last layer (of each, where the branch is a sum), and of what follows it: zeroed,
+            they silence the branch.
     """
 
     name: str
@@ -102,27 +103,46 @@ def find_residual(
     if end not in zero:
         return
     tensors = named_tensors(model)
-    read_at = [(node, name) for node in order for name in state_of(model, node) if name in state]
-    wide = [at for at, (_, name) in enumerate(read_at) if tensors[name].ndim > 1]
+    wide = [name for node in order for name in state_of(model, node) if name in state and tensors[name].ndim > 1]
     if not wide:
         return
-    last_node, last = read_at[wide[-1]]
-    output = [name for node, name in read_at if order.index(node) >= order.index(last_node)]
-    output += [name for name in state if name.rpartition(".")[0] == last.rpartition(".")[0]]
-    parameters = dict.fromkeys(name for name in sorted(output) if isinstance(tensors[name], nn.Parameter))
-    yield Residual(last.rpartition(".")[0] or last, end, join, frozenset(nodes), state, tuple(parameters))
+    yield Residual(
+        name=wide[-1].rpartition(".")[0] or wide[-1],
+        end=end,
+        join=join,
+        nodes=frozenset(nodes),
+        state=state,
+        output=tuple(find_output(model, end, zero, {name: tensors[name] for name in state})),
+    )
+
+
+def find_output(model: TracedModule, end: fx.Node, zero: set[fx.Node], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """The parameters in ``state`` of the last layers before ``end`` that have a matrix or kernel, and of what follows.
+
+    ``zero``: the nodes that give zero where all of ``state`` is zero.
+    """
+    waiting, seen = [end], {end}
+    while waiting:
+        node = waiting.pop()
+        readers = [node, *(source for source in node.all_input_nodes if source.op == "get_attr")]
+        read = [name for reader in readers for name in state_of(model, reader)]
+        names = [name for name in read if isinstance(state.get(name), nn.Parameter)]
+        yield from names
+        if not any(state[name].ndim > 1 for name in names):
+            fresh = [source for source in node.all_input_nodes if source in zero and source not in seen]
+            waiting += [source for source in fresh if source.op != "get_attr"]
+            seen.update(fresh)
 
 
 def goes_around(model: TracedModule, other: fx.Node, nodes: set[fx.Node]) -> bool:
-    """Whether ``other`` is what the branch of ``nodes`` reads, or a single contraction of that."""
+    """Whether ``other`` is what the branch of ``nodes`` reads, or comes of that by one contraction at most."""
     read = inputs_of(nodes)
     if other in read:
         return True
     way = nodes_for({other})
     sources = inputs_of(way)
-    return (
-        sources <= read and len(sources) == 1 and count_contractions(model, way) == 1 < count_contractions(model, nodes)
-    )
+    few = min(2, count_contractions(model, nodes))
+    return sources <= read and len(sources) == 1 and count_contractions(model, way) < few
 
 
 def nodes_for(ends: Iterable[fx.Node]) -> set[fx.Node]:

@@ -30,8 +30,8 @@ def check_target(owner: Any) -> None:
         raise PlanError("a training pass is not steered by latency, which one run measures: give flops or memory")
     if owner.budget is not None and (owner.budget.shares or owner.budget.layers is not None):
         raise PlanError(
-            f"budget={owner.budget}: a training pass comes near its budget step by step, and has no shares of groups "
-            "and no layers to take: give a limit on the whole model"
+            f"budget={owner.budget}: a training pass comes near its budget step by step, and takes no shares of groups "
+            "and no layers: give a limit on the whole model"
         )
     share, epoch = allow_number(above=0, most=1), allow_count(least=2)
     by = Rule(
