@@ -38,7 +38,7 @@ from models import randomize  # noqa: E402
 from test_laws import cast  # noqa: E402
 
 import fxprune  # noqa: E402
-from fxprune import TracedModule  # noqa: E402
+from fxprune import Plan, TracedModule  # noqa: E402
 from fxprune.errors import ExportError, FxpruneError, PlanError, VerificationError  # noqa: E402
 
 ONNX_OF = 100  # one in so many goes through ONNX
@@ -91,15 +91,16 @@ def hold_laws(model: nn.Module, examples: list[Any], seed: int, outcome: dict[st
     except PlanError as error:
         outcome["again"] = str(error)
     if seed % ONNX_OF == 0:
-        outcome["onnx"] = try_onnx(fxprune.rewrite(graph, analysis, plan)[0], example)
+        outcome["onnx"] = try_onnx(model.float(), cast(example, torch.float32), plan)
 
 
-def try_onnx(compact: nn.Module, example: Any) -> str:
-    """What became of a compact model as ONNX: "" where onnxruntime gives the same."""
+def try_onnx(model: nn.Module, example: Any, plan: Plan) -> str:
+    """What becomes of a model, cut by ``plan``, as ONNX in float32: "" where onnxruntime gives the same."""
+    graph = fxprune.trace(model, example)
+    compact, _ = fxprune.rewrite(graph, fxprune.analyze(graph, example), plan)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            single = cast(example, torch.float32)  # onnxruntime lacks operators in float64
-            fxprune.export_onnx(compact.float(), single, Path(folder) / "compact.onnx")
+            fxprune.export_onnx(compact, example, Path(folder) / "compact.onnx")
         except ExportError as error:
             return str(error)
     return ""

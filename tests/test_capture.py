@@ -32,6 +32,7 @@ from fxprune.graph import capture, watch
 from fxprune.graph.contexts import Apply
 from fxprune.graph.inputs import bind_inputs
 from fxprune.graph.trace import trace_whole
+from fxprune.graph.traced import Mode
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -994,6 +995,18 @@ def test_a_check_of_arguments_is_traced_again_too() -> None:
     assert again(X, 2).shape == (2, 4, 8, 8)
     with pytest.raises(TraceError, match="argument 'scale' is 3, but the graph was made with 2"):
         again(X, 3)
+
+
+def test_an_interpreter_runs_a_graph_that_takes_any_keywords() -> None:
+    """As torch.export does: it gives an empty list for them."""
+
+    class Keywords(Net):
+        def forward(self, x: Tensor, **options: Any) -> Tensor:
+            return self.o(self.b(self.a(x).relu()).relu())
+
+    compact = pruned(randomize(Keywords(checks_shapes)).double()).eval()
+    plain = torch.fx.GraphModule(compact.root(), compact.graphs[Mode.EVAL])
+    assert torch.equal(torch.fx.Interpreter(plain).run(X), compact(X))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
