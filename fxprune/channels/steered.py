@@ -27,6 +27,7 @@ from fxprune.channels.tensor import ChannelTensor, NameRun, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
+from fxprune.graph.keep import attributes_kept
 from fxprune.graph.places import is_users
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
@@ -59,7 +60,13 @@ class Steered:
         state = {name: self.state[name] for name in names}
         self.run.mode = mode
         try:
-            with in_mode(self.model, mode), self.watched(), leave_untouched(), self.steering:
+            with (
+                in_mode(self.model, mode),
+                attributes_kept(self.model),
+                self.watched(),
+                leave_untouched(),
+                self.steering,
+            ):
                 result = functional_call(self.model, state, *inputs)
         except FxpruneError:
             raise

@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 from fxprune.graph.batch import FIRST
 from fxprune.graph.contexts import refuse_hook, write_grad_mode
 from fxprune.graph.effects import (
-    attributes_of,
     buffers_of,
-    changed_values,
     refuse_kept_tensors,
+    refuse_settings,
+    settings_of,
     watch_hooks,
     write_buffers,
 )
@@ -37,6 +37,7 @@ from fxprune.graph.places import is_users, write_place
 from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
+from fxprune.graph.state import Key, Picture, surroundings_of
 from fxprune.graph.traced import Mode
 from fxprune.graph.watch import watch_nothing, watch_torch
 
@@ -105,7 +106,7 @@ def record_run(
     inputs: Bound,
     mode: Mode,
     prepare: Callable[[fx.Graph], None] | None = None,
-) -> tuple[fx.Graph, bool, list[tuple[str, str]]]:
+) -> tuple[fx.Graph, bool, list[Key]]:
     """Record one run of ``model`` in one mode.
 
     Args:
@@ -119,15 +120,18 @@ def record_run(
 
     Returns:
         The graph, whether the model may have another in the other mode (it asked which one it is in), and the
-        attributes that it has changed.
+        attributes and variables that it has changed.
 
     Raises:
         Exception: whatever the model's Python raises, a RefusalError for what can't be recorded.
     """
     modules = dict(model.named_modules())
-    users = {path: module for path, module in modules.items() if not is_layer(module)}
-    buffers, attributes = buffers_of(modules), attributes_of(users)
+    layers = {path: module for path, module in modules.items() if is_layer(module)}
+    users = {path: module for path, module in modules.items() if path not in layers}
+    around = surroundings_of(users.values())
+    buffers, before = buffers_of(modules), Picture(users, around.variables)
     model.train(mode.training)
+    settings = settings_of(modules, layers) | {(path, "training"): mode.training for path in modules}
     tensors = (*model.parameters(), *model.buffers(), *tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home)
@@ -143,15 +147,16 @@ def record_run(
             recorder,
         ):
             result = recorder.call_model(model, args, kwargs)
-        after = attributes_of(users)
+        after = Picture(users, around.variables)
         write_buffers(recorder, buffers, buffers_of(modules))
-        refuse_kept_tensors(recorder, attributes, after)
+        refuse_settings(settings, settings_of(modules, layers))
+        refuse_kept_tensors(recorder, before, after)
         recorder.graph.output(write_result(recorder, result))
     for node in reversed(list(recorder.graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in NOT_NEEDED):
             recorder.graph.erase_node(node)
     overrides = any(type(module).train is not nn.Module.train for module in users.values())
-    return recorder.graph, recorder.reads_mode or overrides, changed_values(attributes, after)
+    return recorder.graph, recorder.reads_mode or overrides, after.changes(before)
 
 
 def seeming_device(tensor: Tensor) -> torch.device:

@@ -22,11 +22,12 @@ from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
 from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.draws import find_draw, has_drawn, read_state
-from fxprune.graph.effects import describe_attribute, iterators_in
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
+from fxprune.graph.keep import attributes_kept
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
+from fxprune.graph.state import describe_key
 from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
 
 
@@ -56,22 +57,33 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     check_traceable(model)
     inputs = bind_inputs(example_inputs)
     check_inputs(model, inputs)
+    with attributes_kept(model):
+        traced = trace_parts(model, inputs, check)
+    if START in vars(model):
+        traced.meta[START] = vars(model)[START]
+    return traced
+
+
+def trace_parts(model: nn.Module, inputs: Bound, check: bool) -> Any:
+    """What ``trace`` gives: one graph, or, where that can't be, plain Python with graphs for its parts.
+
+    Raises:
+        TraceError: neither can be.
+    """
     try:
-        traced: Any = trace_whole(model, inputs, check)
+        return trace_whole(model, inputs, check)
     except DoesNotRunError:
         raise
     except TraceError as whole:
         try:
-            traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
+            traced: Any = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
             traced.train(model.training)
             traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
+            return traced
         except DoesNotRunError:
             raise
         except TraceError as error:
             raise TraceError(f"{whole} Its parts could not be traced one by one either: {error}.") from whole
-    if START in vars(model):
-        traced.meta[START] = vars(model)[START]
-    return traced
 
 
 def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedModule:
@@ -170,15 +182,13 @@ class Recording:
         """
         graph, reads_mode, changed = record_run(working, self.names, self.constants, self.known, inputs, mode)
         self.reads_mode |= reads_mode
-        iterators = iterators_in(dict(working.named_modules()))
-        if not changed and not iterators:
+        if not changed:
             return graph
         again, _, counted = record_run(working, self.names, self.constants, self.known, inputs, mode)
         if counted or not same_graphs(graph, again):
-            attribute = describe_attribute(*(counted or changed or iterators)[0])
             raise RefusalError(
-                f"{attribute} is another after each run, which a graph would not follow: make it a buffer, and write "
-                "into that"
+                f"{describe_key((counted or changed)[0])} is another after each run, which a graph would not follow: "
+                "make it a buffer, and write into that"
             )
         return graph
 

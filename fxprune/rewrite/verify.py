@@ -19,6 +19,7 @@ from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
+from fxprune.graph.keep import attributes_kept
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
@@ -260,6 +261,7 @@ def outputs_of(
     dtype = device_of(model)[1]
     with (
         torch.set_grad_enabled(gradients),
+        attributes_kept(model),
         keep_draws(),
         Comparable(dtype),
         masked_norms(model, norms, seen_before) as seen,
