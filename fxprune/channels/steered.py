@@ -28,7 +28,7 @@ from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
 from fxprune.graph.keep import attributes_kept
-from fxprune.graph.places import is_users
+from fxprune.graph.places import describe_error_place, is_users
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
 
@@ -64,17 +64,19 @@ class Steered:
                 in_mode(self.model, mode),
                 attributes_kept(self.model),
                 self.watched(),
-                leave_untouched(),
+                leave_untouched(mode),
                 self.steering,
             ):
                 result = functional_call(self.model, state, *inputs)
         except FxpruneError:
             raise
         except Exception as error:
-            place = self.steering.locate()
+            backward = "does not require grad" in str(error)
             raise AnalysisError(
                 f"{type(self.model).__name__} does not run on channel names in {mode.value} mode "
-                f"(last at {place}): {describe_cause(error)}"
+                f"({describe_error_place(self.model, error)}): {describe_cause(error)}"
+                + "; a backward pass within forward can't be followed"
+                * backward
             ) from error
         for tensor in tensors_within(result):
             freeze_output(tensor)
@@ -170,9 +172,9 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def leave_untouched() -> Iterator[None]:
-    """Without gradients, even in inference mode, and with the random stream put back."""
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+def leave_untouched(mode: Mode) -> Iterator[None]:
+    """As models are run in this mode, with gradients only where they train, and with the random stream put back."""
+    with torch.inference_mode(False), torch.set_grad_enabled(mode.training), torch.random.fork_rng():
         yield
 
 
@@ -188,6 +190,16 @@ class Steering:
             Tensor.__len__: lambda tensor: self.size(tensor, 0),
             Tensor.numel: lambda tensor: math.prod(self.shape(tensor)),
             Tensor.nelement: lambda tensor: math.prod(self.shape(tensor)),
+            **{
+                getattr(Tensor, name).__get__: read
+                for name, read in {
+                    "requires_grad": self.requires_grad,
+                    "grad_fn": lambda tensor: self.requires_grad(tensor) or None,
+                    "is_leaf": lambda tensor: not self.requires_grad(tensor),
+                }.items()
+            },
+            Tensor.register_hook: lambda tensor, hook: None,  # there is no backward pass here
+            Tensor.retain_grad: lambda tensor: None,
             Tensor.tolist: lambda tensor: self.data(tensor).tolist(),
             Tensor.numpy: lambda tensor: self.data(tensor).numpy(),
             Tensor.__array__: lambda tensor, *dtype: np.asarray(self.data(tensor), *dtype),
@@ -245,6 +257,10 @@ class Steering:
             self.locate()
             self.run.names.freeze(label, "plain Python reads its size")
         return tensor.data_.shape[axis]
+
+    def requires_grad(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a gradient where the model is run: where it trains, all that is computed has."""
+        return self.run.mode.training and tensor.is_floating_point()
 
     def data(self, tensor: ChannelTensor) -> Tensor:
         """The data, for Python to look at."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MemberDescriptorType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph.draws import keep_draws
-from fxprune.graph.state import Picture, is_data, surroundings_of
+from fxprune.graph.state import Picture, is_data, is_own, surroundings_of
 from fxprune.graph.traced import ATOMS
 
 Undo = Callable[[], None]
@@ -27,9 +28,13 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """What is written into tensors meanwhile is undone, and torch draws random numbers from a copy."""
-    before = [(tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors_of(model)]
+def tensors_kept(model: nn.Module, parameters: bool = True) -> Iterator[None]:
+    """What is written into tensors meanwhile is undone, and torch draws random numbers from a copy.
+
+    ``parameters``: whether it may be written into these too.
+    """
+    tensors = [tensor for tensor in tensors_of(model) if parameters or not isinstance(tensor, nn.Parameter)]
+    before = [(tensor, tensor.data, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
     try:
         with torch.random.fork_rng():
             yield
@@ -113,6 +118,15 @@ class Keeper:
             yield partial(np.copyto, value, value.copy())
         if hasattr(value, "__dict__"):
             yield from self.ways_back(vars(value))
+        for name in (name for kind in type(value).__mro__ for name in slots_of(kind) if hasattr(value, name)):
+            yield partial(object.__setattr__, value, name, self.keep(getattr(value, name)))
+
+
+def slots_of(kind: type) -> list[str]:
+    """The attributes that a class of the user's keeps outside of a dict."""
+    return (
+        [name for name, value in vars(kind).items() if isinstance(value, MemberDescriptorType)] if is_own(kind) else []
+    )
 
 
 def put_items(held: dict[Any, Any], before: dict[Any, Any]) -> None:

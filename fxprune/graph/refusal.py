@@ -12,4 +12,4 @@ class LeftOverError(RefusalError):
 
 
 class DoesNotRunError(TraceError):
-    """The model itself fails on its example."""
+    """The model itself fails on its example, or can't be copied to be run."""

@@ -127,7 +127,7 @@ def record_sizes(model: nn.Module, sizes: Mapping[Slot, int], inputs: Bound, mod
         put_sizes(working, {slot: remembered_size(graph, slot, size) for slot, size in sizes.items()})
 
     try:
-        return record_run(working, names_of(model), {}, {}, inputs, mode, remember)[0]
+        return record_run(working, names_of(model), {}, {}, inputs, mode, remember).graph
     except Exception as error:
         raise explain_error(working, error) from error
 

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import _lru_cache_wrapper
 from inspect import unwrap
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor, nn
 
 from fxprune.graph.numbers import Number
@@ -20,7 +19,9 @@ from fxprune.graph.traced import ATOMS
 
 TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
 NAMED = (type, ModuleType, FunctionType, BuiltinFunctionType, _lru_cache_wrapper)  # told by their names
-DATA = frozenset(("builtins", "collections", "itertools", "random", "numpy", "torch"))  # whose objects hold data
+DATA = frozenset(  # whose objects hold data
+    ("argparse", "builtins", "collections", "functools", "itertools", "numpy", "random", "torch", "types")
+)
 LIBRARIES = frozenset(("torch", "fxprune")) | sys.stdlib_module_names
 Modules = Mapping[str, nn.Module]  # by their paths
 
@@ -118,7 +119,7 @@ def is_data(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, (nn.Module, *NAMED)):
         return False
-    return kind.__module__.partition(".")[0] in DATA or kind is SimpleNamespace or is_own(kind)
+    return kind.__module__.partition(".")[0] in DATA or is_own(kind)
 
 
 def names_in(code: CodeType) -> set[str]:
@@ -183,12 +184,10 @@ class Picture:
             return kind.__name__, list(map(self.form_of, value))
         if kind is dict:
             return {key: self.form_of(item) for key, item in value.items()}
-        if kind in (set, frozenset):
-            return value.copy()
-        if isinstance(value, np.random.Generator):
-            return str(value.bit_generator.state)
-        if isinstance(value, np.random.RandomState):
-            return str(value.get_state(legacy=False))
+        if kind in (set, frozenset, bytes):
+            return kind(value)
+        if not is_data(value):
+            return kind.__qualname__
         try:
             made = value.__reduce_ex__(4)
         except Exception:  # it can't be copied

@@ -21,6 +21,7 @@ from fxprune.errors import TraceError, require_type
 from fxprune.graph.batch import batch_of, follow_batch, with_larger_batch
 from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
+from fxprune.graph.contexts import follow_autocast
 from fxprune.graph.draws import find_draw, has_drawn, read_state
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
 from fxprune.graph.keep import attributes_kept
@@ -180,15 +181,19 @@ class Recording:
         Raises:
             Exception: as ``record_run``; a RefusalError where it counts its runs.
         """
-        graph, reads_mode, changed = record_run(working, self.names, self.constants, self.known, inputs, mode)
-        self.reads_mode |= reads_mode
-        if not changed:
+        record = partial(record_run, working, self.names, self.constants, self.known, inputs, mode)
+        run = record()
+        self.reads_mode |= run.reads_mode
+        graph = run.graph
+        if run.asks_autocast:
+            graph = follow_autocast(graph, partial(record, autocast=True), run.asks_autocast)
+        if not run.changed:
             return graph
-        again, _, counted = record_run(working, self.names, self.constants, self.known, inputs, mode)
-        if counted or not same_graphs(graph, again):
+        again = record()
+        if again.changed or not same_graphs(run.graph, again.graph):
             raise RefusalError(
-                f"{describe_key((counted or changed)[0])} is another after each run, which a graph would not follow: "
-                "make it a buffer, and write into that"
+                f"{describe_key((again.changed or run.changed)[0])} is another after each run, which a graph would not "
+                "follow: make it a buffer, and write into that"
             )
         return graph
 
@@ -298,7 +303,13 @@ def copy_modules(root: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
             return value
         # In a container, a tensor may have a history, which can't be copied.
         memo.update({id(tensor): memo.get(id(tensor), tensor) for tensor in tensors_in(value)})
-        return copy.deepcopy(value, memo)
+        try:
+            return copy.deepcopy(value, memo)
+        except TypeError as error:
+            raise DoesNotRunError(
+                f"attribute {name!r} of a {type(module).__name__} can't be copied, and copies of the model are run: "
+                f"{error}. Put it outside of the model, or give its class a __deepcopy__"
+            ) from error
 
     for module in modules:
         own = memo[id(module)].__dict__ = vars(module).copy()

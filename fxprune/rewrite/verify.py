@@ -19,7 +19,7 @@ from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name
 from fxprune.errors import VerificationError, require_type
 from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
-from fxprune.graph.keep import attributes_kept
+from fxprune.graph.keep import attributes_kept, tensors_kept
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
@@ -140,7 +140,7 @@ def compare_models(
                 raise
             trained = False  # plain Python that steers may want other arguments to train on
             break
-        found = outputs_of(small, mode, inputs, gradients, None, expected.within)
+        found = outputs_of_compact(small, mode, inputs, gradients, expected)
         noise: dict[str, float] = {}
         for kind, name, error in find_differences(expected, found, sliced):
             if tolerance < error <= AMPLIFIED * tolerance:
@@ -158,6 +158,22 @@ def compare_models(
                 default=0.0,
             )
     return Verification(worst["output"], worst["gradient"], moved, tolerance, trained)
+
+
+def outputs_of_compact(small: Model, mode: Mode, inputs: Bound, gradients: bool, expected: "Result") -> "Result":
+    """``outputs_of`` the compact model, which may fail where plain Python steers it.
+
+    Raises:
+        VerificationError: it does not run.
+    """
+    try:
+        return outputs_of(small, mode, inputs, gradients, None, expected.within)
+    except RuntimeError as error:
+        raise VerificationError(
+            f"in {mode.value} mode the compact model does not run: {error}. Where plain Python steers a model, it must "
+            "call the same layers as when the model was analysed: look for a choice by chance, by the values of "
+            "tensors, or by what torch is set to"
+        ) from error
 
 
 def measure_rounding(
@@ -254,30 +270,27 @@ def outputs_of(
         parameter.requires_grad_(True)
         parameter.grad = None
     norms = param_map.norms if param_map is not None else {}
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
     dtype = device_of(model)[1]
-    with (
-        torch.set_grad_enabled(gradients),
-        attributes_kept(model),
-        keep_draws(),
-        Comparable(dtype),
-        masked_norms(model, norms, seen_before) as seen,
-    ):
-        result = model(*args, **kwargs)
-    outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
-    if gradients:
+    with tensors_kept(model, parameters=False):
         torch.manual_seed(0)
-        noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
-        total = sum((each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad)
-        if isinstance(total, Tensor):
-            total.backward()  # type: ignore[no-untyped-call]
-    torch.set_rng_state(torch_state)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(state[name])
+        args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
+        with (
+            torch.set_grad_enabled(gradients or not isinstance(model, TracedModule)),  # for Python may ask
+            attributes_kept(model),
+            keep_draws(),
+            Comparable(dtype),
+            masked_norms(model, norms, seen_before) as seen,
+        ):
+            result = model(*args, **kwargs)
+        outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+        if gradients:
+            torch.manual_seed(0)
+            noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
+            total = sum(
+                (each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad
+            )
+            if isinstance(total, Tensor):
+                total.backward()  # type: ignore[no-untyped-call]
     return Result(outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen)
 
 
