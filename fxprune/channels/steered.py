@@ -31,6 +31,7 @@ from fxprune.graph.keep import attributes_kept
 from fxprune.graph.places import describe_error_place, is_users
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
+from fxprune.graph.watch import ALONE
 
 logger = logging.getLogger("fxprune")
 
@@ -61,6 +62,7 @@ class Steered:
         self.run.mode = mode
         try:
             with (
+                ALONE,
                 in_mode(self.model, mode),
                 attributes_kept(self.model),
                 self.watched(),

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import TraceError
 from fxprune.graph.batch import batch_of
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
-from fxprune.graph.keep import state_kept, tensors_kept
+from fxprune.graph.keep import attributes_kept, tensors_kept
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.traced import Mode, is_plain
@@ -119,7 +119,7 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
     model = copy()
     name = type(model).__name__
     try:
-        with state_kept(model):
+        with attributes_kept(model, copied=True), tensors_kept(model):
             expected = run_once(model, inputs, mode, look)
     except Exception as error:
         said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph.draws import keep_draws
-from fxprune.graph.state import Picture, is_data, is_own, surroundings_of
+from fxprune.graph.state import TORCHS, Picture, is_data, is_own, surroundings_of
 from fxprune.graph.traced import ATOMS
 
 Undo = Callable[[], None]
@@ -57,13 +57,17 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """What Python writes meanwhile into attributes of ``model``, and into variables around its code, is undone."""
+def attributes_kept(model: nn.Module, copied: bool = False) -> Iterator[None]:
+    """What Python writes meanwhile into attributes of ``model``, and into variables around its code, is undone.
+
+    ``copied``: only copies of it are run, which may share the objects in its attributes.
+    """
     keeper = Keeper()
     parts = [part for part in model.modules() if not isinstance(part, fx.GraphModule)]
     around = surroundings_of(parts)
     for part in parts:
-        keeper.keep(vars(part))
+        for held in [value for name, value in vars(part).items() if name not in TORCHS] if copied else [vars(part)]:
+            keeper.keep(held)
     for variable in around.variables:
         keeper.undo.append(partial(variable.write, keeper.keep(variable.read())))
     filled = [cache.cache_info().misses for cache in around.caches]
@@ -118,15 +122,14 @@ class Keeper:
             yield partial(np.copyto, value, value.copy())
         if hasattr(value, "__dict__"):
             yield from self.ways_back(vars(value))
-        for name in (name for kind in type(value).__mro__ for name in slots_of(kind) if hasattr(value, name)):
+        for name in slots_of(value):
             yield partial(object.__setattr__, value, name, self.keep(getattr(value, name)))
 
 
-def slots_of(kind: type) -> list[str]:
-    """The attributes that a class of the user's keeps outside of a dict."""
-    return (
-        [name for name, value in vars(kind).items() if isinstance(value, MemberDescriptorType)] if is_own(kind) else []
-    )
+def slots_of(value: Any) -> list[str]:
+    """The attributes that an object of the user's keeps outside of a dict."""
+    slots = [item for kind in filter(is_own, type(value).__mro__) for item in vars(kind).items()]
+    return [name for name, slot in slots if isinstance(slot, MemberDescriptorType) and hasattr(value, name)]
 
 
 def put_items(held: dict[Any, Any], before: dict[Any, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.graph.numbers import Number
 from fxprune.graph.places import is_users
-from fxprune.graph.traced import ATOMS
+from fxprune.graph.traced import ATOMS, hooks_of
 
 TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
 NAMED = (type, ModuleType, FunctionType, BuiltinFunctionType, _lru_cache_wrapper)  # told by their names
@@ -61,7 +61,8 @@ def surroundings_of(modules: Iterable[nn.Module]) -> Surroundings:
     around = Surroundings([], [])
     waiting: list[Any] = list({type(module): None for module in modules if is_own(type(module))})
     for module in modules:
-        held = (*vars(module).values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = [hook for own in module._parameters.values() if own is not None for _, hook in hooks_of(own)]
+        held = (*vars(module).values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values(), *hooks)
         waiting += [value for value in held if isinstance(value, FunctionType)]
     seen: set[int] = set()
     for item in waiting:  # it grows

@@ -29,7 +29,20 @@ from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
 from fxprune.graph.state import describe_key
-from fxprune.graph.traced import ATOMS, PLAIN, START, Mode, TracedModule, carried_attributes, is_traced
+from fxprune.graph.traced import (
+    ATOMS,
+    PLAIN,
+    START,
+    Fixed,
+    FixedModuleDict,
+    FixedModuleList,
+    FixedSequential,
+    Mode,
+    TracedModule,
+    carried_attributes,
+    is_traced,
+)
+from fxprune.graph.watch import ALONE
 
 
 def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> Any:
@@ -58,7 +71,7 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     check_traceable(model)
     inputs = bind_inputs(example_inputs)
     check_inputs(model, inputs)
-    with attributes_kept(model):
+    with ALONE, attributes_kept(model, copied=True):
         traced = trace_parts(model, inputs, check)
     if START in vars(model):
         traced.meta[START] = vars(model)[START]
@@ -341,19 +354,26 @@ def plain_root(working: nn.Module, called: set[Any]) -> nn.Module:
     return bare_module(working, made)
 
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # these stay: people index them
+CONTAINERS = {  # these stay: people index them; so do they where they have attributes
+    nn.Sequential: FixedSequential,
+    nn.ModuleList: FixedModuleList,
+    nn.ModuleDict: FixedModuleDict,
+    nn.Module: Fixed,
+}
 
 
 def bare_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """A plain module or container for ``module`` and for each below it, unless ``made`` has one by the id."""
     if id(module) in made:
         return made[id(module)]
-    kind = next((kind for kind in CONTAINERS if isinstance(module, kind)), nn.Module)
-    new = made[id(module)] = kind()
+    kind = next(kind for kind in CONTAINERS if isinstance(module, kind))
+    carried = carried_attributes(module)
+    new: nn.Module = CONTAINERS[kind]() if carried else kind()
+    made[id(module)] = new
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
         new.__dict__[name] = module.__dict__[name]
     new._modules = {
         name: None if child is None else bare_module(child, made) for name, child in module._modules.items()
     }
-    new.__dict__.update(carried_attributes(module))
+    new.__dict__.update(carried)
     return new

@@ -33,6 +33,7 @@ from fxprune.graph.traced import (
     TracedModule,
     Values,
     copy_graph,
+    hooks_of,
     places_of,
     regions_of,
     require_traced,
@@ -84,7 +85,10 @@ def rewrite(graph: Model, analysis: Analysis, plan: Plan) -> tuple[Model, ParamM
             continue
         new = cut_tensor(tensor, kept[name])
         if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            new = nn.Parameter(new)
+            for register, hook in hooks_of(tensor):
+                getattr(new, register)(hook)
+            new.requires_grad_(tensor.requires_grad)
             parameters[tensor] = name, new
         tensors[id(tensor)] = new
     compact = copy_onto(graph, tensors)

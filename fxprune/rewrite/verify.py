@@ -23,6 +23,7 @@ from fxprune.graph.keep import attributes_kept, tensors_kept
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
+from fxprune.graph.watch import ALONE
 from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.norms import NormOverKept
 from fxprune.rewrite.param_map import ParamMap
@@ -85,7 +86,7 @@ def verify(
         raise VerificationError(
             "tensors on the meta device have no values to compare: pass verify=False to prune, or load them"
         )
-    with torch.inference_mode(False), torch.enable_grad():
+    with ALONE, torch.inference_mode(False), torch.enable_grad():
         return compare_models(graph, compact, param_map, example_inputs, dtype, gradients)
 
 
