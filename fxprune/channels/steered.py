@@ -30,7 +30,7 @@ from fxprune.graph.inputs import Bound, map_tensors
 from fxprune.graph.keep import attributes_kept
 from fxprune.graph.places import describe_error_place, is_users
 from fxprune.graph.regions import replaced_forwards, steered_layers
-from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
+from fxprune.graph.traced import Mode, TracedModule, Values, reasons_of, regions_of
 from fxprune.graph.watch import ALONE
 
 logger = logging.getLogger("fxprune")
@@ -48,6 +48,7 @@ class Steered:
         self.regions = regions_of(model)
         self.layers = steered_layers(model)
         self.steering = Steering(run)
+        self.unsteady = unsteady_parts(model)
         self.values: dict[Mode, dict[str, dict[str, Any]]] = {mode: {} for mode in Mode}
         self.inputs: dict[Mode, dict[str, Bound]] = {mode: {} for mode in Mode}
 
@@ -106,7 +107,8 @@ class Steered:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.steering.away():
-                return map_tensors(as_plain, self.record(path, region, self.run.mode, (args, kwargs)))
+                result = self.record(path, region, self.run.mode, (args, kwargs))
+            return map_tensors(as_plain, self.settled(path, result))
 
         return forward
 
@@ -138,9 +140,34 @@ class Steered:
                 tensor = next(iter(tensors_within(value)), None)
                 if tensor is not None:
                     self.values[self.run.mode].setdefault(path, {}).setdefault(name, what_is_known(tensor))
-            return map_tensors(as_plain, result)
+            return map_tensors(as_plain, self.settled(path, result))
 
         return call
+
+    def settled(self, path: str, result: Any) -> Any:
+        """What a region or layer gives; frozen where Python may take it elsewhere in another run."""
+        if path.startswith(self.unsteady):
+            for tensor in tensors_within(result):
+                if isinstance(tensor, ChannelTensor):
+                    freeze_labels(
+                        self.run.names, tensor.labels, "the plain Python here may go another way in other runs"
+                    )
+        return result
+
+
+UNSTEADY = ("is another after each run", "asks whether autocast is on", "asks torch.is_inference_mode_enabled")
+
+
+def unsteady_parts(model: nn.Module) -> tuple[str, ...]:
+    """With what the paths begin of the parts whose Python does something else in other runs: it counts them, say."""
+    reasons = reasons_of(model)
+    parts = {f"{path}." if path else "": path for path in reasons if any(words in reasons[path] for words in UNSTEADY)}
+    return tuple(
+        part
+        for part, path in parts.items()
+        if " of the model is another" in reasons[path]
+        or not any(other.startswith(part) for other in parts.keys() - {part})
+    )
 
 
 def as_plain(tensor: Tensor) -> Tensor:

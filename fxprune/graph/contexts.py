@@ -98,8 +98,10 @@ def refuse_question(writer: Writer, function: Any) -> bool:
 @handles(torch, "manual_seed")
 @handles(torch.random, "manual_seed")
 @handles(torch, "set_rng_state")
-def refuse_seed(writer: Writer, function: Any, *_: Any) -> Any:
+def refuse_seed(writer: Writer, function: Any, seed: Any) -> Any:
     """The random numbers that torch draws next are chosen."""
+    if not is_users(sys._getframe(2).f_code.co_filename):
+        return function(seed)
     raise RefusalError(f"torch.{function.__name__} can't stand in a graph; what calls it stays plain Python")
 
 

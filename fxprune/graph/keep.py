@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MemberDescriptorType
+from types import MemberDescriptorType, MethodType
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,10 @@ class Keeper:
             yield partial(put_state, value, value.get_state())
         elif isinstance(value, np.ndarray) and value.flags.writeable:
             yield partial(np.copyto, value, value.copy())
+        elif isinstance(value, partial):
+            self.keep((value.func, value.args, value.keywords))
+        elif isinstance(value, MethodType):
+            self.keep(value.__self__)
         if hasattr(value, "__dict__"):
             yield from self.ways_back(vars(value))
         for name in slots_of(value):

@@ -71,7 +71,7 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     check_traceable(model)
     inputs = bind_inputs(example_inputs)
     check_inputs(model, inputs)
-    with ALONE, attributes_kept(model, copied=True):
+    with ALONE:
         traced = trace_parts(model, inputs, check)
     if START in vars(model):
         traced.meta[START] = vars(model)[START]
@@ -175,7 +175,8 @@ class Recording:
         """
         working, before = copy_modules(self.model, {}), read_state()
         try:
-            graph = self.record_settled(working, inputs, mode)
+            with attributes_kept(self.model, copied=True):
+                graph = self.record_settled(working, inputs, mode)
         except Exception as error:
             raise explain_error(working, error) from error
         if has_drawn(before):

@@ -85,7 +85,7 @@ class Fixed(nn.Module):
         """
         new = vars(self).setdefault(NEW, set())
         old = vars(self).get(name, ...)
-        if old is ...:
+        if old is ... and not name.startswith("_"):
             new.add(name)
         if name not in new and is_carried(name, old) and not (type(value) is type(old) and value == old):
             raise TraceError(
@@ -244,7 +244,11 @@ def tensors_without_history(model: nn.Module) -> dict[int, Tensor]:
 
 def carried_attributes(module: nn.Module) -> dict[str, Any]:
     """What a module keeps, of its attributes, when it becomes a graph: tensors that graphs use, and plain values."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor) or is_carried(name, value)}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) or name == NEW or is_carried(name, value)
+    }
 
 
 def is_carried(name: str, value: Any) -> bool:

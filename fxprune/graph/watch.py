@@ -34,20 +34,26 @@ def handles(owner: Any, name: str) -> Callable[[Handler], Handler]:
 
 
 class Training:
-    """``training`` of every module while anybody records: it tells the recorder that it is read."""
+    """``training`` of every module while anybody records: it tells the recorder that it is read, or set."""
 
     def __get__(self, module: Any, owner: type) -> Any:
         """Whether ``module`` is in train mode."""
         if module is None:
             raise AttributeError("training")  # a class has none
-        recorder = RECORDER.get()
-        if recorder is not None:
-            recorder.reads_mode = True
+        note_mode()
         return vars(module)["training"] if "training" in vars(module) else module.__getattr__("training")
 
     def __set__(self, module: Any, training: bool) -> None:
         """Put it where it always is."""
+        note_mode()
         vars(module)["training"] = training
+
+
+def note_mode() -> None:
+    """The model may do something else in the other mode."""
+    recorder = RECORDER.get()
+    if recorder is not None:
+        recorder.reads_mode = True
 
 
 @contextmanager

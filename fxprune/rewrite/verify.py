@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter, setitem
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
+from fxprune.graph.capture import writes
 from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
 from fxprune.graph.keep import attributes_kept, tensors_kept
@@ -272,7 +274,7 @@ def outputs_of(
         parameter.grad = None
     norms = param_map.norms if param_map is not None else {}
     dtype = device_of(model)[1]
-    with tensors_kept(model, parameters=False):
+    with tensors_kept(model, parameters=may_write_parameters(model)):
         torch.manual_seed(0)
         args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
         with (
@@ -293,6 +295,21 @@ def outputs_of(
             if isinstance(total, Tensor):
                 total.backward()  # type: ignore[no-untyped-call]
     return Result(outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen)
+
+
+def may_write_parameters(model: Model) -> bool:
+    """Whether a run may write into parameters of ``model``: a graph would show it, plain Python does not."""
+    if not isinstance(model, TracedModule):
+        return True
+    for graph in model.distinct_graphs().values():
+        for node in graph.nodes:
+            writing = node.target is setitem or (node.op == "call_method" and writes(node.target))
+            source = node if writing else None
+            while source is not None and source.op != "get_attr":
+                source = next((arg for arg in source.args[:1] if isinstance(arg, fx.Node)), None)
+            if source is not None and isinstance(attrgetter(source.target)(model), nn.Parameter):
+                return True
+    return False
 
 
 @contextmanager
