@@ -23,6 +23,7 @@ from fxprune.channels.names import Bools, Ints
 from fxprune.channels.tensor import on_meta
 from fxprune.channels.values import values_in
 from fxprune.graph.inputs import bind_inputs, map_tensors
+from fxprune.graph.keep import attributes_kept
 from fxprune.graph.trace import named_tensors
 from fxprune.graph.traced import Mode, TracedModule, is_traced
 
@@ -60,6 +61,7 @@ def count_flops(model: nn.Module, example_inputs: Any) -> Counter[str]:
     # On data torch may take a kernel for attention that the counter does not know; in its plain form it does.
     with (
         FlopCounterMode(display=False) as counter,
+        attributes_kept(model),
         torch.no_grad(),
         torch.random.fork_rng(),
         sdpa_kernel(SDPBackend.MATH),

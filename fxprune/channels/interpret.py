@@ -19,7 +19,7 @@ from fxprune.graph.inputs import Bound, map_tensors, tensors_in
 from fxprune.graph.lowering import Lowered, lower_layer
 from fxprune.graph.places import describe_place
 from fxprune.graph.trace import named_tensors
-from fxprune.graph.traced import Mode, TracedModule
+from fxprune.graph.traced import Mode, TracedModule, hooks_of
 
 
 def name_parameters(
@@ -50,6 +50,8 @@ def name_parameters(
             for axis, size in enumerate(tensor.shape):
                 if size > 1:
                     names = run.names.fresh(size)
+                    if hooks_of(tensor):
+                        run.names.freeze(names, f"{name} has a hook, which may know its shape")
                     axes[name, axis] = Axis(name, axis, names, weak=not isinstance(tensor, nn.Parameter))
                     labels.append(on_axis(names, axis, tensor.ndim))
             data = copy_data(tensor) if run.real else on_meta(tensor)

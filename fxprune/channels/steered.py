@@ -27,9 +27,11 @@ from fxprune.channels.tensor import ChannelTensor, NameRun, carry_out
 from fxprune.channels.values import Cutter, Value
 from fxprune.errors import AnalysisError, FxpruneError
 from fxprune.graph.inputs import Bound, map_tensors
-from fxprune.graph.places import is_users
+from fxprune.graph.keep import attributes_kept
+from fxprune.graph.places import describe_error_place, is_users
 from fxprune.graph.regions import replaced_forwards, steered_layers
-from fxprune.graph.traced import Mode, TracedModule, Values, regions_of
+from fxprune.graph.traced import Mode, TracedModule, Values, reasons_of, regions_of
+from fxprune.graph.watch import ALONE
 
 logger = logging.getLogger("fxprune")
 
@@ -46,6 +48,7 @@ class Steered:
         self.regions = regions_of(model)
         self.layers = steered_layers(model)
         self.steering = Steering(run)
+        self.unsteady = unsteady_parts(model)
         self.values: dict[Mode, dict[str, dict[str, Any]]] = {mode: {} for mode in Mode}
         self.inputs: dict[Mode, dict[str, Bound]] = {mode: {} for mode in Mode}
 
@@ -61,15 +64,24 @@ class Steered:
         state = {name: self.state[name] for name in names if name in self.state}
         self.run.mode = mode
         try:
-            with in_mode(self.model, mode), self.watched(), leave_untouched(), self.steering:
+            with (
+                ALONE,
+                in_mode(self.model, mode),
+                attributes_kept(self.model),
+                self.watched(),
+                leave_untouched(mode),
+                self.steering,
+            ):
                 result = functional_call(self.model, state, *inputs, tie_weights=False)
         except FxpruneError:
             raise
         except Exception as error:
-            place = self.steering.locate()
+            backward = "does not require grad" in str(error)
             raise AnalysisError(
                 f"{type(self.model).__name__} does not run on channel names in {mode.value} mode "
-                f"(last at {place}): {describe_cause(error)}"
+                f"({describe_error_place(self.model, error)}): {describe_cause(error)}"
+                + "; a backward pass within forward can't be followed"
+                * backward
             ) from error
         for tensor in tensors_within(result):
             freeze_output(tensor)
@@ -97,7 +109,8 @@ class Steered:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.steering.away():
-                return map_tensors(as_plain, self.record(path, region, self.run.mode, (args, kwargs)))
+                result = self.record(path, region, self.run.mode, (args, kwargs))
+            return map_tensors(as_plain, self.settled(path, result))
 
         return forward
 
@@ -129,9 +142,34 @@ class Steered:
                 tensor = next(iter(tensors_within(value)), None)
                 if tensor is not None:
                     self.values[self.run.mode].setdefault(path, {}).setdefault(name, describe_known(tensor))
-            return map_tensors(as_plain, result)
+            return map_tensors(as_plain, self.settled(path, result))
 
         return call
+
+    def settled(self, path: str, result: Any) -> Any:
+        """What a region or layer gives; frozen where Python may take it elsewhere in another run."""
+        if path.startswith(self.unsteady):
+            for tensor in tensors_within(result):
+                if isinstance(tensor, ChannelTensor):
+                    freeze_labels(
+                        self.run.names, tensor.labels, "the plain Python here may go another way in other runs"
+                    )
+        return result
+
+
+UNSTEADY = ("is another after each run", "asks whether autocast is on", "asks torch.is_inference_mode_enabled")
+
+
+def unsteady_parts(model: nn.Module) -> tuple[str, ...]:
+    """With what the paths begin of the parts whose Python does something else in other runs: it counts them, say."""
+    reasons = reasons_of(model)
+    parts = {f"{path}." if path else "": path for path in reasons if any(words in reasons[path] for words in UNSTEADY)}
+    return tuple(
+        part
+        for part, path in parts.items()
+        if " of the model is another" in reasons[path]
+        or not any(other.startswith(part) for other in parts.keys() - {part})
+    )
 
 
 def as_plain(tensor: Tensor) -> Tensor:
@@ -165,9 +203,9 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def leave_untouched() -> Iterator[None]:
-    """Without gradients, even in inference mode, and with the random stream put back."""
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+def leave_untouched(mode: Mode) -> Iterator[None]:
+    """As models are run in this mode, with gradients only where they train, and with the random stream put back."""
+    with torch.inference_mode(False), torch.set_grad_enabled(mode.training), torch.random.fork_rng():
         yield
 
 
@@ -183,6 +221,16 @@ class Steering:
             Tensor.__len__: lambda tensor: self.size(tensor, 0),
             Tensor.numel: lambda tensor: math.prod(self.shape(tensor)),
             Tensor.nelement: lambda tensor: math.prod(self.shape(tensor)),
+            **{
+                getattr(Tensor, name).__get__: read
+                for name, read in {
+                    "requires_grad": self.requires_grad,
+                    "grad_fn": lambda tensor: self.requires_grad(tensor) or None,
+                    "is_leaf": lambda tensor: not self.requires_grad(tensor),
+                }.items()
+            },
+            Tensor.register_hook: lambda tensor, hook: None,  # there is no backward pass here
+            Tensor.retain_grad: lambda tensor: None,
             Tensor.tolist: lambda tensor: self.data(tensor).tolist(),
             Tensor.numpy: lambda tensor: self.data(tensor).numpy(),
             Tensor.__array__: lambda tensor, *dtype: np.asarray(self.data(tensor), *dtype),
@@ -240,6 +288,10 @@ class Steering:
             self.locate()
             self.run.names.freeze(label, "plain Python reads its size")
         return tensor.data_.shape[axis]
+
+    def requires_grad(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a gradient where the model is run: where it trains, all that is computed has."""
+        return self.run.mode.training and tensor.is_floating_point()
 
     def data(self, tensor: ChannelTensor) -> Tensor:
         """The data, for Python to look at."""

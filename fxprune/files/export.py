@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.atomic import named_errors, replace_files
 from fxprune.errors import ExportError, require_type
-from fxprune.graph.check import tensors_kept
 from fxprune.graph.inputs import Bound, bind_inputs, map_tensors, tensors_in
+from fxprune.graph.keep import tensors_kept
 from fxprune.graph.traced import Mode, TracedModule, carried_attributes, copy_model, is_traced, regions_of
 from fxprune.rewrite.verify import relative_difference
 

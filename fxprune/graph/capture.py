@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from math import prod
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.batch import FIRST
-from fxprune.graph.contexts import refuse_hook, write_grad_mode
+from fxprune.graph.contexts import refuse_backward, refuse_hook, write_grad_mode
 from fxprune.graph.dtypes import ASKED
 from fxprune.graph.effects import (
-    attributes_of,
     buffers_of,
-    changed_values,
     refuse_kept_tensors,
+    refuse_settings,
+    settings_of,
     watch_hooks,
     write_buffers,
 )
@@ -41,6 +41,7 @@ from fxprune.graph.places import is_users, write_place
 from fxprune.graph.refusal import LeftOverError, RefusalError
 from fxprune.graph.shapes import shape_of_result
 from fxprune.graph.signature import write_arguments, write_result
+from fxprune.graph.state import Key, Picture, surroundings_of
 from fxprune.graph.traced import Mode
 from fxprune.graph.watch import RECORDER, watch_nothing, watch_torch
 
@@ -101,6 +102,15 @@ def is_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(module, THROUGH)
 
 
+class Run(NamedTuple):
+    """What was recorded."""
+
+    graph: fx.Graph
+    reads_mode: bool  # the model may have another graph in the other mode: it asked which one it is in
+    changed: list[Key]  # attributes and variables that the model has changed
+    asks_autocast: str  # where it asked whether autocast is on
+
+
 def record_run(
     model: nn.Module,
     names: Mapping[int, str],
@@ -109,7 +119,8 @@ def record_run(
     inputs: Bound,
     mode: Mode,
     prepare: Callable[[fx.Graph], None] | None = None,
-) -> tuple[fx.Graph, bool, list[tuple[str, str]]]:
+    autocast: bool = False,
+) -> Run:
     """Record one run of ``model`` in one mode.
 
     Args:
@@ -120,21 +131,22 @@ def record_run(
         inputs: what to run it on.
         mode: which one.
         prepare: is given the graph before the run.
-
-    Returns:
-        The graph, whether the model may have another in the other mode (it asked which one it is in), and the
-        attributes that it has changed.
+        autocast: what Python is told when it asks whether autocast is on.
 
     Raises:
         Exception: whatever the model's Python raises, a RefusalError for what can't be recorded.
     """
     modules = dict(model.named_modules())
-    users = {path: module for path, module in modules.items() if not is_layer(module)}
-    buffers, attributes = buffers_of(modules), attributes_of(users)
+    layers = {path: module for path, module in modules.items() if is_layer(module)}
+    users = {path: module for path, module in modules.items() if path not in layers}
+    around = surroundings_of(users.values())
+    buffers, before = buffers_of(modules), Picture(users, around.variables)
     model.train(mode.training)
+    settings = settings_of(modules, layers) | {(path, "training"): mode.training for path in modules}
     tensors = chain(model.parameters(), model.buffers(), tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home, mode.training)
+    recorder.autocast = autocast
     if prepare is not None:
         prepare(recorder.graph)
     with torch.inference_mode(False), torch.enable_grad():
@@ -147,15 +159,16 @@ def record_run(
             recorder,
         ):
             result = recorder.call_model(model, args, kwargs)
-        after = attributes_of(users)
+        after = Picture(users, around.variables)
         write_buffers(recorder, buffers, buffers_of(modules))
-        refuse_kept_tensors(recorder, attributes, after)
+        refuse_settings(settings, settings_of(modules, layers))
+        refuse_kept_tensors(recorder, before, after)
         recorder.graph.output(write_result(recorder, result))
     for node in reversed(list(recorder.graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in NOT_NEEDED):
             recorder.graph.erase_node(node)
     overrides = any(type(module).train is not nn.Module.train for module in users.values())
-    return recorder.graph, recorder.reads_mode or overrides, changed_values(attributes, after)
+    return Run(recorder.graph, recorder.reads_mode or overrides, after.changes(before), recorder.asks_autocast)
 
 
 def seeming_device(tensor: Tensor) -> torch.device:
@@ -205,8 +218,8 @@ class Recorder(TorchFunctionMode):
         self.entered: dict[int, fx.Node] = {}  # see contexts.py
         self.within: dict[str, tuple[str, type[nn.Module]]] = {}  # the modules that are being called, by their paths
         self.refusal: Exception | None = None
-        self.reads_mode = False
         self.asked: dict[torch.dtype, fx.Node | str] = {}  # by dtype, the last tensor that Python asked for it
+        self.reads_mode, self.autocast, self.asks_autocast = False, False, ""
         self.first_tensor: fx.Node | None = None  # among the arguments
         self.first_device: torch.device | None = None
         self.device_node: fx.Node | None = None
@@ -228,6 +241,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in HANDLED:
             return HANDLED[func](self, *args, **kwargs)
+        if func in GRADIENT:
+            return self.read_gradient(func, *args)
+        if func.__name__ == "__set__":
+            return self.set_attribute(func, *args)
         if func is F.multi_head_attention_forward:
             with self:
                 return attend(*args, **kwargs)
@@ -236,7 +253,7 @@ class Recorder(TorchFunctionMode):
         except RuntimeError as error:  # fake tensors have no data; that is one
             self.refusal = self.refusal or error
             raise
-        if not holds_tensors(result) and func is not Tensor.__setitem__:
+        if not holds_tensors(result) and not writes(func.__name__):
             return result
         if id(result) in self.nodes and not writes(func.__name__):
             result = self.new(
@@ -482,11 +499,23 @@ class Recorder(TorchFunctionMode):
                 self.sizes[owner, axis] = self.graph.call_method("size", (owner, axis))
         return self.sizes[owner, axis]
 
-    def requires_grad(self, tensor: Tensor) -> bool:
-        """Whether a tensor gets a gradient. What is computed does in some runs only; torch itself asks, to be quick."""
-        if not isinstance(tensor, nn.Parameter) and is_users(sys._getframe(2).f_code.co_filename):
+    def behind(self, node: fx.Node) -> fx.Node:
+        """``node``; for an argument of the model, the last one."""
+        while node.op == "placeholder" and node.next.op == "placeholder":
+            node = node.next
+        return node
+
+    def read_gradient(self, getter: Any, tensor: Tensor) -> Any:
+        """What a tensor knows of its gradient. It differs from run to run; torch itself asks, to be quick."""
+        if is_users(sys._getframe(2).f_code.co_filename):
             raise RefusalError("Python there asks whether a tensor has a gradient, which differs from run to run")
-        return tensor.requires_grad
+        return getter(tensor)
+
+    def set_attribute(self, setter: Any, tensor: Tensor, value: Any) -> None:
+        """Python sets an attribute of a tensor. That an input is to have a gradient is no matter of the model."""
+        name = setter.__self__.__name__
+        if name != "requires_grad" or isinstance(tensor, nn.Parameter) or not value:
+            raise RefusalError(f"Python there sets {name!r} of a tensor, which a graph would not: write with copy_")
 
     def dtype(self, tensor: Tensor) -> torch.dtype:
         """The dtype of a tensor. What comes of it may have to follow the tensor: nodes know what was asked before."""
@@ -556,8 +585,9 @@ HANDLED: dict[Any, Callable[..., Any]] = {
     Tensor.__len__: lambda recorder, tensor: recorder.size(tensor, 0),
     Tensor.numel: lambda recorder, tensor: prod(recorder.shape(tensor)),
     torch._C._set_grad_enabled: write_grad_mode,
-    Tensor.register_hook: refuse_hook,
     Tensor.dtype.__get__: Recorder.dtype,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__: Recorder.requires_grad,  # type: ignore[attr-defined]
     Tensor.nelement: lambda recorder, tensor: prod(recorder.shape(tensor)),
+    **dict.fromkeys((Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad), refuse_hook),
+    **dict.fromkeys((Tensor.backward, torch.autograd.backward, torch.autograd.grad), refuse_backward),
 }
+GRADIENT = frozenset(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf", "grad"))

@@ -4,8 +4,7 @@ The backward pass costs more than all else here, so it is not run where it need 
 steps during the forward pass, and where those of the graph are those of the model, so are the gradients.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import TraceError
 from fxprune.graph.batch import batch_of
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in
+from fxprune.graph.keep import attributes_kept, tensors_kept
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, OtherPathError
 from fxprune.graph.traced import Mode, is_plain
@@ -119,7 +119,7 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
     model = copy()
     name = type(model).__name__
     try:
-        with tensors_kept(graph):
+        with attributes_kept(model, copied=True), tensors_kept(model):
             expected = run_once(model, inputs, mode, look)
     except Exception as error:
         said = f"{describe_error_place(model, error)}: {type(error).__name__}: {error}"
@@ -132,20 +132,6 @@ def compare_runs(copy: Callable[[], nn.Module], graph: nn.Module, inputs: Bound,
     except Exception as error:
         raise TraceError(f"the graph of {name} does not run: {type(error).__name__}: {error}") from error
     return find_difference(expected, found)
-
-
-@contextmanager
-def tensors_kept(model: nn.Module) -> Iterator[None]:
-    """What is written into parameters and buffers meanwhile is undone, and random numbers are drawn from a copy."""
-    tensors = (*model.parameters(), *model.buffers())  # a model may write into its parameters, too
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, values in before:
-                tensor.copy_(values)
 
 
 def run_once(model: nn.Module, inputs: Bound, mode: Mode, look: Look) -> Outcome:

@@ -4,7 +4,7 @@ Gradients that are off or on, and autocast. What a graph can't hold so is refuse
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -15,10 +15,12 @@ from torch._functorch import eager_transforms, vmap
 from torch.fx.node import has_side_effect
 from torch.utils import checkpoint
 
+from fxprune.graph.places import is_users
 from fxprune.graph.refusal import RefusalError
 from fxprune.graph.watch import handles
 
 GRAD_MODE = torch.no_grad.__enter__.__code__.co_filename
+IS_GRAD_ENABLED = torch.is_grad_enabled  # another stands for it while anybody records
 _open: ContextVar[tuple[Any, ...]] = ContextVar("open contexts", default=())  # those that a graph has entered
 
 
@@ -26,6 +28,8 @@ class Writer(Protocol):
     """What is used here of a recorder."""
 
     entered: dict[int, fx.Node]  # what leaving a context takes, by the id of the context
+    autocast: bool  # what the model's Python is told
+    asks_autocast: str  # where it asks
 
     def node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         """A new node."""
@@ -43,7 +47,7 @@ def write_grad_mode(writer: Writer, enabled: bool) -> None:
     if frame is not None and frame.f_code.co_name == "__exit__" and context in writer.entered:
         writer.node("call_function", torch._C._set_grad_enabled, (writer.entered.pop(context),), {})
     else:
-        before = writer.node("call_function", torch.is_grad_enabled, (), {})
+        before = writer.node("call_function", IS_GRAD_ENABLED, (), {})
         writer.entered.setdefault(context, before)
         writer.node("call_function", torch._C._set_grad_enabled, (enabled,), {})
     torch._C._set_grad_enabled(enabled)
@@ -64,6 +68,75 @@ def write_exit(writer: Writer, function: Any, context: Any, *error: Any) -> Any:
     with torch._C.DisableTorchFunction():
         writer.node("call_function", leave, (writer.entered.pop(id(context)),), {})
         return function(context, *error)
+
+
+def is_asked(writer: Writer, node: Any) -> bool:
+    """Whether the user's Python asks for a mode of torch's, and has not set it itself by the call of ``node``."""
+    caller: Any = sys._getframe(3)  # behind a handler, and what calls that
+    return is_users(caller.f_code.co_filename) and all(before.target is not node for before in writer.entered.values())
+
+
+@handles(torch, "is_autocast_enabled")
+@handles(torch, "is_autocast_cpu_enabled")
+def tell_autocast(writer: Writer, function: Any, *device: str) -> bool:
+    """Python asks whether autocast is on. While a run is recorded it is off; ``follow_autocast`` tries both."""
+    if not is_asked(writer, enter_autocast):
+        return bool(function(*device))
+    caller: Any = sys._getframe(2)
+    writer.asks_autocast = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+    return writer.autocast
+
+
+@handles(torch, "is_grad_enabled")
+@handles(torch, "is_inference_mode_enabled")
+def refuse_question(writer: Writer, function: Any) -> bool:
+    """Python asks whether gradients are on, which is so in some runs only."""
+    if is_asked(writer, IS_GRAD_ENABLED):
+        raise RefusalError(f"Python there asks torch.{function.__name__}(), which differs from run to run")
+    return bool(function())
+
+
+@handles(torch, "manual_seed")
+@handles(torch.random, "manual_seed")
+@handles(torch, "set_rng_state")
+def refuse_seed(writer: Writer, function: Any, seed: Any) -> Any:
+    """The random numbers that torch draws next are chosen."""
+    if not is_users(sys._getframe(2).f_code.co_filename):
+        return function(seed)
+    raise RefusalError(f"torch.{function.__name__} can't stand in a graph; what calls it stays plain Python")
+
+
+def follow_autocast(graph: fx.Graph, record: Callable[[], Any], place: str) -> fx.Graph:
+    """The graph that is right with autocast and without it.
+
+    Args:
+        graph: recorded where Python was told that autocast is off.
+        record: records once more, where it is told that it is on.
+        place: where Python asked.
+
+    Returns:
+        The second, if it does nothing else but switch autocast off.
+
+    Raises:
+        RefusalError: they do different things.
+    """
+    refusal = RefusalError(f"Python at {place} asks whether autocast is on, and does something else where it is")
+    try:
+        within: fx.Graph = record().graph
+    except Exception as error:
+        raise refusal from error
+    bare = [
+        [
+            (node.op, node.name, node.target, str((node.args, node.kwargs)))
+            for node in either.nodes
+            if not (node.target is enter_autocast and not node.args[2])
+            and not (node.target is leave and not node.args[0].args[2])
+        ]
+        for either in (graph, within)
+    ]
+    if bare[0] != bare[1]:
+        raise refusal
+    return within
 
 
 @has_side_effect
@@ -118,6 +191,11 @@ def refuse_transform(writer: Writer, *_: Any) -> Any:
         "a transform of torch.func (vmap, grad, vjp, jvp) can't stand in a graph: write it with tensors that have the "
         "axis (torch.einsum, @), or in a module of its own"
     )
+
+
+def refuse_backward(writer: Writer, *_: Any, **__: Any) -> Any:
+    """A graph has no backward pass within."""
+    raise RefusalError("a backward pass within forward can't stand in a graph; what runs it stays plain Python")
 
 
 @handles(torch.autograd.Function, "apply")

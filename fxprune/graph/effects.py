@@ -3,24 +3,18 @@
 What is written anew in each run, a size say, is none, and no more is a cache of what does not depend on the inputs.
 """
 
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fxprune.graph.inputs import tensors_in
-from fxprune.graph.numbers import Number
 from fxprune.graph.refusal import RefusalError
+from fxprune.graph.state import Key, Modules, Picture, describe_key
 from fxprune.graph.traced import ATOMS
 
 CAPTURES = "transformers.utils.output_capturing"  # its hooks give nothing, but the model returns what they saw
-TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
-Modules = Mapping[str, nn.Module]  # by their paths
-Attributes = Mapping[tuple[str, str], Any]  # by the path of a module, and the name of the attribute
 
 
 class Writer(Protocol):
@@ -53,53 +47,43 @@ def write_buffers(writer: Writer, before: Mapping[str, Tensor | None], after: Ma
         writer.node("call_method", "copy_", (old, buffer), {})
 
 
-def attributes_of(modules: Modules) -> Attributes:
-    """What modules keep in their attributes, beside what torch keeps there."""
-    return {
-        (path, name): keep_value(value)
-        for path, module in modules.items()
-        for name, value in vars(module).items()
-        if name not in TORCHS
+def refuse_kept_tensors(writer: Writer, before: Picture, after: Picture) -> None:
+    """Refuse tensors, made of those that the model is given, that its Python keeps in an attribute or variable.
+
+    Raises:
+        RefusalError: names it.
+    """
+    for key, tensors in after.tensors.items():
+        known = set(map(id, before.tensors.get(key, ())))
+        for tensor in tensors:
+            node = writer.nodes.get(id(tensor))
+            if id(tensor) not in known and node is not None and is_made_of_inputs(node):
+                raise RefusalError(
+                    f"{describe_key(key)} keeps a tensor of shape {list(tensor.shape)}, which a graph "
+                    "would not: return it, or copy it into a buffer"
+                )
+
+
+def settings_of(modules: Modules, layers: Iterable[str]) -> dict[Key, Any]:
+    """The plain values in the attributes of layers, and the mode of each module."""
+    settings: dict[Key, Any] = {
+        (path, name): value for path in layers for name, value in vars(modules[path]).items() if type(value) in ATOMS
     }
+    return settings | {(path, "training"): vars(module).get("training") for path, module in modules.items()}
 
 
-def keep_value(value: Any) -> Any:
-    """``value``, or a copy of it that does not change with it; of an object, its attributes."""
-    if type(value) in (list, tuple, set):
-        return type(value)(map(keep_value, value))
-    if isinstance(value, dict):
-        return {key: keep_value(item) for key, item in value.items()}
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return str(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return str(value.get_state(legacy=False))
-    return dict(vars(value)) if is_record(value) else value
-
-
-def is_record(value: Any) -> bool:
-    """Whether a value is an object that holds something in its attributes, a config or a counter say."""
-    return hasattr(value, "__dict__") and not (isinstance(value, (Tensor, nn.Module, type)) or callable(value))
-
-
-def refuse_kept_tensors(writer: Writer, before: Attributes, after: Attributes) -> None:
-    """Refuse tensors, made of those that the model is given, that its Python keeps in an attribute.
+def refuse_settings(before: Mapping[Key, Any], after: Mapping[Key, Any]) -> None:
+    """Refuse what the model's Python has set in a layer of torch.nn, which a graph calls as it was.
 
     Raises:
         RefusalError: names the attribute.
     """
-    for (path, name), value in after.items():
-        if type(value) in ATOMS:
-            continue
-        known = {id(tensor) for tensor in tensors_in(before.get((path, name)))}
-        for tensor in tensors_in(value):
-            node = writer.nodes.get(id(tensor))
-            if id(tensor) not in known and node is not None and is_made_of_inputs(node):
-                raise RefusalError(
-                    f"{describe_attribute(path, name)} keeps a tensor of shape {list(tensor.shape)}, which a graph "
-                    "would not: return it, or copy it into a buffer"
-                )
+    for key, value in after.items():
+        if key in before and before[key] != value:
+            raise RefusalError(
+                f"{describe_key(key)} becomes {value!r} in a run, where a graph keeps {before[key]!r}: set it outside "
+                "of forward, or call a function of torch.nn.functional"
+            )
 
 
 def is_made_of_inputs(node: fx.Node) -> bool:
@@ -112,36 +96,6 @@ def is_made_of_inputs(node: fx.Node) -> bool:
             waiting += [source for source in behind.all_input_nodes if source not in seen]
             seen.update(behind.all_input_nodes)
     return False
-
-
-def iterators_in(modules: Modules) -> list[tuple[str, str]]:
-    """The attributes of modules that give another item whenever they are asked."""
-    return [
-        (path, name)
-        for path, module in modules.items()
-        for name, value in vars(module).items()
-        if name not in TORCHS and isinstance(value, Iterator)
-    ]
-
-
-def changed_values(before: Attributes, after: Attributes) -> list[tuple[str, str]]:
-    """The attributes that a run has changed: plain values, in containers too, that are no sizes of this run."""
-    return [key for key, value in after.items() if has_changed(before.get(key), value)]
-
-
-def has_changed(before: Any, after: Any) -> bool:
-    """Whether plain values differ; of other objects nothing is known."""
-    if isinstance(after, (list, tuple)) and isinstance(before, (list, tuple)) and len(before) == len(after):
-        return any(map(has_changed, before, after))
-    if isinstance(after, dict) and isinstance(before, dict):
-        return before.keys() != after.keys() or any(has_changed(before[key], item) for key, item in after.items())
-    plain = isinstance(after, (type(None), bool, int, float, str, list, tuple, dict, set))
-    return plain and not isinstance(after, Number) and not (type(before) is type(after) and before == after)
-
-
-def describe_attribute(path: str, name: str) -> str:
-    """An attribute in a message."""
-    return f"attribute {name!r} of {f'module {path}' if path else 'the model'}"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ class LeftOverError(RefusalError):
 
 
 class DoesNotRunError(TraceError):
-    """The model itself fails on its example."""
+    """The model itself fails on its example, or can't be copied to be run."""
 
 
 class OtherPathError(TraceError):

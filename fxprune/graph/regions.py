@@ -6,7 +6,7 @@ is: the model's own classes, their attributes and their Python, and the layers o
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.capture import is_layer
-from fxprune.graph.check import tensors_kept
-from fxprune.graph.draws import keep_draws
 from fxprune.graph.inputs import Bound, map_tensors, tensors_in, without_data
+from fxprune.graph.keep import state_kept
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError
 from fxprune.graph.signature import pattern_of
+from fxprune.graph.state import names_in
 from fxprune.graph.traced import PLAIN, TracedModule, regions_of
 
 Trace = Callable[[nn.Module, Bound], TracedModule]
@@ -103,8 +103,8 @@ def are_close(a: Tensor, b: Tensor) -> bool:
 
 
 def run_model(model: nn.Module, inputs: Bound) -> list[Tensor]:
-    """What ``model`` returns for ``inputs``. What it writes into its buffers is undone."""
-    with tensors_kept(model), torch.random.fork_rng(), keep_draws(), torch.no_grad():
+    """What ``model`` returns for ``inputs``. What it writes is undone."""
+    with state_kept(model), torch.enable_grad():
         return tensors_in(model(*inputs[0], **inputs[1]))
 
 
@@ -170,9 +170,3 @@ def functions_of(kind: type) -> dict[str, FunctionType]:
     """The methods that a class has and nn.Module has not, and its forward."""
     own = {name: getattr(kind, name) for name in dir(kind) if name == "forward" or not hasattr(nn.Module, name)}
     return {name: function for name, function in own.items() if isinstance(function, FunctionType)}
-
-
-def names_in(code: CodeType) -> set[str]:
-    """The names of attributes and globals in a function, and in those within it."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*map(names_in, inner))

@@ -54,7 +54,7 @@ def write_arguments(writer: Writer, forward: Callable[..., Any], inputs: Bound) 
         pattern = pattern_of(value, name)
         if pattern is not ... or node.args:  # who leaves it out gives its default
             writer.graph.call_function(check_argument, (node, pattern, name))
-        if name in given.arguments:
+        if name in given.arguments and value is not signature.parameters[name].default:  # that may be written into
             given.arguments[name] = write_parts(writer, value, node)
     return given.args, given.kwargs
 

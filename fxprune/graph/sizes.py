@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxprune.graph.capture import is_layer, record_run
-from fxprune.graph.effects import TORCHS, is_record
 from fxprune.graph.guards import GUARDS
 from fxprune.graph.inputs import Bound
 from fxprune.graph.numbers import Int, cut_off, node_or_number
 from fxprune.graph.places import write_place
+from fxprune.graph.state import TORCHS
 from fxprune.graph.trace import copy_modules, explain_error, names_of
 from fxprune.graph.traced import Mode
 
@@ -93,6 +93,11 @@ def items_of(value: Any) -> Iterator[tuple[str | int, Any]]:
     yield from ((key, item) for key, item in held.items() if isinstance(key, str))
 
 
+def is_record(value: Any) -> bool:
+    """Whether a value is an object that holds something in its attributes, a config say."""
+    return hasattr(value, "__dict__") and not (isinstance(value, (Tensor, nn.Module, type)) or callable(value))
+
+
 def put_sizes(model: nn.Module, sizes: Mapping[Slot, int]) -> None:
     """Set attributes, in place."""
     for slot, size in sizes.items():
@@ -123,7 +128,7 @@ def record_sizes(model: nn.Module, sizes: Mapping[Slot, int], inputs: Bound, mod
         put_sizes(working, {slot: remembered_size(graph, slot, size) for slot, size in sizes.items()})
 
     try:
-        return record_run(working, names_of(model), {}, {}, inputs, mode, remember)[0]
+        return record_run(working, names_of(model), {}, {}, inputs, mode, remember).graph
     except Exception as error:
         raise explain_error(working, error) from error
 

@@ -30,26 +30,33 @@ from fxprune.graph.batch import (
 )
 from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
+from fxprune.graph.contexts import follow_autocast
 from fxprune.graph.draws import find_draw, has_drawn, read_state
 from fxprune.graph.dtypes import ASKED, DtypeFollower, cast, cast_inputs, other_dtypes
-from fxprune.graph.effects import describe_attribute, iterators_in
 from fxprune.graph.follow import DiffersError
 from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
+from fxprune.graph.keep import attributes_kept
 from fxprune.graph.places import describe_error_place
 from fxprune.graph.refusal import DoesNotRunError, LeftOverError, RefusalError
 from fxprune.graph.regions import trace_regions
+from fxprune.graph.state import describe_key
 from fxprune.graph.traced import (
     ARGUMENTS,
     ATOMS,
     PLAIN,
     START,
+    Fixed,
+    FixedModuleDict,
+    FixedModuleList,
+    FixedSequential,
     Mode,
     TracedModule,
     carried_attributes,
     is_plain,
     is_traced,
 )
+from fxprune.graph.watch import ALONE
 from fxprune.loaded import loaded_types
 
 SPREAD = "torch.distributed.tensor.DTensor"
@@ -81,24 +88,35 @@ def trace(model: nn.Module, example_inputs: Any = (), *, check: bool = True) -> 
     check_traceable(model)
     inputs = bind_inputs(example_inputs, model)
     check_inputs(model, inputs)
+    with ALONE:
+        traced = trace_parts(model, inputs, check)
+    if START in vars(model):
+        traced.meta[START] = vars(model)[START]
+    return traced
+
+
+def trace_parts(model: nn.Module, inputs: Bound, check: bool) -> Any:
+    """What ``trace`` gives: one graph, or, where that can't be, plain Python with graphs for its parts.
+
+    Raises:
+        TraceError: neither can be.
+    """
     try:
-        traced: Any = trace_whole(model, inputs, check)
+        return trace_whole(model, inputs, check)
     except DoesNotRunError:
         raise
     except TraceError as whole:
         try:
-            traced = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
+            traced: Any = trace_regions(copy_modules(model, {}).eval(), inputs, partial(trace_whole, check=check))
             traced.train(model.training)
             traced.meta[PLAIN] = {"": str(whole)} | traced.meta[PLAIN]
             given = name_arguments(model, inputs)
             traced.meta[ARGUMENTS] = {name: value if is_plain(value) else ... for name, value in given.items()}
+            return traced
         except DoesNotRunError:
             raise
         except TraceError as error:
             raise TraceError(f"{whole} Its parts could not be traced one by one either: {error}.") from whole
-    if START in vars(model):
-        traced.meta[START] = vars(model)[START]
-    return traced
 
 
 def trace_whole(model: nn.Module, inputs: Bound, check: bool = True) -> TracedModule:
@@ -225,7 +243,8 @@ class Recording:
         """
         working, before = copy_modules(self.model, {}), read_state()
         try:
-            graph = self.record_settled(working, inputs, mode)
+            with attributes_kept(self.model, copied=True):
+                graph = self.record_settled(working, inputs, mode)
         except Exception as error:
             raise explain_error(working, error) from error
         if has_drawn(before):
@@ -244,17 +263,19 @@ class Recording:
         Raises:
             Exception: as ``record_run``; a RefusalError where it counts its runs.
         """
-        graph, reads_mode, changed = record_run(working, self.names, self.constants, self.known, inputs, mode)
-        self.reads_mode |= reads_mode
-        iterators = iterators_in(dict(working.named_modules()))
-        if not changed and not iterators:
+        record = partial(record_run, working, self.names, self.constants, self.known, inputs, mode)
+        run = record()
+        self.reads_mode |= run.reads_mode
+        graph = run.graph
+        if run.asks_autocast:
+            graph = follow_autocast(graph, partial(record, autocast=True), run.asks_autocast)
+        if not run.changed:
             return graph
-        again, _, counted = record_run(working, self.names, self.constants, self.known, inputs, mode)
-        if counted or not same_graphs(graph, again):
-            attribute = describe_attribute(*(counted or changed or iterators)[0])
+        again = record()
+        if again.changed or not same_graphs(run.graph, again.graph):
             raise RefusalError(
-                f"{attribute} is another after each run, which a graph would not follow: make it a buffer, and write "
-                "into that"
+                f"{describe_key((again.changed or run.changed)[0])} is another after each run, which a graph would not "
+                "follow: make it a buffer, and write into that"
             )
         return graph
 
@@ -386,7 +407,13 @@ def copy_modules(root: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
             return value
         # In a container, a tensor may have a history, which can't be copied.
         memo.update({id(tensor): memo.get(id(tensor), tensor) for tensor in tensors_in(value)})
-        return copy.deepcopy(value, memo)
+        try:
+            return copy.deepcopy(value, memo)
+        except TypeError as error:
+            raise DoesNotRunError(
+                f"attribute {name!r} of a {type(module).__name__} can't be copied, and copies of the model are run: "
+                f"{error}. Put it outside of the model, or give its class a __deepcopy__"
+            ) from error
 
     for module in modules:
         own = memo[id(module)].__dict__ = vars(module).copy()
@@ -418,19 +445,26 @@ def plain_root(working: nn.Module, called: set[Any]) -> nn.Module:
     return bare_module(working, made)
 
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # these stay: people index them
+CONTAINERS = {  # these stay: people index them; so do they where they have attributes
+    nn.Sequential: FixedSequential,
+    nn.ModuleList: FixedModuleList,
+    nn.ModuleDict: FixedModuleDict,
+    nn.Module: Fixed,
+}
 
 
 def bare_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """A plain module or container for ``module`` and for each below it, unless ``made`` has one by the id."""
     if id(module) in made:
         return made[id(module)]
-    kind = next((kind for kind in CONTAINERS if isinstance(module, kind)), nn.Module)
-    new = made[id(module)] = kind()
+    kind = next(kind for kind in CONTAINERS if isinstance(module, kind))
+    carried = carried_attributes(module)
+    new: nn.Module = CONTAINERS[kind]() if carried else kind()
+    made[id(module)] = new
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
         new.__dict__[name] = module.__dict__[name]
     new._modules = {
         name: None if child is None else bare_module(child, made) for name, child in module._modules.items()
     }
-    new.__dict__.update(carried_attributes(module))
+    new.__dict__.update(carried)
     return new

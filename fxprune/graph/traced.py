@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import FxpruneError, require_type
+from fxprune.errors import FxpruneError, TraceError, require_type
 from fxprune.graph.contexts import ENTERS, end_contexts
 from fxprune.graph.rows import Row, graph_of, rows_of
 
 ATOMS = frozenset((type(None), bool, int, float, str))
 START = "fxprune_start"  # what a model remembers of fxprune.initialize stands here
+NEW = "_fxprune_new"  # the names of attributes that a traced model was given stand here
 PLAIN = "fxprune_plain"  # why parts of a model stay plain Python stands here
 ARGUMENTS = "fxprune_arguments"  # what plain Python was given in the example, by name
 M = TypeVar("M", bound=nn.Module)
@@ -74,7 +75,40 @@ class Late:
         return made.forward if model is not None else type(made).forward
 
 
-class TracedModule(fx.GraphModule):
+class Fixed(nn.Module):
+    """A module whose attributes are in a graph that does not look at them again."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, unless that would do nothing.
+
+        Raises:
+            TraceError: a graph holds the value that it has.
+        """
+        new = vars(self).setdefault(NEW, set())
+        old = vars(self).get(name, ...)
+        if old is ... and not name.startswith("_"):
+            new.add(name)
+        if name not in new and is_carried(name, old) and not (type(value) is type(old) and value == old):
+            raise TraceError(
+                f"{name!r} can't be set to {value!r:.60}: graphs hold what it was when they were made, {old!r:.60}. "
+                "Set it on your own model and trace that, or delete it first (del) if nothing computes with it"
+            )
+        super().__setattr__(name, value)
+
+
+class FixedSequential(Fixed, nn.Sequential):
+    """One with attributes."""
+
+
+class FixedModuleList(Fixed, nn.ModuleList):
+    """One with attributes."""
+
+
+class FixedModuleDict(Fixed, nn.ModuleDict):
+    """One with attributes."""
+
+
+class TracedModule(Fixed, fx.GraphModule):
     """A ``GraphModule`` with one graph for each mode. ``.training`` decides which one runs, and is ``.graph``.
 
     Where both modes give the same graph there is only one. Deep-copies and pickles like any GraphModule.
@@ -214,14 +248,28 @@ def carried_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-        or (not name.startswith("_") and not hasattr(fx.GraphModule, name) and name != "training" and is_plain(value))
+        if isinstance(value, Tensor) or name == NEW or is_carried(name, value)
     }
+
+
+def is_carried(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is the user's, and plain."""
+    return not name.startswith("_") and not hasattr(fx.GraphModule, name) and name != "training" and is_plain(value)
 
 
 def is_plain(value: Any) -> bool:
     """Whether a value is a number, text, or a tuple or list of these."""
     return type(value) in ATOMS or (type(value) in (tuple, list) and all(type(each) in ATOMS for each in value))
+
+
+def hooks_of(parameter: Tensor) -> list[tuple[str, Callable[..., Any]]]:
+    """The user's hooks on a parameter, each with the name of the method that registers it."""
+    kinds = {
+        "register_hook": parameter._backward_hooks,
+        "register_post_accumulate_grad_hook": getattr(parameter, "_post_accumulate_grad_hooks", None),
+    }
+    hooks = [(register, hook) for register, own in kinds.items() for hook in (own or {}).values()]
+    return [(register, hook) for register, hook in hooks if not getattr(hook, "__module__", "").startswith("fxprune.")]
 
 
 def reasons_of(model: nn.Module) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from threading import Lock
+from threading import Lock, RLock
 from types import ClassMethodDescriptorType
 from typing import Any
 
@@ -17,6 +17,7 @@ Handler = Callable[..., Any]  # (recorder, the function of torch, *its arguments
 
 RECORDER: ContextVar[Any] = ContextVar("recorder", default=None)
 HANDLERS: dict[tuple[Any, str], Handler] = {}
+ALONE = RLock()  # is held by what sets something for the whole process: random numbers, the default dtype
 _originals: dict[tuple[Any, str], Any] = {}
 _count = 0
 _lock = Lock()

@@ -34,6 +34,7 @@ from fxprune.graph.traced import (
     TracedModule,
     Values,
     copy_graph,
+    hooks_of,
     places_of,
     regions_of,
     require_traced,
@@ -154,7 +155,10 @@ def cut_tensors(
             continue
         new = cut_tensor(tensor, kept[name])
         if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            new = nn.Parameter(new)
+            for register, hook in hooks_of(tensor):
+                getattr(new, register)(hook)
+            new.requires_grad_(tensor.requires_grad)
             parameters[tensor] = name, new
         tensors[id(tensor)] = new
     return tensors, parameters

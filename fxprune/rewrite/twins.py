@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, in_mode
 from fxprune.errors import RewriteError, TraceError
-from fxprune.graph.check import tensors_kept
 from fxprune.graph.inputs import Bound, map_tensors
+from fxprune.graph.keep import tensors_kept
 from fxprune.graph.places import describe_place
 from fxprune.graph.sizes import Slot, gives_number, is_number, record_sizes
 from fxprune.graph.traced import Mode, TracedModule
@@ -122,7 +122,7 @@ def record_twins(
         raise RewriteError(f"the class can't be given back: {error}") from error
     pairs = dict(pair_nodes(recorded, compact.graphs[mode]))
     run = ShapeRun(compact, mode)
-    with in_mode(compact, mode), tensors_kept(compact), torch.random.fork_rng(), torch.no_grad():
+    with in_mode(compact, mode), tensors_kept(compact), torch.no_grad():
         run.run(*bind_placeholders(compact.graphs[mode], inputs), enable_io_processing=False)
     return Twins(
         pairs, run.results, tuple(node for node in recorded.nodes if node.target is operator.eq and gives_number(node))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter, setitem
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -18,12 +19,15 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, name_within
 from fxprune.errors import VerificationError, require_type
+from fxprune.graph.capture import writes
 from fxprune.graph.draws import keep_draws
 from fxprune.graph.guards import erase_guards
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, map_tensors, tensors_in
+from fxprune.graph.keep import attributes_kept, tensors_kept
 from fxprune.graph.regions import replaced_forwards, steered_layers
 from fxprune.graph.trace import trace
 from fxprune.graph.traced import Mode, Model, TracedModule, copy_model, device_of, regions_of, require_traced
+from fxprune.graph.watch import ALONE
 from fxprune.rewrite.kept import Kept
 from fxprune.rewrite.nans import explain_nan, find_nan
 from fxprune.rewrite.norms import NormOverKept
@@ -96,7 +100,7 @@ def verify(
         raise VerificationError(
             "tensors on the meta device have no values to compare: pass verify=False to prune, or load them"
         )
-    with torch.inference_mode(False), torch.enable_grad():
+    with ALONE, torch.inference_mode(False), torch.enable_grad():
         return compare_models(graph, compact, param_map, example_inputs, dtype, gradients)
 
 
@@ -153,7 +157,7 @@ def compare_models(
                 raise
             trained = False  # plain Python that steers may want other arguments to train on
             break
-        found = outputs_of(small, mode, inputs, gradients, None, expected.within)
+        found = outputs_of_compact(small, mode, inputs, gradients, expected)
         spread: dict[tuple[str, str], float] = {}
         for kind, name, error in find_differences(expected, found, sliced):
             if math.isnan(error):
@@ -185,6 +189,22 @@ def check_difference(what: str, error: float, spread: float, dtype: torch.dtype)
     raise VerificationError(
         f"{said}; allowed {TOLERANCE[dtype]:.0e}, and rounding makes {spread:.0e} of it). Please report this model."
     )
+
+
+def outputs_of_compact(small: Model, mode: Mode, inputs: Bound, gradients: bool, expected: "Result") -> "Result":
+    """``outputs_of`` the compact model, which may fail where plain Python steers it.
+
+    Raises:
+        VerificationError: it does not run.
+    """
+    try:
+        return outputs_of(small, mode, inputs, gradients, None, expected.within)
+    except RuntimeError as error:
+        raise VerificationError(
+            f"in {mode.value} mode the compact model does not run: {error}. Where plain Python steers a model, it must "
+            "call the same layers as when the model was analysed: look for a choice by chance, by the values of "
+            "tensors, or by what torch is set to"
+        ) from error
 
 
 def measure_spread(
@@ -283,31 +303,44 @@ def outputs_of(
         parameter.requires_grad_(True)
         parameter.grad = None
     norms = param_map.norms if param_map is not None else {}
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    torch_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
     dtype = device_of(model)[1]
-    with (
-        torch.set_grad_enabled(gradients),
-        keep_draws(),
-        Comparable(dtype),
-        rounding or nullcontext(),
-        masked_norms(model, norms, seen_before) as seen,
-    ):
-        result = model(*args, **kwargs)
-    outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
-    if gradients:
+    with tensors_kept(model, parameters=may_write_parameters(model)):
         torch.manual_seed(0)
-        noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
-        total = sum((each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad)
-        if isinstance(total, Tensor):
-            total.backward()  # type: ignore[no-untyped-call]
-    torch.set_rng_state(torch_state)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(state[name])
+        args, kwargs = map_tensors(Tensor.clone, for_mode(inputs, mode, model))
+        with (
+            torch.set_grad_enabled(gradients or not isinstance(model, TracedModule)),  # for Python may ask
+            attributes_kept(model),
+            keep_draws(),
+            Comparable(dtype),
+            rounding or nullcontext(),
+            masked_norms(model, norms, seen_before) as seen,
+        ):
+            result = model(*args, **kwargs)
+        outputs = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+        if gradients:
+            torch.manual_seed(0)
+            noise = [torch.randn(each.shape).to(each) for each in outputs]  # randn_like would follow the strides
+            total = sum(
+                (each * weight).sum() for each, weight in zip(outputs, noise, strict=True) if each.requires_grad
+            )
+            if isinstance(total, Tensor):
+                total.backward()  # type: ignore[no-untyped-call]
     return Result(outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, seen)
+
+
+def may_write_parameters(model: Model) -> bool:
+    """Whether a run may write into parameters of ``model``: a graph would show it, plain Python does not."""
+    if not isinstance(model, TracedModule):
+        return True
+    for graph in model.distinct_graphs().values():
+        for node in graph.nodes:
+            writing = node.target is setitem or (node.op == "call_method" and writes(node.target))
+            source = node if writing else None
+            while source is not None and source.op != "get_attr":
+                source = next((arg for arg in source.args[:1] if isinstance(arg, fx.Node)), None)
+            if source is not None and isinstance(attrgetter(source.target)(model), nn.Parameter):
+                return True
+    return False
 
 
 @contextmanager
