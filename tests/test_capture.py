@@ -121,8 +121,17 @@ def makes_constants(m: Net, x: Tensor) -> Tensor:
     return m.o(m.b(y * mask) + torch.zeros(y.shape[0], 1, 1, 1, device=y.device, dtype=y.dtype))
 
 
+@functools.lru_cache
+def mask_of(size: int) -> Tensor:
+    return torch.ones(size, 1, 1)
+
+
+def remembers(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * mask_of(8))
+
+
 @pytest.mark.parametrize(
-    "forward", [if_tensor, checks_shapes, reads_dtypes, loops, maps, stars, asks_by_axes, makes_constants]
+    "forward", [if_tensor, checks_shapes, reads_dtypes, loops, maps, stars, asks_by_axes, makes_constants, remembers]
 )
 def test_python_that_just_works(forward: Callable[..., Any]) -> None:
     model = net(forward)
@@ -533,15 +542,6 @@ def takes_generator(m: Net, x: Tensor) -> Tensor:
     return m.o(m.a(x) + torch.rand(8, 1, 1, generator=torch.Generator()))  # generator
 
 
-@functools.lru_cache
-def mask_of(size: int) -> Tensor:
-    return torch.ones(size, 1, 1)
-
-
-def remembers(m: Net, x: Tensor) -> Tensor:
-    return m.o(m.a(x) * mask_of(8))  # remembers
-
-
 def keeps(m: Net, x: Tensor) -> Tensor:
     m.seen = m.a(x)
     return m.o(m.seen)
@@ -628,7 +628,6 @@ def calls_script(m: Net, x: Tensor) -> Tensor:
         (uses_hidden, "# hidden", r"a parameter of shape \[8, 1, 1\] is used that the model does not register"),
         (widens, "", r"buffer count becomes .* keep shape and dtype"),
         (takes_generator, "# generator", "a Generator is given to torch"),
-        (remembers, "# remembers", r"tensor of shape \[8, 1, 1\] comes from a call that can't be recorded"),
         (maps, "# maps", r"a transform of torch.func \(vmap, .*, or in a module of its own"),
         (differentiates, "# differentiates", "a transform of torch.func"),
         (pushes_forward, "# pushes forward", "a transform of torch.func"),

@@ -142,7 +142,7 @@ def record_run(
     around = surroundings_of(users.values())
     buffers, before = buffers_of(modules), Picture(users, around.variables)
     model.train(mode.training)
-    settings = settings_of(modules, layers) | {(path, "training"): mode.training for path in modules}
+    settings = settings_of(modules, layers)
     tensors = chain(model.parameters(), model.buffers(), tensors_in(inputs))
     home = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
     recorder = Recorder(names, constants, known, home, mode.training)

@@ -65,11 +65,13 @@ def refuse_kept_tensors(writer: Writer, before: Picture, after: Picture) -> None
 
 
 def settings_of(modules: Modules, layers: Iterable[str]) -> dict[Key, Any]:
-    """The plain values in the attributes of layers, and the mode of each module."""
-    settings: dict[Key, Any] = {
-        (path, name): value for path in layers for name, value in vars(modules[path]).items() if type(value) in ATOMS
+    """The plain values in the attributes of layers, but for their mode, which is recorded with each call."""
+    return {
+        (path, name): value
+        for path in layers
+        for name, value in vars(modules[path]).items()
+        if type(value) in ATOMS and name != "training"
     }
-    return settings | {(path, "training"): vars(module).get("training") for path, module in modules.items()}
 
 
 def refuse_settings(before: Mapping[Key, Any], after: Mapping[Key, Any]) -> None:
