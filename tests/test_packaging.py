@@ -162,7 +162,7 @@ ROOMS = (
     *"graph channels rewrite ops budget files training report".split(),
     *"prune pipeline passes cli".split(),
 )
-DOORS = {"lightning", "accelerate", "transformers"}
+DOORS = {"lightning", "accelerate", "transformers", "__main__"}
 UPWARD = {("fxprune.channels.analysis", "fxprune.report.page")}  # Analysis.to_html
 
 
