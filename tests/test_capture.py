@@ -131,7 +131,7 @@ def remembers(m: Net, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "forward", [if_tensor, checks_shapes, reads_dtypes, loops, maps, stars, asks_by_axes, makes_constants, remembers]
+    "forward", [if_tensor, checks_shapes, reads_dtypes, loops, maps, stars, asks_by_axes, makes_constants]
 )
 def test_python_that_just_works(forward: Callable[..., Any]) -> None:
     model = net(forward)
@@ -140,6 +140,13 @@ def test_python_that_just_works(forward: Callable[..., Any]) -> None:
     assert pruned(model)(large).shape == model(large).shape
     frozen = [str(item.reason) for item in fxprune.analyze(graph, X).frozen if item.parameter == "a.bias"]
     assert not frozen or forward is makes_constants
+
+
+def test_what_a_function_remembers_is_no_tensor_of_the_recording() -> None:
+    model = net(remembers)
+    graph = trace_graph(model)
+    assert type(mask_of(8)) is Tensor
+    torch.testing.assert_close(graph(X), model(X), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ ROOMS = (
     *"graph channels rewrite ops budget files training report".split(),
     *"pipeline passes prune cli".split(),
 )
-DOORS = {"lightning", "accelerate", "transformers", "fsdp"}
+DOORS = {"lightning", "accelerate", "transformers", "fsdp", "__main__"}
 UPWARD = {("fxprune.channels.analysis", "fxprune.report.page")}  # Analysis.to_html
 
 

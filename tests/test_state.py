@@ -203,7 +203,8 @@ def state_of(model: Net) -> Any:
     """Everything that the forwards here count with."""
     forward: Any = model.how
     cells = [cell.cell_contents for cell in forward.__closure__ or ()]
-    held = (model.kept, STEPS, TICKS, Net.calls, forward.__defaults__, vars(forward), cells)
+    kept = vars(model.kept.args[0]) if isinstance(model.kept, functools.partial) else model.kept
+    held = (kept, STEPS, TICKS, Net.calls, forward.__defaults__, vars(forward), cells)
     file = io.BytesIO()
     pickler = pickle.Pickler(file)
     pickler.fast = True  # which objects are the same is no matter
