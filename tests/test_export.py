@@ -129,6 +129,24 @@ def test_outputs_that_are_all_zero_are_told(tmp_path: Path) -> None:
     assert "; all outputs were zero, so this says little: load trained weights" in str(exported)
 
 
+class Scales(nn.Module):
+    """Takes a number beside its tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.last(self.first(x * scale))
+
+
+def test_numbers_among_the_inputs_are_written_into_the_file(tmp_path: Path) -> None:
+    inputs = (), {"x": torch.randn(2, 3, 8, 8), "scale": 0.5}
+    exported = fxprune.export_onnx(randomize(Scales()), inputs, tmp_path / "model.onnx")
+    assert exported.batches == (2, 3)
+    assert [given.name for given in onnx.load(tmp_path / "model.onnx").graph.input] == ["x"]
+
+
 class MovesAnAverage(nn.Module):
     """Counts in eval mode too."""
 

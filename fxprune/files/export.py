@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxprune.atomic import named_errors, replace_files
 from fxprune.errors import ExportError, require_type
@@ -175,7 +176,9 @@ def write_onnx(module: nn.Module, inputs: Bound, file: Path, dynamic_batch: bool
     shapes: Any = None
     if dynamic_batch:
         batch = torch.export.Dim("batch")
-        spec = map_tensors(lambda tensor: {0: batch} if tensor.ndim else None, (args, kwargs))
+        spec = pytree.tree_map(
+            lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None, (args, kwargs)
+        )
         shapes = dict(inspect.signature(module.forward).bind(*spec[0], **spec[1]).arguments)
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     level = logging.root.manager.disable

@@ -45,8 +45,9 @@ class RandomRounding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Move what a function gives."""
-        result = func(*args, **(kwargs or {}))
-        given = {id(value) for value in args}
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {id(value) for value in (*args, *kwargs.values())}
 
         def move(tensor: Tensor) -> Tensor:
             computed = tensor.requires_grad and tensor.is_floating_point() and not tensor._is_view()
