@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, in_mode
 from fxprune.errors import RewriteError, TraceError
 from fxprune.graph.check import tensors_kept
+from fxprune.graph.dtypes import reads_dtype
 from fxprune.graph.inputs import Bound, map_tensors
 from fxprune.graph.places import describe_place
 from fxprune.graph.sizes import Slot, gives_number, is_number, record_sizes
@@ -135,7 +136,12 @@ def pair_nodes(graph: fx.Graph, compact: fx.Graph) -> Iterator[tuple[fx.Node, fx
     Raises:
         RewriteError: they make others.
     """
-    pairs = zip_longest(*([node for node in each.nodes if not gives_number(node)] for each in (graph, compact)))
+    pairs = zip_longest(
+        *(
+            [node for node in each.nodes if not gives_number(node) and not reads_dtype(node)]
+            for each in (graph, compact)
+        )
+    )
     for node, twin in pairs:
         if node is None or twin is None or not is_same_call(node, twin):
             own, theirs = (describe_place(each) if each is not None else "nothing" for each in (node, twin))
