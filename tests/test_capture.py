@@ -744,6 +744,26 @@ def test_layers_keep_a_mode_of_their_own(set_mode: Callable[[Normed], Any], with
     assert compact.bn.weight.grad is not None
 
 
+def lends_weights(m: Net, x: Tensor) -> Tensor:
+    weights = {"weight": m.b.weight * 2, "bias": m.b.bias}
+    return m.o(torch.func.functional_call(m.b, weights, (m.a(x).relu(),)))
+
+
+def lends_all(m: Net, x: Tensor) -> Tensor:
+    weights = {name: parameter * 0.5 for name, parameter in m.b.named_parameters()}
+    return m.o(torch.func.functional_call(m.b, weights, m.a(x)) + m.b(m.a(x)))
+
+
+@pytest.mark.parametrize("forward", [lends_weights, lends_all])
+def test_a_layer_that_is_called_with_other_weights(forward: Callable[..., Any]) -> None:
+    model = net(forward)
+    graph = whole(model)
+    for x in (X, torch.cat([X, -X])):
+        assert torch.allclose(graph(x), model(x), rtol=0, atol=1e-10)
+    compact = pruned(model)
+    assert max(compact.a.weight.shape[0], compact.b.weight.shape[0]) < 8
+
+
 def parametrized(change: Callable[[nn.Module], Any]) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).double().eval()

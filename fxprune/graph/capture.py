@@ -299,8 +299,8 @@ class Recorder(TorchFunctionMode):
         return FakeTensor(self.fake, data, seeming_device(result))
 
     def call_layer(self, path: str, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of a layer of torch.nn. One in another mode than the model is recorded through: a graph has one."""
-        if vars(layer)["training"] is not self.training:
+        """A call of a layer of torch.nn. What a graph would not keep is recorded through: its own mode or weights."""
+        if vars(layer)["training"] is not self.training or self.is_lent(layer):
             return self.call_module(path, layer, *args, **kwargs)
         if RECORDER.get() is None:  # a part of a layer
             return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -308,6 +308,11 @@ class Recorder(TorchFunctionMode):
             with watch_nothing():
                 result = self.run_layer(layer, args, kwargs)
             return self.bind(result, self.node("call_module", path, args, kwargs))
+
+    def is_lent(self, layer: nn.Module) -> bool:
+        """Whether a layer has tensors for this call alone, as ``functional_call`` gives them."""
+        tensors = (*layer._parameters.values(), *layer._buffers.values())
+        return not all(tensor is None or id(tensor) in self.names for tensor in tensors)
 
     def call_module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A call of a module that is recorded call by call."""

@@ -16,10 +16,10 @@ ASKED = "asked"  # in the meta of a node: by dtype, the last tensor (node or nam
 LIMITS = ("min", "max", "eps", "tiny")
 
 
-def other_dtypes(model: nn.Module) -> tuple[torch.dtype, ...]:
-    """Those that a model is cast to, and for which Python may do something else; two for the usual one."""
+def other_dtype(model: nn.Module) -> torch.dtype:
+    """One that a model is cast to, and for which Python may do something else: half precision, for the usual one."""
     floats = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return (torch.float16, torch.float64) if floats <= {torch.float32} else (torch.float32,)
+    return torch.float16 if floats <= {torch.float32} else torch.float32
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,6 +40,13 @@ def limit_of(dtype: Any, name: str) -> Any:
     if isinstance(dtype, fx.Proxy):
         return dtype.tracer.create_proxy("call_function", limit_of, (dtype, name), {})
     return getattr(torch.finfo(dtype), name)
+
+
+def reads_dtype(node: fx.Node) -> bool:
+    """Whether a node gives a dtype, or a limit of one, or a parameter for its dtype alone."""
+    if node.op == "get_attr":
+        return bool(node.users) and all(map(reads_dtype, node.users))
+    return bool(node.target is limit_of or (node.target is getattr and node.args[1] == "dtype"))
 
 
 class DtypeFollower(Follower):

@@ -32,7 +32,7 @@ from fxprune.graph.capture import record_run
 from fxprune.graph.check import check_graph
 from fxprune.graph.contexts import follow_autocast
 from fxprune.graph.draws import find_draw, has_drawn, read_state
-from fxprune.graph.dtypes import ASKED, DtypeFollower, cast, cast_inputs, other_dtypes
+from fxprune.graph.dtypes import ASKED, DtypeFollower, cast, cast_inputs, other_dtype
 from fxprune.graph.follow import DiffersError
 from fxprune.graph.guards import check_size
 from fxprune.graph.inputs import Bound, bind_inputs, for_mode, tensors_in
@@ -158,6 +158,7 @@ class Recording:
     constants: dict[str, Tensor]
     known: dict[Any, Any] = field(default_factory=dict)  # see record_run
     reads_mode: bool = False
+    takes_longer: bool = True  # inputs, as far as is known, with the same Python
 
     def record_mode(self, mode: Mode, inputs: Bound) -> tuple[fx.Graph, Bound]:
         """The graph of one mode, and what it was run on: a batch of two where batch norm can't train on the example.
@@ -180,15 +181,15 @@ class Recording:
         """
         if not any(ASKED in node.meta for node in graph.nodes):
             return
-        for dtype in other_dtypes(self.model):
-            tensors = {id(tensor): cast(tensor, dtype) for tensor in named_tensors(self.model).values()}
-            other = self.record_other(mode, cast_inputs(inputs, dtype), copy_modules(self.model, tensors))
-            follower = DtypeFollower(graph)
-            try:
-                if other is not None:
-                    follower.follow_graph(other)
-            except DiffersError as difference:
-                follower.fix_dtype(difference)
+        dtype = other_dtype(self.model)
+        tensors = {id(tensor): cast(tensor, dtype) for tensor in named_tensors(self.model).values()}
+        other = self.record_other(mode, cast_inputs(inputs, dtype), copy_modules(self.model, tensors))
+        follower = DtypeFollower(graph)
+        try:
+            if other is not None:
+                follower.follow_graph(other)
+        except DiffersError as difference:
+            follower.fix_dtype(difference)
 
     def follow_sizes(self, mode: Mode, graph: fx.Graph, inputs: Bound) -> None:
         """Let ``graph`` follow the sizes of its inputs, unless the model itself takes no others.
@@ -201,7 +202,7 @@ class Recording:
         batch = batch_of(inputs)
         if not batch:
             return
-        axes, different = free_axes(inputs), None
+        axes, different = free_axes(inputs) if self.takes_longer else (), None
         if axes and any(node.target is check_size and plain_number(node) for node in graph.nodes):
             self.record_other(mode, with_other_sizes(inputs, ()))  # a cache by sizes would show what it kept
         other = self.record_other(mode, with_other_sizes(inputs, axes)) if axes else None
@@ -211,6 +212,7 @@ class Recording:
                 return
         except DiffersError as error:
             different = error.node
+        self.takes_longer = different is not None and different.target is not check_size
         other = self.record_other(mode, with_other_sizes(inputs, ()))
         try:
             if other is not None:
@@ -224,7 +226,7 @@ class Recording:
     def record_other(self, mode: Mode, inputs: Bound, model: nn.Module | None = None) -> fx.Graph | None:
         """The graph for other inputs, of another model even; None where that does not take them."""
         model = model or self.model
-        other = Recording(model, names_of(model), dict(self.constants))
+        other = Recording(model, names_of(model), dict(self.constants), self.known)
         FAKES.disabled = True  # it tells of each call that fails
         try:
             return other.record_graph(mode, inputs)

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxprune.channels.interpret import GraphInterpreter, bind_placeholders, in_mode
 from fxprune.errors import RewriteError, TraceError
+from fxprune.graph.dtypes import reads_dtype
 from fxprune.graph.inputs import Bound, map_tensors
 from fxprune.graph.keep import tensors_kept
 from fxprune.graph.places import describe_place
@@ -135,7 +136,12 @@ def pair_nodes(graph: fx.Graph, compact: fx.Graph) -> Iterator[tuple[fx.Node, fx
     Raises:
         RewriteError: they make others.
     """
-    pairs = zip_longest(*([node for node in side.nodes if not gives_number(node)] for side in (graph, compact)))
+    pairs = zip_longest(
+        *(
+            [node for node in side.nodes if not gives_number(node) and not reads_dtype(node)]
+            for side in (graph, compact)
+        )
+    )
     for node, twin in pairs:
         if node is None or twin is None or not is_same_call(node, twin):
             place, twin_place = (describe_place(call) if call is not None else "nothing" for call in (node, twin))
