@@ -543,8 +543,11 @@ def mask_of(size: int) -> Tensor:
     return torch.ones(size, 1, 1)
 
 
+HIDDEN = SimpleNamespace(mask_of=mask_of)  # a cache that nobody looks for
+
+
 def remembers(m: Net, x: Tensor) -> Tensor:
-    return m.o(m.a(x) * mask_of(8))  # remembers
+    return m.o(m.a(x) * HIDDEN.mask_of(8))  # remembers
 
 
 def keeps(m: Net, x: Tensor) -> Tensor:
