@@ -538,16 +538,12 @@ def takes_generator(m: Net, x: Tensor) -> Tensor:
     return m.o(m.a(x) + torch.rand(8, 1, 1, generator=torch.Generator()))  # generator
 
 
-@functools.lru_cache
-def mask_of(size: int) -> Tensor:
-    return torch.ones(size, 1, 1)
-
-
-HIDDEN = SimpleNamespace(mask_of=mask_of)  # a cache that nobody looks for
+# A cache that nobody looks for.
+HIDDEN = SimpleNamespace(mask=functools.lru_cache(lambda size: torch.ones(size, 1, 1)))
 
 
 def remembers(m: Net, x: Tensor) -> Tensor:
-    return m.o(m.a(x) * HIDDEN.mask_of(8))  # remembers
+    return m.o(m.a(x) * HIDDEN.mask(8))  # remembers
 
 
 def keeps(m: Net, x: Tensor) -> Tensor:
