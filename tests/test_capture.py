@@ -549,6 +549,14 @@ def takes_generator(m: Net, x: Tensor) -> Tensor:
     return m.o(m.a(x) + torch.rand(8, 1, 1, generator=torch.Generator()))  # generator
 
 
+# A cache that nobody looks for.
+HIDDEN = SimpleNamespace(mask=functools.lru_cache(lambda size: torch.ones(size, 1, 1)))
+
+
+def remembers_elsewhere(m: Net, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * HIDDEN.mask(8))  # remembers
+
+
 def keeps(m: Net, x: Tensor) -> Tensor:
     m.seen = m.a(x)
     return m.o(m.seen)
@@ -639,6 +647,7 @@ def calls_script(m: Net, x: Tensor) -> Tensor:
         (differentiates, "# differentiates", "a transform of torch.func"),
         (pushes_forward, "# pushes forward", "a transform of torch.func"),
         (calls_script, "# script", "TorchScript without its Python"),
+        (remembers_elsewhere, "# remembers", r"tensor of shape \[8, 1, 1\] comes from a call that can't be recorded"),
         (keeps, "", r"attribute 'seen' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
         (keeps_in_a_list, "", r"attribute 'hidden' of the model keeps a tensor of shape \[2, 8, 8, 8\]"),
         (counts_runs, "", "attribute 'runs' of the model is another after each run"),
@@ -757,7 +766,7 @@ def lends_all(m: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [lends_weights, lends_all])
 def test_a_layer_that_is_called_with_other_weights(forward: Callable[..., Any]) -> None:
     model = net(forward)
-    graph = whole(model)
+    graph = trace_graph(model)
     for x in (X, torch.cat([X, -X])):
         assert torch.allclose(graph(x), model(x), rtol=0, atol=1e-10)
     compact = pruned(model)

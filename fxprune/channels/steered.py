@@ -151,9 +151,7 @@ class Steered:
         if path.startswith(self.unsteady):
             for tensor in tensors_within(result):
                 if isinstance(tensor, ChannelTensor):
-                    freeze_labels(
-                        self.run.names, tensor.labels, "the plain Python here may go another way in other runs"
-                    )
+                    freeze_labels(self.run.names, tensor.labels, "plain Python here may go another way in other runs")
         return result
 
 

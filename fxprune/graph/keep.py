@@ -120,11 +120,11 @@ class Keeper:
             yield partial(put_state, value, value.get_state())
         elif isinstance(value, np.ndarray) and value.flags.writeable:
             yield partial(np.copyto, value, value.copy())
+        if isinstance(value, MethodType):
+            self.keep(value.__self__)
         elif isinstance(value, partial):
             self.keep((value.func, value.args, value.keywords))
-        elif isinstance(value, MethodType):
-            self.keep(value.__self__)
-        if hasattr(value, "__dict__"):
+        elif hasattr(value, "__dict__"):
             yield from self.ways_back(vars(value))
         for name in slots_of(value):
             yield partial(object.__setattr__, value, name, self.keep(getattr(value, name)))

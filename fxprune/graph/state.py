@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fxprune.graph.numbers import Number
-from fxprune.graph.places import is_users
+from fxprune.graph.places import PACKAGES, is_users
 from fxprune.graph.traced import ATOMS, hooks_of
 
 TORCHS = frozenset(vars(nn.Module()))  # the attributes that torch itself keeps in a module
@@ -95,8 +95,9 @@ def variables_in(item: Any) -> Iterator[Variable]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if is_filled(cell):
             yield Variable(f"variable {name!r} {place}", cell, "cell_contents")
-    for name in sorted(names_in(function.__code__) & scope.keys()):
-        yield Variable(f"global {name!r} of {function.__module__}", scope, name)
+    if not function.__code__.co_filename.startswith(PACKAGES):  # a package has many, and rarely counts with one
+        for name in sorted(names_in(function.__code__) & scope.keys()):
+            yield Variable(f"global {name!r} of {function.__module__}", scope, name)
     if function.__defaults__:
         yield Variable(f"a default argument {place}", function, "__defaults__")
     yield from (Variable(f"attribute {name!r} {place}", vars(function), name) for name in vars(function))
