@@ -66,11 +66,11 @@ def main() -> None:
         }
     )
     path.write_text(json.dumps(runs, indent=1) + "\n")
-    (RESULTS / "fuzz.md").write_text(report(runs))
-    print(report(runs))
+    (RESULTS / "fuzz.md").write_text(describe_runs(runs))
+    print(describe_runs(runs))
 
 
-def report(runs: list[dict[str, Any]]) -> str:
+def describe_runs(runs: list[dict[str, Any]]) -> str:
     """All runs so far, one after the other."""
     lines = [
         "# Random networks under the laws",
