@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from cifar10 import decode, normal
+from cifar10 import decode_images, normalize_images
 from common import RESULTS, in_words, machine, table, write
 from rich.progress import track
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def make(network: str, width: int) -> nn.Module:
     return model.to(memory_format=LAST)
 
 
-def candidates(network: str, width: int, batch: tuple[Tensor, Tensor]) -> dict[str, fxprune.TracedModule]:
+def make_candidates(network: str, width: int, batch: tuple[Tensor, Tensor]) -> dict[str, fxprune.TracedModule]:
     """The dense network, and each method at a half and a quarter of its FLOPs."""
     methods: dict[str, passes.Criterion] = {
         "3SP": passes.SingleShot(batch, F.cross_entropy),
@@ -150,7 +150,7 @@ class Run:
         self.times.wall, self.times.cpu, self.losses = state["wall"], state["cpu"], state["losses"]
 
 
-def train(runs: dict[str, Run], train_set: Set, epochs: int, checkpoint: Path) -> None:
+def train_runs(runs: dict[str, Run], train_set: Set, epochs: int, checkpoint: Path) -> None:
     """All epochs of all runs, which take turns at every batch in an order drawn anew."""
     start = 0
     if checkpoint.exists():
@@ -162,7 +162,7 @@ def train(runs: dict[str, Run], train_set: Set, epochs: int, checkpoint: Path) -
         order = random.Random(epoch)
         for run in runs.values():
             run.model.train()
-        for x, y in batches(train_set, epoch):
+        for x, y in draw_batches(train_set, epoch):
             for name in order.sample(list(runs), len(runs)):
                 runs[name].step(x, y)
         torch.save({"epoch": epoch + 1, "runs": {name: run.state() for name, run in runs.items()}}, checkpoint)
@@ -170,7 +170,7 @@ def train(runs: dict[str, Run], train_set: Set, epochs: int, checkpoint: Path) -
         print(f"epoch {epoch + 1}: losses {losses}", flush=True)
 
 
-def batches(data: Set, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def draw_batches(data: Set, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch, shifted by up to 4 pixels and flipped."""
     images, labels = data
     generator = torch.Generator().manual_seed(epoch)
@@ -180,7 +180,7 @@ def batches(data: Set, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     for part in track(order.split(BATCH)[: len(order) // BATCH], f"epoch {epoch + 1}", transient=True):
         crops = F.pad(images[part], (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # a view
         x = crops[torch.arange(len(part)), :, corners[0, part], corners[1, part]]
-        yield normal(torch.where(flips[part], x.flip(3), x)), labels[part]
+        yield normalize_images(torch.where(flips[part], x.flip(3), x)), labels[part]
 
 
 @torch.no_grad()
@@ -188,13 +188,13 @@ def accuracy(model: nn.Module, data: Set) -> float:
     """The fraction of ``data`` that ``model`` gets right."""
     model.eval()
     parts = zip(data[0].split(500), data[1].split(500), strict=True)
-    return sum(int((model(normal(x)).argmax(1) == y).sum()) for x, y in parts) / len(data[1])
+    return sum(int((model(normalize_images(x)).argmax(1) == y).sum()) for x, y in parts) / len(data[1])
 
 
 # --------------------------------------------------------------------------------------------------- figures
 
 
-def inference(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, Times]:
+def time_inference(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, Times]:
     """The seconds of each model in onnxruntime, one thread, in turns."""
     x = torch.randn(batch, 3, 32, 32)
     settings = onnxruntime.SessionOptions()
@@ -215,10 +215,10 @@ def inference(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str
     return seconds
 
 
-def figures(models: dict[str, Any], runs: dict[str, Run], rounds: int) -> list[dict[str, Any]]:
+def measure_models(models: dict[str, Any], runs: dict[str, Run], rounds: int) -> list[dict[str, Any]]:
     """A row a model: what it costs, and its times beside the dense one's."""
     x = torch.randn(1, 3, 32, 32)
-    in_onnx = inference(models, BATCH, rounds)
+    in_onnx = time_inference(models, BATCH, rounds)
     rows = []
     for name, model in models.items():
         model.eval()
@@ -235,18 +235,18 @@ def figures(models: dict[str, Any], runs: dict[str, Run], rounds: int) -> list[d
     return rows
 
 
-def at_full_width(network: str, train_set: Set, steps: int, rounds: int) -> list[dict[str, Any]]:
+def measure_full_width(network: str, train_set: Set, steps: int, rounds: int) -> list[dict[str, Any]]:
     """Times only: some steps of the network as published."""
-    x, y = normal(train_set[0][:BATCH]), train_set[1][:BATCH]
+    x, y = normalize_images(train_set[0][:BATCH]), train_set[1][:BATCH]
     starts = ("dense", "3SP", "Uniform")
-    models = {name: model for name, model in candidates(network, FULL, (x, y)).items() if name.startswith(starts)}
+    models = {name: model for name, model in make_candidates(network, FULL, (x, y)).items() if name.startswith(starts)}
     runs = {name: Run(model, 1000) for name, model in models.items()}
     order = random.Random(0)
     for _ in range(3 + steps):
         for name in order.sample(list(runs), len(runs)):
             runs[name].model.train()
             runs[name].step(x, y)
-    return figures(models, runs, rounds)
+    return measure_models(models, runs, rounds)
 
 
 def rows_of(rows: list[dict[str, Any]]) -> str:
@@ -271,7 +271,7 @@ def rows_of(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def report(results: dict[str, Any], options: argparse.Namespace) -> None:
+def write_report(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Write what is finished."""
     machine_facts = machine("fxprune", "torch", "torchvision", "onnxruntime", "onnxruntime-gpu")
     parts = [
@@ -302,13 +302,13 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
     )
 
 
-def load(options: argparse.Namespace) -> tuple[Set, Set]:
+def load_images(options: argparse.Namespace) -> tuple[Set, Set]:
     """Training and test set, decoded once."""
     cache = options.work / "images.npz"
     if not cache.exists():
         arrays = {}
         for split in ("train", "test"):
-            arrays[f"{split}_x"], arrays[f"{split}_y"] = decode(options.data, split)
+            arrays[f"{split}_x"], arrays[f"{split}_y"] = decode_images(options.data, split)
         np.savez(cache, **arrays)
     arrays = dict(np.load(cache))
     train_x, train_y, test_x, test_y = (torch.from_numpy(arrays[f"{s}_{a}"]) for s in ("train", "test") for a in "xy")
@@ -332,22 +332,22 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     options.work.mkdir(parents=True, exist_ok=True)
-    train_set, test_set = load(options)
-    batch = normal(train_set[0][:BATCH]), train_set[1][:BATCH]
+    train_set, test_set = load_images(options)
+    batch = normalize_images(train_set[0][:BATCH]), train_set[1][:BATCH]
     results: dict[str, Any] = {network: {} for network in options.networks}
     for network in options.networks if options.steps else ():
-        results[network]["full"] = at_full_width(network, train_set, options.steps, options.rounds)
+        results[network]["full"] = measure_full_width(network, train_set, options.steps, options.rounds)
         print(rows_of(results[network]["full"]), flush=True)
     for network in options.networks:
-        models = candidates(network, options.width, batch)
+        models = make_candidates(network, options.width, batch)
         runs = {name: Run(model, options.epochs * (options.images // BATCH)) for name, model in models.items()}
         name = f"{network}-{options.width}-{options.images}-{options.epochs}.pt"
-        train(runs, train_set, options.epochs, options.work / name)
-        rows = figures(models, runs, options.rounds)
+        train_runs(runs, train_set, options.epochs, options.work / name)
+        rows = measure_models(models, runs, options.rounds)
         for row in rows:
             row["accuracy"] = accuracy(models[row["model"]], test_set)
         results[network]["rows"] = rows
-        report(results, options)
+        write_report(results, options)
 
 
 if __name__ == "__main__":

@@ -52,30 +52,30 @@ def main(arguments=None):
         dist.init_process_group("gloo")
     options.out.mkdir(parents=True, exist_ok=True)
     console.quiet = rank > 0
-    same_options(options)
-    train_set, test_set = load(options)
+    check_options(options)
+    train_set, test_set = load_data(options)
 
     runs = {} if options.no_dense else {"dense": Run("dense", [], options)}
     runs[options.method] = Run(options.method, [METHODS[options.method](options)], options)
     for epoch in range(options.epochs):
-        train([run for run in runs.values() if run.session.epoch == epoch], train_set, options)  # others are further
-        for run in runs.values():
-            if run.session.epoch == epoch:
-                run.epoch_end(test_set)
+        behind = [run for run in runs.values() if run.session.epoch == epoch]  # the others are further
+        train_epoch(behind, train_set, options)
+        for run in behind:
+            run.epoch_end(test_set)
     if rank == 0:
-        report(runs, options)
+        write_results(runs, options)
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def train(runs, train_set, options):
+def train_epoch(runs, train_set, options):
     """One epoch of all ``runs``. They take turns at every batch, so that a busy machine slows all alike."""
     if not runs:
         return
     for run in runs:
         run.session.model.train()
-    for number, (x, y) in enumerate(batches(train_set, options.seed, runs[0].session, options.batch_size)):
+    for number, (x, y) in enumerate(draw_batches(train_set, options.seed, runs[0].session, options.batch_size)):
         for run in runs if number % 2 else runs[::-1]:
             run.step(x, y)
 
@@ -86,7 +86,7 @@ class Run:
     def __init__(self, name, passes, options):
         self.name, self.options, self.path = name, options, options.out / f"{name}.ckpt"
         torch.manual_seed(options.seed)  # the same weights for both
-        model = build(options.model).to(memory_format=LAST)
+        model = build_network(options.model).to(memory_format=LAST)
         optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, weight_decay=5e-4)
         drops = [options.epochs // 2, options.epochs * 3 // 4]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
@@ -116,7 +116,7 @@ class Run:
     def epoch_end(self, test_set):
         """Test, cut, save."""
         session, losses = self.session, self.losses
-        accuracy = test(session.graph, test_set)
+        accuracy = measure_accuracy(session.graph, test_set)
         step_time, cpu = (median(times) for times in zip(*self.steps, strict=True))
         with self.clock:
             record = session.epoch_end(step_time=step_time, accuracy=accuracy, cpu_ms=cpu * 1e3)
@@ -180,8 +180,8 @@ class Clock:
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-def build(name):
-    return vgg(VGGS[name].split()) if name in VGGS else ResNet(RESNETS[name])
+def build_network(name):
+    return build_vgg(VGGS[name].split()) if name in VGGS else ResNet(RESNETS[name])
 
 
 def conv_bn(wide_in, wide_out, stride=1, size=3):
@@ -189,7 +189,7 @@ def conv_bn(wide_in, wide_out, stride=1, size=3):
     return nn.Sequential(conv, nn.BatchNorm2d(wide_out))
 
 
-def vgg(widths):
+def build_vgg(widths):
     """Convolutions and poolings (M), then the mean over the image and one linear layer."""
     layers, wide = [], 3
     for width in widths:
@@ -227,13 +227,13 @@ class ResNet(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ data
 
 
-def load(options):
+def load_data(options):
     """Training and test set, each (images: uint8[n, 3, 32, 32], labels: int64[n]), decoded once and kept in --out."""
     cache, source = options.out / "images.npz", str(options.data.resolve())
     if rank == 0 and (not cache.exists() or np.load(cache)["source"] != source):
         arrays = {"source": np.array(source)}
         for split in ("train", "test"):
-            arrays[f"{split}_x"], arrays[f"{split}_y"] = decode(options.data, split)
+            arrays[f"{split}_x"], arrays[f"{split}_y"] = decode_images(options.data, split)
         np.savez(options.out / "partial.npz", **arrays)
         os.replace(options.out / "partial.npz", cache)
     if ranks > 1:
@@ -247,7 +247,7 @@ def load(options):
     return sets
 
 
-def decode(folder, split):
+def decode_images(folder, split):
     """Images and labels of one split as arrays."""
     if (folder / split).is_dir():
         images = ImageFolder(folder / split)
@@ -260,7 +260,7 @@ def decode(folder, split):
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), np.array(labels)
 
 
-def batches(train_set, seed, session, size):
+def draw_batches(train_set, seed, session, size):
     """This rank's part of every batch of one epoch, cropped and flipped."""
     images, labels = train_set
     generator = torch.Generator().manual_seed(seed * 1000 + session.epoch)
@@ -273,15 +273,15 @@ def batches(train_set, seed, session, size):
         padded = F.pad(images[part], (4, 4, 4, 4))
         crops = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # a view: all 9 x 9 crops of each image
         x = crops[torch.arange(len(part)), :, corners[0, part], corners[1, part]]
-        yield normal(torch.where(flips[part], x.flip(3), x)), labels[part]
+        yield normalize_images(torch.where(flips[part], x.flip(3), x)), labels[part]
 
 
-def normal(images):
+def normalize_images(images):
     return ((images / 255 - MEAN) / STD).contiguous(memory_format=LAST)
 
 
 @torch.no_grad()
-def test(model, test_set):
+def measure_accuracy(model, test_set):
     """The fraction that the model gets right; each rank tests a part, with the BatchNorm averages of the first."""
     images, labels = (tensor[rank::ranks] for tensor in test_set)
     if ranks > 1:
@@ -289,7 +289,7 @@ def test(model, test_set):
             dist.broadcast(buffer, 0)
     model.eval()
     parts = zip(images.split(500), labels.split(500), strict=True)
-    count = torch.tensor([sum((model(normal(x)).argmax(1) == y).sum() for x, y in parts), len(labels)])
+    count = torch.tensor([sum((model(normalize_images(x)).argmax(1) == y).sum() for x, y in parts), len(labels)])
     if ranks > 1:
         dist.all_reduce(count)
     return (count[0] / count[1]).item()
@@ -298,7 +298,7 @@ def test(model, test_set):
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def report(runs, options):
+def write_results(runs, options):
     """The table, on the screen and as files; the picture; the ONNX file."""
     last = runs[options.method].session
     images = torch.randn(options.batch_size, 3, 32, 32).contiguous(memory_format=LAST)
@@ -334,7 +334,7 @@ def report(runs, options):
     with open(options.out / "results.md", "w") as file:
         Console(file=file, width=120).print(table, caption, sep="\n", soft_wrap=True)
     results = {
-        "options": described(options) | {"ranks": ranks, "threads": torch.get_num_threads()},
+        "options": describe_options(options) | {"ranks": ranks, "threads": torch.get_num_threads()},
         "table": {label: dict(zip(runs, values, strict=True)) for label, _, values in rows},
         "epochs": {name: run.session.log.to_json() for name, run in runs.items()},
     }
@@ -385,21 +385,21 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def described(options):
+def describe_options(options):
     """The options that make a run what it is."""
     ignored = {"data", "out", "resume", "threads", "no_dense"}
     return {name: value for name, value in vars(options).items() if name not in ignored}
 
 
-def same_options(options):
+def check_options(options):
     """Write the options into --out, or stop if checkpoints there were made with others."""
     path = options.out / "options.json"
-    stored = json.loads(path.read_text()) if path.exists() and options.resume else described(options)
-    changed = [name for name, value in described(options).items() if stored.get(name) != value]
+    stored = json.loads(path.read_text()) if path.exists() and options.resume else describe_options(options)
+    changed = [name for name, value in describe_options(options).items() if stored.get(name) != value]
     if changed:
         raise SystemExit(f"{options.out} has a run with other {', '.join(changed)}: use another --out, or --no-resume")
     if rank == 0:
-        path.write_text(json.dumps(described(options), indent=1))
+        path.write_text(json.dumps(describe_options(options), indent=1))
 
 
 if __name__ == "__main__":

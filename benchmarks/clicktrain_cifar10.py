@@ -50,18 +50,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     options.out.mkdir(parents=True, exist_ok=True)
-    train_set, test_set = cifar.load(argparse.Namespace(out=options.out, data=options.data, limit=None))
+    train_set, test_set = cifar.load_data(argparse.Namespace(out=options.out, data=options.data, limit=None))
     if options.limit:
         sample = torch.randperm(len(train_set[1]), generator=torch.Generator().manual_seed(0))[: options.limit]
         train_set = train_set[0][sample], train_set[1][sample]
     if options.train:
         for epoch in range(options.epochs):
             for name in RUNS[:-1]:
-                train(name, options, train_set, test_set, until=epoch + 1)
-        budget = max(spent(resumed(name, options)) for name in RUNS[1:-1])
-        while spent(resumed("PruneTrain", options)) < budget:
-            train("PruneTrain", options, train_set, test_set, budget=budget)
-    report(options, test_set, len(train_set[1]))
+                train_epoch(name, options, train_set, test_set, until=epoch + 1)
+        budget = max(count_seconds(resume_run(name, options)) for name in RUNS[1:-1])
+        while count_seconds(resume_run("PruneTrain", options)) < budget:
+            train_epoch("PruneTrain", options, train_set, test_set, budget=budget)
+    write_report(options, test_set, len(train_set[1]))
 
 
 def pass_of(name: str, options: argparse.Namespace) -> list[fxprune.TrainingPass]:
@@ -81,10 +81,10 @@ def pass_of(name: str, options: argparse.Namespace) -> list[fxprune.TrainingPass
     ]
 
 
-def resumed(name: str, options: argparse.Namespace) -> fxprune.Session:
+def resume_run(name: str, options: argparse.Namespace) -> fxprune.Session:
     """A run as its checkpoint has it, or at its start."""
     torch.manual_seed(options.seed)
-    model = cifar.build(options.model).to(memory_format=torch.channels_last)
+    model = cifar.build_network(options.model).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, weight_decay=5e-4)
     path = options.out / f"{name}.ckpt"
     if path.exists():
@@ -93,12 +93,12 @@ def resumed(name: str, options: argparse.Namespace) -> fxprune.Session:
     return fxprune.Session(model, EXAMPLE, optimizer, pruners, batch_size=options.batch_size, progress=False)
 
 
-def spent(session: fxprune.Session) -> float:
+def count_seconds(session: fxprune.Session) -> float:
     """Seconds of processor time that a run took so far."""
     return sum(epoch.values["cpu"] for epoch in session.log.epochs)
 
 
-def train(
+def train_epoch(
     name: str,
     options: argparse.Namespace,
     train_set: Data,
@@ -107,29 +107,29 @@ def train(
     budget: float = 0.0,
 ) -> None:
     """One epoch of a run, unless it has ``until`` of them; the learning rate falls by epochs, or by time spent."""
-    session = resumed(name, options)
+    session = resume_run(name, options)
     if until is not None and session.epoch >= until:
         return
-    done = session.epoch / options.epochs if until is not None else spent(session) / budget
+    done = session.epoch / options.epochs if until is not None else count_seconds(session) / budget
     for group in session.optimizer.param_groups:
         group["lr"] = options.lr * 0.1 ** ((done >= 1 / 3) + (done >= 2 / 3))
     cpu, losses = time.process_time(), []
     session.model.train()
-    for x, y in cifar.batches(train_set, options.seed, session, options.batch_size):
+    for x, y in cifar.draw_batches(train_set, options.seed, session, options.batch_size):
         session.optimizer.zero_grad()
         loss = F.cross_entropy(session.model(x), y)
         (loss + session.penalty(loss)).backward()
         session.optimizer.step()
         losses.append(loss.item())
     cpu = time.process_time() - cpu
-    accuracy = cifar.test(session.graph, test_set)
+    accuracy = cifar.measure_accuracy(session.graph, test_set)
     record = session.epoch_end(loss=sum(losses) / len(losses), cpu=cpu, accuracy=accuracy)
     session.save(options.out / f"{name}.ckpt")
     print(f"{name:13} epoch {record.epoch:2}  {record.flops / 2e6:.1f} MFLOPs  {record.values}", flush=True)
     session.close()
 
 
-def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
+def write_report(options: argparse.Namespace, test_set: Data, images: int) -> None:
     """Test what a user has in the end, and write the table."""
     runs = {name: measure_run(name, options, test_set) for name in RUNS}
     dense = runs["dense"]
@@ -175,27 +175,27 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
 
 def measure_run(name: str, options: argparse.Namespace, test_set: Data) -> dict[str, Any]:
     """What a user has of one run in the end: saved and loaded, and lowered."""
-    session = resumed(name, options)
+    session = resume_run(name, options)
     if name != "PruneTrain" and session.epoch != options.epochs:
         raise SystemExit(f"{name} has {session.epoch} epochs of {options.epochs}: train on")
     network: nn.Module = session.graph
     path = options.out / f"{name}.safetensors"
     if name != "dense":
         fxprune.save(network, path)
-        network = fxprune.load(path, cifar.build(options.model).to(memory_format=torch.channels_last))
+        network = fxprune.load(path, cifar.build_network(options.model).to(memory_format=torch.channels_last))
     lowered = fxprune.Pipeline([passes.PatternConv()], EXAMPLE)(fxprune.trace(network, EXAMPLE)).graph_module
     return {
-        "accuracy": cifar.test(network, test_set),
-        "lowered_accuracy": cifar.test(lowered, test_set),
-        "compression": convolution_weights(cifar.build(options.model))[0] / convolution_weights(session.graph)[1],
+        "accuracy": cifar.measure_accuracy(network, test_set),
+        "lowered_accuracy": cifar.measure_accuracy(lowered, test_set),
+        "compression": count_weights(cifar.build_network(options.model))[0] / count_weights(session.graph)[1],
         "macs": fxprune.cost.flops(lowered, EXAMPLE[:1]) / 2,
         "epochs": [epoch.values for epoch in session.log.epochs],
-        "cpu": spent(session),
+        "cpu": count_seconds(session),
         "bytes": path.stat().st_size if name != "dense" else None,
     }
 
 
-def convolution_weights(model: nn.Module) -> tuple[int, int]:
+def count_weights(model: nn.Module) -> tuple[int, int]:
     """The weights of all convolutions, and how many of them are not zero."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     return sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)

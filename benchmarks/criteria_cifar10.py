@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torch_pruning
-from before_training import BATCH, Run, Set, accuracy, batches, load, make, train
-from cifar10 import normal
+from before_training import BATCH, Run, Set, accuracy, draw_batches, load_images, make, train_runs
+from cifar10 import normalize_images
 from common import RESULTS, in_words, machine, table, write
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -33,13 +34,13 @@ MINIMUM = 0.1  # of each group stays
 LR = 0.01
 
 
-def ours(dense: nn.Module, criterion: passes.Criterion, x: Tensor) -> nn.Module:
+def cut_by_fxprune(dense: nn.Module, criterion: passes.Criterion, x: Tensor) -> nn.Module:
     """Cut by fxprune; any widths, as the others have them."""
     cut: nn.Module = fxprune.prune(dense, x, criterion, budget=fxprune.Budget(flops=FLOPS))
     return cut
 
 
-def theirs(dense: nn.Module, importance: Any, x: Tensor, data: list[tuple[Tensor, Tensor]]) -> nn.Module:
+def cut_by_torch_pruning(dense: nn.Module, importance: Any, x: Tensor, data: list[tuple[Tensor, Tensor]]) -> nn.Module:
     """Cut by Torch-Pruning: the smallest ratio of channels that brings the FLOPs down to the budget."""
     limit = FLOPS * fxprune.cost.flops(dense, x)
     low, high, best = 0.0, 1.0, None
@@ -65,7 +66,9 @@ def theirs(dense: nn.Module, importance: Any, x: Tensor, data: list[tuple[Tensor
     return best
 
 
-def candidates(dense: nn.Module, x: Tensor, data: list[tuple[Tensor, Tensor]]) -> dict[str, Callable[[], nn.Module]]:
+def make_candidates(
+    dense: nn.Module, x: Tensor, data: list[tuple[Tensor, Tensor]]
+) -> dict[str, Callable[[], nn.Module]]:
     """What makes each cut model. ``dense`` is in eval mode, in which both look at the data."""
     free = {"round_to": 1, "minimum": MINIMUM}
     loss = F.cross_entropy
@@ -86,21 +89,23 @@ def candidates(dense: nn.Module, x: Tensor, data: list[tuple[Tensor, Tensor]]) -
     }
     makers: dict[str, Callable[[], nn.Module]] = {}
     for name, criterion in criteria.items():
-        makers[f"{name}, fxprune"] = lambda criterion=criterion: ours(dense, criterion, x)  # type: ignore[misc]
+        makers[f"{name}, fxprune"] = partial(cut_by_fxprune, dense, criterion, x)
         if name in importances:
-            makers[f"{name}, Torch-Pruning"] = lambda importance=importances[name]: theirs(dense, importance, x, data)  # type: ignore[misc]
+            makers[f"{name}, Torch-Pruning"] = partial(cut_by_torch_pruning, dense, importances[name], x, data)
     return makers
 
 
-def measured(model: nn.Module, train_set: Set, test_set: Set, epoch: int, limit: int | None) -> dict[str, float]:
+def measure_accuracies(
+    model: nn.Module, train_set: Set, test_set: Set, epoch: int, limit: int | None
+) -> dict[str, float]:
     """The accuracies of a cut model, which is fine-tuned."""
     accuracies = {"after the cut": accuracy(model, test_set)}
     renewed = copy.deepcopy(model)
-    update_bn([x for (x, _), _ in zip(batches(train_set, epoch), range(20), strict=False)], renewed)
+    update_bn([x for (x, _), _ in zip(draw_batches(train_set, epoch), range(20), strict=False)], renewed)
     accuracies["new averages"] = accuracy(renewed, test_set)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=5e-4)
     model.train()
-    for number, (x, y) in enumerate(batches(train_set, epoch)):
+    for number, (x, y) in enumerate(draw_batches(train_set, epoch)):
         if number == limit:
             break
         optimizer.zero_grad()
@@ -109,7 +114,7 @@ def measured(model: nn.Module, train_set: Set, test_set: Set, epoch: int, limit:
     return accuracies | {"one epoch": accuracy(model, test_set)}
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def write_report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write what is finished."""
     machine_facts = machine("fxprune", "torch", "torch-pruning")
     flops = rows[0]["flops"]
@@ -157,7 +162,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    train_set, test_set = load(options)
+    train_set, test_set = load_images(options)
     sample = torch.randperm(len(test_set[1]), generator=torch.Generator().manual_seed(0))[: options.tested]
     test_set = test_set[0][sample], test_set[1][sample]
     dense = make("ResNet-18", options.width)
@@ -170,20 +175,22 @@ def main() -> None:
         dense.load_state_dict(saved["runs"]["dense"]["model"])
     else:
         run = Run(dense, options.epochs * (options.images // BATCH))
-        train({"dense": run}, train_set, options.epochs, options.work / "criteria.pt")
+        train_runs({"dense": run}, train_set, options.epochs, options.work / "criteria.pt")
     dense.eval()
-    data = [(normal(train_set[0][part]), train_set[1][part]) for part in torch.arange(len(train_set[1])).split(BATCH)]
-    data = data[: options.scored]
+    parts = torch.arange(len(train_set[1])).split(BATCH)[: options.scored]
+    data = [(normalize_images(train_set[0][part]), train_set[1][part]) for part in parts]
     x = data[0][0][:2]
     rows: list[dict[str, Any]] = []
-    for name, cut in {"dense": lambda: copy.deepcopy(dense), **candidates(dense, x, data)}.items():
+    for name, cut in {"dense": lambda: copy.deepcopy(dense), **make_candidates(dense, x, data)}.items():
         if options.only and not name.startswith(("dense", *options.only)):
             continue
         model = cut()
         sizes = {"flops": fxprune.cost.flops(model.eval(), x), "params": fxprune.cost.params(model)}
-        rows.append({"criterion": name} | sizes | measured(model, train_set, test_set, options.epochs, options.limit))
+        rows.append(
+            {"criterion": name} | sizes | measure_accuracies(model, train_set, test_set, options.epochs, options.limit)
+        )
         print(rows[-1], flush=True)
-    report(rows, options)
+    write_report(rows, options)
 
 
 if __name__ == "__main__":

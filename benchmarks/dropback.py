@@ -45,11 +45,11 @@ def main() -> None:
     add("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = {name: measured(name, options) for name in options.models}
-    report(results, options)
+    results = {name: measure_variants(name, options) for name in options.models}
+    write_report(results, options)
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure_variants(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every step of each variant, and bytes."""
     x = torch.randn(options.batch, 3, options.size, options.size)
     y = torch.randint(1000, (options.batch,))
@@ -89,13 +89,13 @@ class Run:
         memories = self.session.memories
         model = list(self.session.graph.parameters())
         return {
-            "weights": size(model),
-            "optimizer state": size([self.session.optimizer.state, [memory.state for memory in memories]]),
-            "DropBack": size([(memory.marks, memory.masks, memory.start, memory.scores) for memory in memories]),
+            "weights": count_bytes(model),
+            "optimizer state": count_bytes([self.session.optimizer.state, [memory.state for memory in memories]]),
+            "DropBack": count_bytes([(memory.marks, memory.masks, memory.start, memory.scores) for memory in memories]),
         }
 
 
-def size(tree: Any) -> int:
+def count_bytes(tree: Any) -> int:
     """Bytes of the storages of all tensors in nested lists and dictionaries."""
     storages = {}
     waiting = [tree]
@@ -110,7 +110,7 @@ def size(tree: Any) -> int:
     return sum(storages.values())
 
 
-def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+def write_report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the tables, and write them."""
     machine_facts = machine("fxprune", "torch", "torchvision")
     lines = [
@@ -131,9 +131,9 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
             "",
             f"## {name}, {result['weights']:,} weights",
             "",
-            steps_table(result["steps"]),
+            tabulate_steps(result["steps"]),
             "",
-            memory_table(result["bytes"]),
+            tabulate_memory(result["bytes"]),
         ]
     text = "\n".join(lines)
     print(text)
@@ -141,7 +141,7 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
     write(options.out, "dropback_steps", text, {"machine": machine_facts, "settings": settings, "results": results})
 
 
-def steps_table(steps: dict[str, dict[str, list[float]]]) -> str:
+def tabulate_steps(steps: dict[str, dict[str, list[float]]]) -> str:
     """Milliseconds of the parts of a step, and the whole beside that of SGD."""
     rest = median(seconds for parts in steps.values() for seconds in parts["forward, backward"])
     update = {variant: median(parts["update"]) for variant, parts in steps.items()}
@@ -155,7 +155,7 @@ def steps_table(steps: dict[str, dict[str, list[float]]]) -> str:
     return table(["", "forward and backward, ms", "update, ms", "step beside SGD", "aim"], rows)
 
 
-def memory_table(held: dict[str, dict[str, int]]) -> str:
+def tabulate_memory(held: dict[str, dict[str, int]]) -> str:
     """Megabytes between two steps. The gradients, which are as large as the weights, come with each backward pass."""
     kinds = list(held["SGD"])
     rows = [[variant, *(f"{sizes[kind] / 1e6:.1f}" for kind in kinds)] for variant, sizes in held.items()]

@@ -46,28 +46,28 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    train_set, test_set = cifar.load(argparse.Namespace(out=options.out, data=options.data, limit=None))
+    train_set, test_set = cifar.load_data(argparse.Namespace(out=options.out, data=options.data, limit=None))
     if options.limit:
         sample = torch.randperm(len(train_set[1]), generator=torch.Generator().manual_seed(0))[: options.limit]
         train_set = train_set[0][sample], train_set[1][sample]
     if options.train:
         for epoch in range(options.epochs):
             for name in BUDGETS:
-                train(name, epoch, options, train_set, test_set)
-    report(options, test_set, len(train_set[1]))
+                train_epoch(name, epoch, options, train_set, test_set)
+    write_report(options, test_set, len(train_set[1]))
 
 
-def build(options: argparse.Namespace) -> nn.Module:
+def build_network(options: argparse.Namespace) -> nn.Module:
     """The network with the start values of the seed; the same for every run."""
-    model = cifar.build(options.model).to(memory_format=torch.channels_last)
+    model = cifar.build_network(options.model).to(memory_format=torch.channels_last)
     return fxprune.initialize(model, options.seed)
 
 
-def resumed(name: str, options: argparse.Namespace) -> fxprune.Session:
+def resume_run(name: str, options: argparse.Namespace) -> fxprune.Session:
     """A run as its checkpoint has it, or at its start, with its scheduler."""
-    path, model = checkpoint(name, options), build(options)
+    path, model = find_checkpoint(name, options), build_network(options)
     optimizer = torch.optim.SGD(model.parameters(), options.lr, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones(options))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list_milestones(options))
     torch.manual_seed(options.seed)
     if path.exists():
         session = fxprune.Session.load(path, model, EXAMPLE, optimizer, progress=False)
@@ -78,19 +78,19 @@ def resumed(name: str, options: argparse.Namespace) -> fxprune.Session:
     return session
 
 
-def checkpoint(name: str, options: argparse.Namespace) -> Path:
+def find_checkpoint(name: str, options: argparse.Namespace) -> Path:
     return Path(options.out / f"{name.replace('/', '_')}.ckpt")
 
 
-def train(name: str, epoch: int, options: argparse.Namespace, train_set: Data, test_set: Data) -> None:
+def train_epoch(name: str, epoch: int, options: argparse.Namespace, train_set: Data, test_set: Data) -> None:
     """Epoch number ``epoch`` of one run, unless it was done before."""
-    session = resumed(name, options)
+    session = resume_run(name, options)
     optimizer = session.optimizer
     if session.epoch > epoch:
         return
     wall, cpu, losses = time.perf_counter(), time.process_time(), []
     session.model.train()
-    for x, y in cifar.batches(train_set, options.seed, session, options.batch_size):
+    for x, y in cifar.draw_batches(train_set, options.seed, session, options.batch_size):
         optimizer.zero_grad()
         loss = F.cross_entropy(session.model(x), y)
         loss.backward()
@@ -98,14 +98,14 @@ def train(name: str, epoch: int, options: argparse.Namespace, train_set: Data, t
         losses.append(loss.item())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     session.registered["scheduler"].step()
-    last = {"accuracy": cifar.test(session.graph, test_set)} if epoch + 1 == options.epochs else {}
+    last = {"accuracy": cifar.measure_accuracy(session.graph, test_set)} if epoch + 1 == options.epochs else {}
     record = session.epoch_end(loss=sum(losses) / len(losses), wall=wall, cpu=cpu, **last)
-    session.save(checkpoint(name, options))
+    session.save(find_checkpoint(name, options))
     print(f"{name:8} epoch {record.epoch:2}  {record.values}", flush=True)
     session.close()
 
 
-def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
+def write_report(options: argparse.Namespace, test_set: Data, images: int) -> None:
     """Test what a user has in the end, and write the table."""
     runs = {name: measure_run(name, options, test_set) for name in BUDGETS}
     dense = runs["dense"]
@@ -124,6 +124,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
         for name, run in runs.items()
     ]
     machine_facts = machine("fxprune", "torch", "torchvision")
+    first, second = list_milestones(options)
     header = ["budget", "differ", "test accuracy", "to dense", "training loss", "file, bytes", "smaller", "bytes each"]
     text = "\n".join(
         [
@@ -131,7 +132,7 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
             "",
             f"{options.model} ({dense['weights']:,} weights), {options.epochs} epochs of {images:,} training images "
             f"re-encoded as JPEG, all 10,000 test images, batch {options.batch_size}, plain SGD, learning rate "
-            f"{options.lr:g} with drops to a tenth after epochs {milestones(options)[0]} and {milestones(options)[1]}, "
+            f"{options.lr:g} with drops to a tenth after epochs {first} and {second}, "
             "weight decay 5e-4, exact rule at every step; the same start, seed and batches for all. One seed: "
             "differences of a point say nothing.",
             "",
@@ -156,18 +157,18 @@ def report(options: argparse.Namespace, test_set: Data, images: int) -> None:
 
 def measure_run(name: str, options: argparse.Namespace, test_set: Data) -> dict[str, Any]:
     """What a user has of one run in the end: its network, saved and loaded into a new one."""
-    session = resumed(name, options)
+    session = resume_run(name, options)
     if session.epoch != options.epochs:
         raise SystemExit(f"{name} has {session.epoch} epochs of {options.epochs}: train on")
     path = options.out / "sparse.safetensors"
     fxprune.save(session.graph, path)
-    again = fxprune.load(path, cifar.build(options.model).to(memory_format=torch.channels_last))
+    again = fxprune.load(path, cifar.build_network(options.model).to(memory_format=torch.channels_last))
     start = session.graph.meta["fxprune_start"]
     epochs = [record.values for record in session.log.epochs]
     return {
         "weights": sum(p.numel() for p in again.parameters()),
         "tracked": sum(int((p.cpu() != start.values(key)).sum()) for key, p in session.graph.named_parameters()),
-        "accuracy": cifar.test(again, test_set),
+        "accuracy": cifar.measure_accuracy(again, test_set),
         "bytes": path.stat().st_size,
         "buffers": sum(buffer.nbytes for buffer in again.buffers()),
         "cpu": sum(record["cpu"] for record in epochs),
@@ -176,7 +177,7 @@ def measure_run(name: str, options: argparse.Namespace, test_set: Data) -> dict[
     }
 
 
-def milestones(options: argparse.Namespace) -> list[int]:
+def list_milestones(options: argparse.Namespace) -> list[int]:
     """The epochs after which the learning rate falls."""
     return [options.epochs * 5 // 8, options.epochs * 7 // 8]
 

@@ -55,15 +55,15 @@ def main() -> None:
         size, batch = map(int, setting.split("x"))
         if (name, share, size, batch) in done:
             continue
-        row = measured(name, share, size, batch, options)
+        row = measure_row(name, share, size, batch, options)
         rows.append(row)
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print({key: value for key, value in row.items() if key != "layers"}, flush=True)
-    report(rows, options)
+    write_report(rows, options)
 
 
-def thin(model: nn.Module, share: str) -> nn.Module:
+def thin_kernels(model: nn.Module, share: str) -> nn.Module:
     """Zeros outside one corner of each kernel, in all 3×3 convolutions but the first convolution."""
     draw = torch.Generator().manual_seed(0)
     for layer in [module for module in model.modules() if isinstance(module, nn.Conv2d)][1:]:
@@ -75,10 +75,10 @@ def thin(model: nn.Module, share: str) -> nn.Module:
     return model
 
 
-def measured(name: str, share: str, size: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure_row(name: str, share: str, size: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row: both networks timed."""
     torch.manual_seed(0)
-    model = thin(build(name, size), share).to(memory_format=torch.channels_last)
+    model = thin_kernels(build_network(name, size), share).to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     dense = fxprune.trace(model, x)
     inference, training = passes.PatternConv("inference", x), passes.PatternConv("training", x)
@@ -89,16 +89,16 @@ def measured(name: str, share: str, size: int, batch: int, options: argparse.Nam
     row["lowered"] = sum(hasattr(layer, "pack") for layer in lowered.modules())
     row["flops"] = fxprune.cost.flops(dense, x) / fxprune.cost.flops(every, x)
     with torch.no_grad():
-        row["forward"] = ratio(lambda: dense.eval()(x), lambda: lowered(x), options.seconds)
-    row["onnxruntime"] = ratio(
-        *(in_onnxruntime(candidate, x, options.threads) for candidate in (dense.eval(), every)), options.seconds
+        row["forward"] = compare_times(lambda: dense.eval()(x), lambda: lowered(x), options.seconds)
+    row["onnxruntime"] = compare_times(
+        *(make_session(candidate, x, options.threads) for candidate in (dense.eval(), every)), options.seconds
     )
     trained = training(dense).graph_module
-    row["training"] = ratio(stepping(dense, x), stepping(trained, x), options.seconds)
+    row["training"] = compare_times(make_step(dense, x), make_step(trained, x), options.seconds)
     return row
 
 
-def build(name: str, size: int) -> nn.Module:
+def build_network(name: str, size: int) -> nn.Module:
     """torchvision's network; for 32 pixels as it is used there, without the early strides and large linear layers."""
     model: Any = getattr(torchvision.models, name)(num_classes=10)
     if size == 32 and name == "vgg16_bn":
@@ -108,7 +108,7 @@ def build(name: str, size: int) -> nn.Module:
     return model
 
 
-def stepping(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+def make_step(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """A training step."""
     model.train()
     if len(x) == 1:  # batch norm needs more than one value a channel at the end
@@ -126,7 +126,7 @@ def stepping(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     return step
 
 
-def in_onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
+def make_session(model: nn.Module, x: Tensor, threads: int) -> Callable[[], Any]:
     """A forward pass there."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
@@ -137,7 +137,7 @@ def in_onnxruntime(model: nn.Module, x: Tensor, threads: int) -> Callable[[], An
     return lambda: session.run(None, inputs)
 
 
-def ratio(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> float:
+def compare_times(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> float:
     """Processor time of ``first`` over that of ``second``: the median over runs in turns."""
     first(), second()
     ratios: list[float] = []
@@ -152,7 +152,7 @@ def ratio(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -
     return median(ratios)
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def write_report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """The table of the networks, and that of the layers."""
     machine_facts = machine("fxprune", "torch", "torchvision", "onnxruntime-gpu", "onnxruntime")
     order = {name: at for at, name in enumerate(NETWORKS)}

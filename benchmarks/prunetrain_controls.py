@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar10 import LAST, VGGS, Clock, batches, console, load, test, vgg
+from cifar10 import LAST, VGGS, Clock, build_vgg, console, draw_batches, load_data, measure_accuracy
 from common import RESULTS, in_words, machine, table
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -35,11 +35,11 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    options = arguments()
+    options = parse_arguments()
     torch.set_flush_denormal(True)  # dying channels go through tiny numbers that a CPU is slow at
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    data = load(options)
+    data = load_data(options)
     for seed in range(options.seeds):
         widths, epochs = VGGS[options.model], options.epochs
         pruned = run("pruned", seed, widths, epochs, data, options)
@@ -61,11 +61,11 @@ def run(name: str, seed: int, widths: str, epochs: int, data: Any, options: argp
     session, clock = start_or_resume(name, seed, widths, epochs, len(train_set[1]), options)
     for _ in range(session.epoch, epochs):
         session.model.train()
-        for x, y in batches(train_set, seed, session, options.batch_size):
+        for x, y in draw_batches(train_set, seed, session, options.batch_size):
             with clock:
                 take_step(session, x, y)
         with clock:
-            accuracy = test(session.graph, test_set)
+            accuracy = measure_accuracy(session.graph, test_set)
             record = session.epoch_end(accuracy=accuracy)
         session.save(options.out / f"{name}-{seed}.ckpt")
         console.print(f"{name:8} seed {seed} epoch {record.epoch:2}  {accuracy:.2%}  {record.flops / 1e6:.1f} MFLOPs")
@@ -81,7 +81,7 @@ def start_or_resume(
 ) -> tuple[fxprune.Session, Clock]:
     """The session, where it was if it was interrupted. The rate goes up for a fifth of the run, then down to zero."""
     torch.manual_seed(seed)
-    model = vgg(widths.split()).to(memory_format=LAST)
+    model = build_vgg(widths.split()).to(memory_format=LAST)
     optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * (images // options.batch_size)
     rate = OneCycleLR(optimizer, options.lr, steps, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False)
@@ -176,7 +176,7 @@ the processor, one thread, with tests and cuts. {in_words(dense["machine"])}
     (options.results / "prunetrain_controls.md").write_text(text, encoding="utf-8")
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="the folder of the images")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar10 import LAST, Block, batches, build, console, conv_bn, load, test
+from cifar10 import LAST, Block, build_network, console, conv_bn, draw_batches, load_data, measure_accuracy
 from common import RESULTS, in_words, machine, table
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -76,17 +76,17 @@ def narrow_resnet18() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "ResNet-20": lambda: build("resnet20"),
+    "ResNet-20": lambda: build_network("resnet20"),
     "ResNet-18, a quarter wide": narrow_resnet18,
 }
 
 
 def main() -> None:
-    options = arguments()
+    options = parse_arguments()
     torch.set_flush_denormal(True)  # dying channels go through tiny numbers that a CPU is slow at
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    data = load(options)
+    data = load_data(options)
     path = options.results / "prunetrain_optimizers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(row["model"], row["optimizer"], row["epochs"]) for row in rows}
@@ -102,7 +102,7 @@ def measure_cell(model: str, optimizer: str, epochs: int, data: Any, options: ar
     """The dense and the pruned run of one cell."""
     pruner = passes.PruneTrain(budget=fxprune.Budget(flops=options.flops), by=0.6)
     runs = {
-        name: train(model, optimizer, epochs, pruners, data, options)
+        name: train_session(model, optimizer, epochs, pruners, data, options)
         for name, pruners in (("dense", []), ("pruned", [pruner]))
     }
     first, last = runs["dense"].log[-1], runs["pruned"].log[-1]
@@ -122,7 +122,7 @@ def measure_cell(model: str, optimizer: str, epochs: int, data: Any, options: ar
     return row
 
 
-def train(model: str, optimizer: str, epochs: int, pruners: Any, data: Any, options: argparse.Namespace) -> Any:
+def train_session(model: str, optimizer: str, epochs: int, pruners: Any, data: Any, options: argparse.Namespace) -> Any:
     """The session of a run, with a rate that falls to zero in a line."""
     torch.manual_seed(options.seed)
     network = MODELS[model]().to(memory_format=LAST)
@@ -134,12 +134,12 @@ def train(model: str, optimizer: str, epochs: int, pruners: Any, data: Any, opti
         session.register(rate=rate)
         for _ in range(epochs):
             session.model.train()
-            for x, y in batches(data[0], options.seed, session, options.batch_size):
+            for x, y in draw_batches(data[0], options.seed, session, options.batch_size):
                 its_optimizer.zero_grad()
                 task = F.cross_entropy(session.model(x), y)
                 (task + session.penalty(task)).backward()
                 its_optimizer.step()
-            session.epoch_end(accuracy=test(session.graph, data[1]))
+            session.epoch_end(accuracy=measure_accuracy(session.graph, data[1]))
             rate.step()
     return session
 
@@ -173,7 +173,7 @@ as a matrix, and moves norms and biases by plain momentum.
     (options.results / "prunetrain_optimizers.md").write_text(text, encoding="utf-8")
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="the folder of the images")

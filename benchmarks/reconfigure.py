@@ -37,15 +37,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     x, y = torch.randn(options.batch, 3, options.size, options.size), torch.randint(0, 1000, (options.batch,))
-    rounds = [one_round(x, y) for _ in range(options.rounds)]
-    report({name: [timing[name] for timing in rounds] for name in rounds[0]}, options)
+    rounds = [time_round(x, y) for _ in range(options.rounds)]
+    write_report({name: [timing[name] for timing in rounds] for name in rounds[0]}, options)
 
 
-def one_round(x: Tensor, y: Tensor) -> dict[str, float]:
+def time_round(x: Tensor, y: Tensor) -> dict[str, float]:
     """Seconds of a new session, a step, a cut and a step after it. A step before them fills the momentum."""
     model = torchvision.models.resnet50(weights=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    start, session = timed(lambda: fxprune.Session(model, x[:1], optimizer, progress=False))
+    start, session = time_call(lambda: fxprune.Session(model, x[:1], optimizer, progress=False))
 
     def step() -> None:
         nn.functional.cross_entropy(session.model(x), y).backward()
@@ -53,26 +53,26 @@ def one_round(x: Tensor, y: Tensor) -> dict[str, float]:
         optimizer.zero_grad()
 
     step()
-    before, _ = timed(step)
-    cut, _ = timed(lambda: session.reconfigure(eighth(session.analysis)))
-    after, _ = timed(step)
+    before, _ = time_call(step)
+    cut, _ = time_call(lambda: session.reconfigure(remove_eighth(session.analysis)))
+    after, _ = time_call(step)
     return {"session": start, "step": before, "cut": cut, "step after": after}
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def time_call(function: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and the result."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
 
 
-def eighth(analysis: fxprune.Analysis) -> fxprune.Plan:
+def remove_eighth(analysis: fxprune.Analysis) -> fxprune.Plan:
     """Remove one channel in eight of every group."""
     keep = {name: [at for at in range(size) if at % 8] for name, size in analysis.sizes.items()}
     return fxprune.Plan(keep, analysis.sizes, analysis.options)
 
 
-def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
+def write_report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
     """Print the table and the verdict, and write them."""
     machine_facts = machine("fxprune", "torch", "torchvision")
     labels = {

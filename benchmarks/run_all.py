@@ -82,12 +82,12 @@ BENCHMARKS = (
 
 
 def main() -> None:
-    options = arguments()
+    options = parse_arguments()
     if not (options.trial or options.busy):
         wait_for_quiet()
     failed = []
-    for benchmark in chosen(options):
-        command = [sys.executable, str(HERE / f"{benchmark.script}.py"), *words(benchmark, options)]
+    for benchmark in choose_benchmarks(options):
+        command = [sys.executable, str(HERE / f"{benchmark.script}.py"), *list_arguments(benchmark, options)]
         print("\n==", " ".join(command[1:]), flush=True)
         begin = time.perf_counter()
         code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
@@ -112,7 +112,7 @@ def wait_for_quiet(tries: int = 24) -> None:
     )
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--full", action="store_true", help="the long ones too")
@@ -121,12 +121,12 @@ def arguments() -> argparse.Namespace:
     add("--try", dest="trial", action="store_true", help=f"small settings, into {TRIALS}")
     add("--busy", action="store_true", help="run although other programs do")
     options = parser.parse_args()
-    if not list(chosen(options)):
+    if not list(choose_benchmarks(options)):
         parser.error("nothing is left to run: some need --full, those that train --data, and not all can be tried")
     return options
 
 
-def chosen(options: argparse.Namespace) -> list[Benchmark]:
+def choose_benchmarks(options: argparse.Namespace) -> list[Benchmark]:
     """The benchmarks that the options ask for."""
     named = [benchmark for benchmark in BENCHMARKS if options.only is None or benchmark.script in options.only]
     if options.trial:
@@ -135,7 +135,7 @@ def chosen(options: argparse.Namespace) -> list[Benchmark]:
     return [benchmark for benchmark in asked if options.data or not benchmark.trains]
 
 
-def words(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
+def list_arguments(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
     """The arguments of a script."""
     options_text = (benchmark.trial or "" if options.trial else benchmark.options).split()
     if benchmark.folder:

@@ -43,12 +43,12 @@ def main() -> None:
     models = {
         "dense": resnet50(),
         "fxprune": fxprune.prune(resnet50(), x, passes.Magnitude(p=2), budget=fxprune.Budget(flops=0.5)),
-        "Torch-Pruning": torch_pruned(x, round_to=None),
-        "Torch-Pruning, round_to=16": torch_pruned(x, round_to=16),
+        "Torch-Pruning": cut_by_torch_pruning(x, round_to=None),
+        "Torch-Pruning, round_to=16": cut_by_torch_pruning(x, round_to=16),
     }
-    seconds = in_turns({name: session(model, x) for name, model in models.items()}, x, options.runs)
+    seconds = in_turns({name: open_session(model, x) for name, model in models.items()}, x, options.runs)
     rows = [describe(name, models, seconds, x) for name in models]
-    report(rows, options)
+    write_report(rows, options)
 
 
 def resnet50() -> nn.Module:
@@ -57,7 +57,7 @@ def resnet50() -> nn.Module:
     return model
 
 
-def torch_pruned(x: Tensor, round_to: int | None) -> nn.Module:
+def cut_by_torch_pruning(x: Tensor, round_to: int | None) -> nn.Module:
     """Cut 30 % of the channels everywhere, which leaves 49 % of the FLOPs if nothing is rounded."""
     model = resnet50()
     torch_pruning.pruner.BasePruner(
@@ -71,7 +71,7 @@ def torch_pruned(x: Tensor, round_to: int | None) -> nn.Module:
     return model
 
 
-def session(model: nn.Module, x: Tensor) -> onnxruntime.InferenceSession:
+def open_session(model: nn.Module, x: Tensor) -> onnxruntime.InferenceSession:
     """Export, and load on one thread."""
     graph = model if isinstance(model, torch.fx.GraphModule) else fxprune.trace(model, x)
     settings = onnxruntime.SessionOptions()
@@ -97,13 +97,13 @@ def in_turns(sessions: dict[str, onnxruntime.InferenceSession], x: Tensor, runs:
 
 def describe(name: str, models: dict[str, nn.Module], seconds: dict[str, list[float]], x: Tensor) -> dict[str, Any]:
     """Compare with the dense model: FLOPs, and time in the same round."""
-    reduction = flops(models["dense"], x) / flops(models[name], x)
+    reduction = count_flops(models["dense"], x) / count_flops(models[name], x)
     rounds = zip(seconds["dense"], seconds[name], strict=True)
     speedup = median(dense / compact for dense, compact in rounds)
     widths = [m.out_channels for m in models[name].modules() if isinstance(m, nn.Conv2d)]
     return {
         "model": name,
-        "flops": flops(models[name], x),
+        "flops": count_flops(models[name], x),
         "flops_reduction": reduction,
         "seconds": median(seconds[name]),
         "speedup": speedup,
@@ -112,14 +112,14 @@ def describe(name: str, models: dict[str, nn.Module], seconds: dict[str, list[fl
     }
 
 
-def flops(model: nn.Module, x: Tensor) -> int:
+def count_flops(model: nn.Module, x: Tensor) -> int:
     """Count the floating-point operations of one forward pass; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(x)
     return int(counter.get_total_flops())
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def write_report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the table and the verdict, and write them."""
     machine_facts = machine("fxprune", "torch", "torch-pruning", "onnxruntime", "onnxruntime-gpu")
     header = ["model", "GFLOPs", "reduction", "ms", "speed-up", "efficiency", "widths of 16 n"]

@@ -21,7 +21,7 @@ def run_all(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def asked(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> set[str]:
     monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
-    return {benchmark.script for benchmark in run_all.chosen(run_all.arguments())}
+    return {benchmark.script for benchmark in run_all.choose_benchmarks(run_all.parse_arguments())}
 
 
 def test_every_benchmark_is_run_by_the_one_command(run_all: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
