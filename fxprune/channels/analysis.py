@@ -97,7 +97,7 @@ class Analysis:
         }
 
     def nodes_within(self, layers: Sequence[str]) -> set[tuple[Mode, str]]:
-        """The nodes of residual branches, with the mode of their graph. Raises PlanError where one is no such branch."""
+        """The nodes of residual branches, each with its mode. Raises PlanError where there is no such branch."""
         if missing := [name for name in layers if name not in self.layers]:
             raise PlanError(
                 f"the plan takes out the branch of {missing[0]!r}, which is no residual branch that may go; these "
