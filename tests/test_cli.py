@@ -187,6 +187,25 @@ def test_shares_by_pattern_and_the_scope() -> None:
     assert options["scope"] == "local"
 
 
+def test_layers(folder: Path) -> None:
+    Path("deep.py").write_text(
+        "from torch import nn\n"
+        "class Block(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        return x + super().forward(x)\n"
+        "def net():\n"
+        "    blocks = [Block(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4)]\n"
+        "    return nn.Sequential(nn.Linear(3, 8), *blocks, nn.Linear(8, 2))\n"
+    )
+    result = run("prune", "deep.py:net", "--input", "1,3", "--layers", "50%", "--no-onnx", "--no-measure", "--json")
+    before, after = json.loads(result.stdout)["totals"]["params"]
+    assert before - after == 2 * 2 * (8 * 8 + 8)
+    gone = json.loads(Path("out/plan.json").read_text())["layers"]
+    assert len(gone) == 2
+    run("apply", "out/plan.json", "--model", "deep.py:net", "-o", "again", "--no-onnx", "--no-measure")
+    assert json.loads(Path("again/plan.json").read_text())["layers"] == gone
+
+
 @pytest.mark.parametrize(
     ("amounts", "message"),
     [

@@ -5,7 +5,7 @@ FLOPs are those of ``torch.utils.flop_counter``: a multiply and an add are 2 FLO
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -267,9 +267,20 @@ def stored_costs(
 
 def computed_costs(analysis: Analysis) -> Iterable[tuple[float, tuple[Label, ...]]]:
     """The bytes of the values of the eval graph that hold memory of their own."""
-    for tree in (tree for nodes in analysis.values[Mode.EVAL].values() for tree in nodes.values()):
-        for value in values_in(tree):
+    graphs = {place.region: place.graph for place in analysis.places() if place.mode is Mode.EVAL}
+    for region, trees in analysis.values[Mode.EVAL].items():
+        present = values_of_nodes(graphs[region], trees) if region in graphs else trees.values()
+        for value in (value for tree in present for value in values_in(tree)):
             if value.owner:
                 covered = {axis for label in value.labels for axis in varying_axes(label)}
                 rest = math.prod(size for axis, size in enumerate(value.shape) if axis not in covered)
                 yield rest * torch.empty(0, dtype=value.dtype).element_size(), value.labels
+
+
+def values_of_nodes(graph: fx.Graph, trees: Mapping[str, Any]) -> Iterator[Any]:
+    """The values of the nodes that ``graph`` has now; a copy that a cut put in has the form of what it copies."""
+    for node in graph.nodes:
+        while node.name not in trees and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        if node.name in trees:
+            yield trees[node.name]

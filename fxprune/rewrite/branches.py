@@ -243,10 +243,11 @@ def remove_from(
                 join.target = "add" if join.op == "call_method" else torch.add
             else:
                 join.replace_all_uses_with(other)
-                free_of_writes(compact, graph, other)
                 nodes.add(join)
             for node in [node for node in reversed(graph.nodes) if node in nodes]:
                 graph.erase_node(node)
+            if constant is None:
+                free_of_writes(compact, graph, other)
         graph.lint()
     for path in before - called_function(compact):
         compact.delete_submodule(str(path))
