@@ -431,6 +431,29 @@ def test_keywords_behind_a_decorator() -> None:
     assert torch.equal(trace_graph(model, ((), {"x": V, "extra": MASK}))(x=V, extra=2 * MASK), model(V, extra=2 * MASK))
 
 
+def fills_in_defaults(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As decorators of Hugging Face do: what the caller left out is given by name."""
+
+    @functools.wraps(forward)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("scale", 2.0)
+        return forward(model, *args, **kwargs)
+
+    return call
+
+
+class Scaled(Net):
+    @fills_in_defaults
+    def forward(self, x: Tensor, scale: float | None = None) -> Any:
+        return self.how(self, x) * scale
+
+
+@pytest.mark.parametrize("example", [(X,), ((X,), {}), ((), {"x": X})])
+def test_forward_is_called_as_the_example_says(example: Any) -> None:
+    model = randomize(Scaled(lambda m, x: m.o(m.b(m.a(x))))).double().eval()
+    assert torch.equal(trace_graph(model, example)(X), model(X))
+
+
 def test_an_argument_that_no_graph_can_take() -> None:
     with pytest.raises(TraceError, match="argument 'mask' is a Generator, which no graph can take"):
         trace_graph(Arguments(), (V, torch.Generator()))

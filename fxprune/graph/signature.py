@@ -47,16 +47,16 @@ def write_arguments(writer: Writer, forward: Callable[..., Any], inputs: Bound) 
             continue  # nobody can give it to the graph
         values = () if star or not is_plain(default) else (default,)
         placed[name] = writer.graph.create_node("placeholder", star + name, values, name=name)
-        if name not in given.arguments and not star:
-            given.arguments[name] = default
     for name, node in placed.items():
-        value = given.arguments.get(name, () if str(node.target).count("*") == 1 else {})
+        missing = {"*": (), "**": {}}.get(str(node.target).removesuffix(name), signature.parameters[name].default)
+        value = given.arguments.get(name, missing)
         pattern = pattern_of(value, name)
         if pattern is not ... or node.args:  # who leaves it out gives its default
             writer.graph.call_function(check_argument, (node, pattern, name))
         if name in given.arguments and value is not signature.parameters[name].default:  # that may be written into
             given.arguments[name] = write_parts(writer, value, node)
-    return given.args, given.kwargs
+    rest: Mapping[str, Any] = given.kwargs | given.arguments  # as it was called: what wraps forward may add defaults
+    return given.args[: len(inputs[0])], {name: rest[name] for name in inputs[1]}
 
 
 def pattern_of(value: Any, name: str) -> Any:
