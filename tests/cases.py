@@ -128,7 +128,7 @@ CASES = [
     Case("repeat_interleave", lambda x: x.repeat_interleave(2, 1), "mc", "m c | |"),
     Case("index", index_rows, "mc", "m - | | c"),
     Case("embedding", lambda w: F.embedding(torch.tensor([[1, 2]]), w), "tc", "- - c | | t"),
-    Case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), "nohw", "n o:2 h w | o/2 |"),
+    Case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), "nohw", "n o:2 - - | o/2 | h w"),
     Case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 3), "ncff", "n c - - | | A f"),
     Case("channel_shuffle", lambda x: F.channel_shuffle(x, 2), "nohw", "n o h w | |  | grids 1"),
     Case(

@@ -64,7 +64,7 @@ def law_holds(name: str, law: Law = slice_is_zero) -> bool:
     try:
         analysis = fxprune.analyze(graph, example, heads="within")
         for seed in range(5):
-            law(graph, example, analysis, random_plan(analysis, seed, layers=True))
+            law(graph, example, analysis, random_plan(analysis, seed, layers=bool(seed % 2)))
     except (AssertionError, RuntimeError, fxprune.FxpruneError):
         return False
     return True

@@ -411,7 +411,9 @@ def test_a_part_of_a_model_without_a_graph() -> None:
     """Where plain Python steers, the parts that are graphs can be given."""
     model, x = Steering(), torch.randn(2, 6, dtype=torch.float64)
     compact = cut(model, x)
-    with pytest.raises(RewriteError, match=r"it is a Steering whose Python steers the graphs of its parts \(body\)"):
+    with pytest.raises(
+        RewriteError, match=r"it is a Steering, whose Python steers the graphs of its parts\. .*called with: body"
+    ):
         fxprune.slim(model, compact, x)
     model.body = fxprune.slim(model.body, compact.body, x)
     assert type(model.body[0]) is nn.Linear

@@ -101,7 +101,7 @@ def stream_weights(plan: Plan, source: Source, weights: str | None, out: Path) -
     graph = fxprune.trace(model.eval(), inputs)
     analysis = fxprune.analyze(graph, inputs, **plan.options)
     print_progress("rewriting")
-    compact, param_map = fxprune.rewrite(graph, analysis, replace(plan, source=source.to_plain()))
+    compact, param_map = fxprune.rewrite(graph, analysis, replace(plan, source={**plan.source, **source.to_plain()}))
     with named_errors(out, "the results"):
         out.mkdir(parents=True, exist_ok=True)
     with named_errors(out, "the results"), replace_files(out) as partial:

@@ -206,6 +206,10 @@ def remove_branches(compact: Model, values: Values, dropped: frozenset[str]) -> 
 def remove_layers(compact: Model, values: Values, layers: Sequence[str]) -> None:
     """Take residual branches out of ``compact`` whole, by their names. ``values``: the predicted shapes."""
     residuals = find_residuals(compact, values)
+    if unknown := [name for name in layers if name not in residuals]:
+        raise PlanError(
+            f"{unknown[0]} is no residual branch of what the rest of the plan leaves: it can't be taken out"
+        )
     branches = {
         mode: [Branch(residual.end, (), residual.join, whole=True) for residual in (residuals[n][mode] for n in layers)]
         for mode in compact.distinct_graphs()
