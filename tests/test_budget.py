@@ -630,3 +630,20 @@ def test_a_real_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = fxprune.analyze(model, torch.randn(4, 3, 32, 32))
     plan = passes.Magnitude().plan(analysis, Budget(latency=0.7))
     assert plan.keep
+
+
+class Sorted(nn.Module):
+    """Most of it is frozen: what is sorted has no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.last = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.wide(x).sort(-1).values)
+
+
+def test_a_budget_out_of_reach_says_what_is_frozen() -> None:
+    model = nn.Sequential(Sorted(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    with pytest.raises(BudgetError, match=r"Besides, \d+ channels are frozen: normalized or ordered along \(\d+\), "):
+        fxprune.prune(model, torch.randn(2, 8), passes.Magnitude(), budget=Budget(flops=0.2))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -198,6 +199,7 @@ def meet_limits(solver: Solver, limits: Sequence[tuple[str, float]], tolerance: 
             held += f", {settled} have their share of channels="
         if miss.above:
             why = f"{held}, and minimum= holds the others; lower it, or keep fewer layers"
+            why += describe_frozen(solver.analysis)
         elif (miss.widths == solver.cap).all():
             why = f"{held} and maximum= holds the others; raise it, or ask for the nearest"
         else:
@@ -311,3 +313,14 @@ def describe_rounding(analysis: Analysis, round_to: int | str) -> str:
     multiples = round_widths(analysis, round_to)
     counts = [f"of {multiple} in {(multiples == multiple).sum()}" for multiple in np.unique(multiples)]
     return f"multiples {', '.join(counts)} of {len(multiples)} groups"
+
+
+def describe_frozen(analysis: Analysis) -> str:
+    """How many channels are frozen besides, and the commonest reasons, as the end of a sentence; "" for none."""
+    counts = Counter[str]()
+    for item in analysis.frozen:
+        counts[item.reason.text] += len(item.index)
+    if not counts:
+        return ""
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
+    return f". Besides, {counts.total()} channels are frozen: {reasons}; see print(analysis)"
